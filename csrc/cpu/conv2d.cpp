@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/conv2d.h"
+
+#include <new>
+#include <vector>
+
+#include "common/plan.h"
+#include "cpu/dispatch.h"
+
+namespace moe::cpu {
+
+namespace {
+
+// Passes with the arrays that they point to.
+struct Passes {
+    std::vector<Pass> list;
+    std::vector<std::vector<int64_t>> storage;
+
+    void add(Pass pass, const std::vector<int64_t>& h, const std::vector<int64_t>& w, const std::vector<int64_t>& r,
+             const std::vector<int64_t>& s, int64_t S) {
+        std::vector<int64_t> tap_h, tap_w, tap_weight;
+        for (size_t i = 0; i < h.size(); ++i) {
+            for (size_t j = 0; j < w.size(); ++j) {
+                tap_h.push_back(h[i]);
+                tap_w.push_back(w[j]);
+                tap_weight.push_back(r[i] * S + s[j]);
+            }
+        }
+        pass.taps = int64_t(tap_h.size());
+        pass.taps_before = list.empty() ? 0 : list.back().taps_before + list.back().taps;
+        for (auto* v : {&tap_h, &tap_w, &tap_weight}) storage.push_back(std::move(*v));
+        const size_t n = storage.size();
+        pass.tap_h = storage[n - 3].data();
+        pass.tap_w = storage[n - 2].data();
+        pass.tap_weight = storage[n - 1].data();
+        list.push_back(pass);
+    }
+};
+
+Passes forward_passes(const Conv2dShape& s) {
+    std::vector<int64_t> h, w, r, c;
+    for (int64_t i = 0; i < s.R; ++i) h.push_back(i * s.dil_h), r.push_back(i);
+    for (int64_t i = 0; i < s.S; ++i) w.push_back(i * s.dil_w), c.push_back(i);
+    Pass pass{};
+    pass.rows = s.P, pass.cols = s.Q;
+    pass.is_h = s.stride_h, pass.is_w = s.stride_w;
+    pass.org_h = -s.pad_h, pass.org_w = -s.pad_w;
+    pass.span_h = (s.R - 1) * s.dil_h + 1, pass.span_w = (s.S - 1) * s.dil_w + 1;
+    pass.os_h = pass.os_w = 1;
+    Passes passes;
+    passes.add(pass, h, w, r, c, s.S);
+    return passes;
+}
+
+// The taps that reach input positions of one residue: position a + stride * i takes gradient i + (a + pad - r * dil) / stride.
+struct Residue {
+    int64_t count = 0, origin = 0, span = 1;
+    std::vector<int64_t> offset, index;
+};
+
+Residue residue(int64_t a, int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dil) {
+    Residue result;
+    result.count = a < size ? (size - a + stride - 1) / stride : 0;
+    for (int64_t r = 0; r < kernel; ++r) {
+        const int64_t distance = a + pad - r * dil;
+        if (distance % stride == 0) result.offset.push_back(distance / stride), result.index.push_back(r);
+    }
+    if (result.offset.empty()) return result;
+    int64_t low = result.offset[0], high = low;
+    for (int64_t o : result.offset) low = o < low ? o : low, high = o > high ? o : high;
+    for (int64_t& o : result.offset) o -= low;
+    result.origin = low;
+    result.span = high - low + 1;
+    return result;
+}
+
+Passes grad_input_passes(const Conv2dShape& s) {
+    Passes passes;
+    for (int64_t a = 0; a < s.stride_h; ++a) {
+        const Residue h = residue(a, s.H, s.R, s.stride_h, s.pad_h, s.dil_h);
+        for (int64_t b = 0; b < s.stride_w; ++b) {
+            const Residue w = residue(b, s.W, s.S, s.stride_w, s.pad_w, s.dil_w);
+            Pass pass{};
+            pass.rows = h.count, pass.cols = w.count;
+            pass.is_h = pass.is_w = 1;
+            pass.org_h = h.origin, pass.org_w = w.origin;
+            pass.span_h = h.span, pass.span_w = w.span;
+            pass.os_h = s.stride_h, pass.os_w = s.stride_w;
+            pass.oo_h = a, pass.oo_w = b;
+            passes.add(pass, h.offset, w.offset, h.index, w.index, s.S);
+        }
+    }
+    return passes;
+}
+
+Passes passes_of(Direction direction, const Conv2dShape& s) {
+    return direction == Direction::forward ? forward_passes(s) : grad_input_passes(s);
+}
+
+PackJob pack_job(Direction direction, const Call& call, const Passes& passes, const std::vector<Group>& groups,
+                 const void* weight, void* packed, bool dense_index) {
+    const Conv2dShape& s = call.shape;
+    const bool forward = direction == Direction::forward;
+    PackJob job{};
+    job.weight = weight;
+    job.out_stride = call.weight_strides[forward ? 0 : 1];
+    job.red_stride = call.weight_strides[forward ? 1 : 0];
+    job.r_stride = call.weight_strides[2];
+    job.s_stride = call.weight_strides[3];
+    job.slice_out_stride = call.weight_strides[0];
+    job.slice_in_stride = call.weight_strides[1];
+    job.group_stride = s.K / s.groups * call.weight_strides[0];
+    job.S = s.S;
+    job.out = (forward ? s.K : s.C) / s.groups;
+    job.red = (forward ? s.C : s.K) / s.groups;
+    job.conv_groups = s.groups;
+    job.passes = passes.list.data();
+    job.pass_count = int64_t(passes.list.size());
+    job.groups = groups.data();
+    job.group_count = int64_t(groups.size());
+    job.dense_index = dense_index;
+    job.packed = packed;
+    job.threads = call.threads;
+    return job;
+}
+
+int64_t packed_numel_of_pair(Direction direction, const Call& call) {
+    const Conv2dShape& s = call.shape;
+    const bool forward = direction == Direction::forward;
+    const int64_t out = (forward ? s.K : s.C) / s.groups, red = (forward ? s.C : s.K) / s.groups;
+    const Passes passes = passes_of(direction, s);
+    const int64_t taps = passes.list.back().taps_before + passes.list.back().taps;
+    return s.groups * kernels().packed_channels(call.dtype, out) * red * taps;
+}
+
+int64_t acc_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
+
+void require(Result result) {
+    if (result == Result::out_of_memory) throw std::bad_alloc();
+}
+
+std::string run(Direction direction, const Call& call, const void* src, const void* weight, const void* packed, void* dst,
+                const Epilogue& epilogue) {
+    std::string error = check(call);
+    if (!error.empty()) return error;
+    Plan plan;
+    error = make_plan(call.shape, call.slices, plan);
+    if (!error.empty() || call.shape.V == 0) return error;
+
+    const Conv2dShape& s = call.shape;
+    const bool forward = direction == Direction::forward;
+    const Passes passes = passes_of(direction, s);
+    const bool own = packed == nullptr;
+    if (own) {
+        const int64_t numel = int64_t(plan.groups.size()) * packed_numel_of_pair(direction, call);
+        void* memory = scratch(Scratch::packed, size_t(numel * acc_size(call.dtype)));
+        if (memory == nullptr) throw std::bad_alloc();
+        require(kernels().pack(call.dtype, pack_job(direction, call, passes, plan.groups, weight, memory, true)));
+        packed = memory;
+    }
+    ConvJob job{};
+    job.src = src;
+    job.src_h = forward ? s.H : s.P, job.src_w = forward ? s.W : s.Q, job.src_c = forward ? s.C : s.K;
+    job.src_div = forward ? s.k : 1;
+    job.dst = dst;
+    job.dst_h = forward ? s.P : s.H, job.dst_w = forward ? s.Q : s.W, job.dst_c = forward ? s.K : s.C;
+    job.out = job.dst_c / s.groups;
+    job.red = job.src_c / s.groups;
+    job.conv_groups = s.groups;
+    job.passes = passes.list.data();
+    job.pass_count = int64_t(passes.list.size());
+    job.groups = plan.groups.data();
+    job.group_count = int64_t(plan.groups.size());
+    job.order = plan.order.data();
+    job.packed = packed;
+    job.dense_index = own;
+    job.epilogue = epilogue;
+    job.threads = call.threads;
+    require(kernels().conv(call.dtype, job));
+    return {};
+}
+
+}  // namespace
+
+std::string check(const Call& call) {
+    const Conv2dShape& s = call.shape;
+    if (s.k < 1 || s.V % s.k != 0) return "shape: V must be a multiple of k >= 1";
+    if (s.V < 0 || s.H < 0 || s.W < 0 || s.P < 0 || s.Q < 0) return "shape: sizes must not be negative";
+    if (s.C < 1 || s.K < 1 || s.R < 1 || s.S < 1) return "shape: channels and kernel must be at least 1";
+    if (s.stride_h < 1 || s.stride_w < 1 || s.dil_h < 1 || s.dil_w < 1) return "shape: stride and dilation must be at least 1";
+    if (s.groups < 1 || s.C % s.groups != 0 || s.K % s.groups != 0) return "shape: groups must divide C and K";
+    if (call.threads < 1) return "threads must be at least 1";
+    return {};
+}
+
+int64_t pack_numel(Direction direction, const Call& call) {
+    return pair_count(call.slices) * packed_numel_of_pair(direction, call);
+}
+
+std::string pack(Direction direction, const Call& call, const void* weight, void* packed) {
+    const std::string error = check(call);
+    if (!error.empty()) return error;
+    const Passes passes = passes_of(direction, call.shape);
+    const std::vector<Group> pairs = all_pairs(call.shape, call.slices);
+    require(kernels().pack(call.dtype, pack_job(direction, call, passes, pairs, weight, packed, false)));
+    return {};
+}
+
+std::string conv2d_forward(const Call& call, const void* x, const void* weight, const void* packed, void* y,
+                           const Epilogue& epilogue) {
+    return run(Direction::forward, call, x, weight, packed, y, epilogue);
+}
+
+std::string conv2d_grad_input(const Call& call, const void* grad, const void* weight, const void* packed,
+                              void* grad_input) {
+    return run(Direction::grad_input, call, grad, weight, packed, grad_input, Epilogue{});
+}
+
+std::string conv2d_grad_weight(const Call& call, int64_t total_out, int64_t total_in, const void* grad, const void* x,
+                               void* grad_weight) {
+    std::string error = check(call);
+    if (!error.empty()) return error;
+    Plan plan;
+    error = make_plan(call.shape, call.slices, plan);
+    if (!error.empty()) return error;
+    const Conv2dShape& s = call.shape;
+    const Passes passes = forward_passes(s);
+    GradWeightJob job{};
+    job.grad = grad;
+    job.input = x;
+    job.grad_weight = grad_weight;
+    for (int i = 0; i < 4; ++i) job.strides[i] = call.weight_strides[i];
+    job.shape = s;
+    job.total_out = total_out;
+    job.total_in = total_in;
+    job.overlapping = call.slices.out.starts != nullptr || call.slices.in.count != 0;
+    job.groups = plan.groups.data();
+    job.group_count = int64_t(plan.groups.size());
+    job.order = plan.order.data();
+    job.pass = passes.list[0];
+    job.threads = call.threads;
+    require(kernels().grad_weight(call.dtype, job));
+    return {};
+}
+
+}  // namespace moe::cpu

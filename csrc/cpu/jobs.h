@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the vectorised kernels are given. Baseline code (conv2d.cpp) prepares these plain structs; kernels.cpp, compiled
+// once for each instruction set, carries them out.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/conv2d.h"
+#include "common/plan.h"
+
+namespace moe::cpu {
+
+// Reduced channels are held in blocks of this many, so that a pixel's neighbour lies at a constant distance.
+constexpr int64_t kBlock = 16;
+
+// A correlation over a regular grid of destination pixels. A forward convolution is one pass; an input gradient is one
+// pass for each parity of the stride, with the taps that reach that parity: no zero is ever inserted.
+//   dst[oo + os * p] += sum over taps t of src[org + is * p + tap[t]]
+struct Pass {
+    int64_t rows, cols;              // destination pixels of this pass
+    int64_t is_h, is_w;              // source step
+    int64_t org_h, org_w;            // source position of pixel 0 at tap offset 0 (negative: padding)
+    int64_t span_h, span_w;          // 1 + the largest tap offset
+    int64_t os_h, os_w, oo_h, oo_w;  // destination step and offset
+    int64_t taps;
+    const int64_t* tap_h;       // [taps], >= 0
+    const int64_t* tap_w;       // [taps], >= 0
+    const int64_t* tap_weight;  // [taps], r * S + s
+    int64_t taps_before;        // taps of the passes before this one: where its packed weights begin
+};
+
+struct PackJob {
+    const void* weight;
+    int64_t out_stride, red_stride, r_stride, s_stride;  // elements
+    int64_t slice_out_stride, slice_in_stride;           // what a slice's starts are multiplied by
+    int64_t group_stride;                                // from one convolution group to the next
+    int64_t S;
+    int64_t out, red;  // output and reduced channels of one convolution group
+    int64_t conv_groups;
+    const Pass* passes;
+    int64_t pass_count;
+    const Group* groups;  // the pairs to pack
+    int64_t group_count;
+    bool dense_index;  // true: the i-th group goes to place i; false: to place group.pair
+    void* packed;
+    int threads;
+};
+
+struct ConvJob {
+    const void* src;  // [., src_h, src_w, src_c], channels last
+    int64_t src_h, src_w, src_c;
+    int64_t src_div;  // virtual sample v reads sample v / src_div
+    void* dst;        // [V, dst_h, dst_w, dst_c]
+    int64_t dst_h, dst_w, dst_c;
+    int64_t out, red;
+    int64_t conv_groups;
+    const Pass* passes;
+    int64_t pass_count;
+    const Group* groups;
+    int64_t group_count;
+    const int64_t* order;
+    const void* packed;
+    bool dense_index;
+    Epilogue epilogue;
+    int threads;
+};
+
+struct GradWeightJob {
+    const void* grad;   // [V, P, Q, K_all]
+    const void* input;  // [V / k, H, W, C_all]
+    void* grad_weight;  // [total_out, total_in, R, S] by strides
+    int64_t strides[4];
+    Conv2dShape shape;
+    int64_t total_out, total_in;
+    bool overlapping;  // slices may share weights, or leave some uncovered: sum in a second pass
+    const Group* groups;
+    int64_t group_count;
+    const int64_t* order;
+    Pass pass;  // the forward's
+    int threads;
+};
+
+enum class Result { ok, out_of_memory };
+
+struct KernelTable {
+    const char* isa;
+    int64_t (*packed_channels)(DType, int64_t out);  // output channels rounded up to whole panels
+    Result (*pack)(DType, const PackJob&);
+    Result (*conv)(DType, const ConvJob&);
+    Result (*grad_weight)(DType, const GradWeightJob&);
+};
+
+// Memory that a thread keeps from call to call, 64-byte aligned; null when there is none. Contents are not kept.
+enum class Scratch { worker = 0, packed = 1, partial = 2 };
+void* scratch(Scratch which, size_t bytes);
+
+}  // namespace moe::cpu

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels of one instruction set. Compiled once for each, with MOE_ISA naming it; see dispatch.cpp.
+#include "cpu/convolution.h"
+#include "cpu/grad_weight.h"
+#include "cpu/pack.h"
+
+#define MOE_CONCAT_(a, b) a##b
+#define MOE_CONCAT(a, b) MOE_CONCAT_(a, b)
+#define MOE_STRING_(a) #a
+#define MOE_STRING(a) MOE_STRING_(a)
+
+namespace moe::cpu {
+namespace {
+
+int64_t packed_channels_of(DType dtype, int64_t out) {
+    const int64_t width = dtype == DType::float64 ? panel<double> : panel<float>;
+    return ceil_div(out, width) * width;
+}
+
+Result pack_of(DType dtype, const PackJob& job) {
+    switch (dtype) {
+        case DType::float32: return pack<float, float>(job);
+        case DType::float64: return pack<double, double>(job);
+        case DType::bfloat16: return pack<bfloat16, float>(job);
+        default: return pack<float16, float>(job);
+    }
+}
+
+Result conv_of(DType dtype, const ConvJob& job) {
+    switch (dtype) {
+        case DType::float32: return conv<float, float>(job);
+        case DType::float64: return conv<double, double>(job);
+        case DType::bfloat16: return conv<bfloat16, float>(job);
+        default: return conv<float16, float>(job);
+    }
+}
+
+Result grad_weight_of(DType dtype, const GradWeightJob& job) {
+    switch (dtype) {
+        case DType::float32: return grad_weight<float, float>(job);
+        case DType::float64: return grad_weight<double, double>(job);
+        case DType::bfloat16: return grad_weight<bfloat16, float>(job);
+        default: return grad_weight<float16, float>(job);
+    }
+}
+
+}  // namespace
+
+extern const KernelTable MOE_CONCAT(kernels_, MOE_ISA);
+const KernelTable MOE_CONCAT(kernels_, MOE_ISA) = {MOE_STRING(MOE_ISA), packed_channels_of, pack_of, conv_of,
+                                                   grad_weight_of};
+
+}  // namespace moe::cpu
