@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ kernels of csrc/cpu, handed raw pointers. Images are channels_last inside."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch  # first: it brings the OpenMP runtime that the native module's symbols resolve to
+from torch import Tensor
+
+from ..geometry import output_size
+from ..layout import is_channels_last
+
+if TYPE_CHECKING:
+    from ..geometry import Conv2dGeometry
+
+try:
+    from .. import _C  # type: ignore[attr-defined]
+
+    _import_error: str | None = None
+except ImportError as error:
+    _C = None
+    _import_error = str(error)
+
+__all__ = ["CpuBackend"]
+
+_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_FORWARD, _GRAD_INPUT = 0, 1
+# Two sliced sides have a packed block for each pair of slices; more than this many times the weight is not worth keeping.
+_MAX_PACKED_RATIO = 8
+
+
+class CpuBackend:
+    name = "cpu"
+
+    def unavailable(self) -> str | None:
+        if _import_error is not None:
+            return (
+                f"the native module moe_kernels._C cannot be imported ({_import_error}); build it with `pip install -e .`, "
+                "which needs a C++17 compiler"
+            )
+        return None
+
+    def unsupported(self, device: torch.device) -> str | None:
+        return self.unavailable() or (None if device.type == "cpu" else f"computes on the CPU only, got {device}")
+
+    def isa(self) -> str:
+        """The instruction set chosen at run time: avx512, avx2 or generic."""
+        return _C.isa()
+
+    def build_info(self) -> str:
+        return _C.build_info()
+
+    def forward(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        out_expert: Tensor | None,
+        in_expert: Tensor | None,
+        geometry: Conv2dGeometry,
+        *,
+        bias: Tensor | None = None,
+        gate: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        residual: Tensor | None = None,
+        relu: bool = False,
+        packed: Tensor | None = None,
+    ) -> Tensor:
+        g = geometry
+        batch, channels, height, width = input.shape
+        kh, kw = weight.shape[2], weight.shape[3]
+        rows = output_size(height, kh, g.stride[0], g.padding[0], g.dilation[0])
+        columns = output_size(width, kw, g.stride[1], g.padding[1], g.dilation[1])
+        samples = batch * g.samples_per_input
+        x = input.contiguous(memory_format=torch.channels_last)
+        y = torch.empty((samples, g.out_width, rows, columns), dtype=input.dtype, memory_format=torch.channels_last)
+        shape = _shape(samples, g, channels, height, width, rows, columns, kh, kw)
+        slices, keep = _slices(out_expert, in_expert, g)
+        acc = torch.float64 if input.dtype == torch.float64 else torch.float32
+        bias, gate, scale, shift = (_acc(t, acc) for t in (bias, gate, scale, shift))
+        if residual is not None:
+            residual = residual.contiguous(memory_format=torch.channels_last)
+        affine = scale if scale is not None else shift
+        _C.conv2d_forward(
+            _DTYPE[input.dtype], torch.get_num_threads(), shape, slices, weight.stride(), x.data_ptr(),
+            weight.data_ptr(), _pointer(packed), y.data_ptr(), _pointer(bias), _pointer(gate), _pointer(scale),
+            _pointer(shift), affine is not None and affine.shape[0] != g.out_width, _pointer(residual), relu,
+        )  # fmt: skip
+        del keep
+        return y if is_channels_last(input) else y.contiguous()
+
+    def grad_input(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        out_expert: Tensor | None,
+        in_expert: Tensor | None,
+        geometry: Conv2dGeometry,
+        size: tuple[int, int],
+        packed: Tensor | None = None,
+    ) -> Tensor:
+        g = geometry
+        samples, _, rows, columns = grad.shape
+        dy = grad.contiguous(memory_format=torch.channels_last)
+        dx = torch.empty((samples, g.in_width, *size), dtype=grad.dtype, memory_format=torch.channels_last)
+        shape = _shape(samples, g, g.in_width, *size, rows, columns, weight.shape[2], weight.shape[3])
+        slices, keep = _slices(out_expert, in_expert, g)
+        _C.conv2d_grad_input(
+            _DTYPE[grad.dtype], torch.get_num_threads(), shape, slices, weight.stride(), dy.data_ptr(),
+            weight.data_ptr(), _pointer(packed), dx.data_ptr(),
+        )  # fmt: skip
+        del keep
+        k = g.samples_per_input
+        if k > 1:
+            # the choices of one input, added in float32 at least and in order
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            parts = dx.to(wide).unflatten(0, (samples // k, k)).unbind(1)
+            total = parts[0].clone(memory_format=torch.channels_last)
+            for part in parts[1:]:
+                total += part
+            dx = total.to(grad.dtype)
+        return dx if is_channels_last(grad) else dx.contiguous()
+
+    def grad_weight(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        out_expert: Tensor | None,
+        in_expert: Tensor | None,
+        geometry: Conv2dGeometry,
+        weight_shape: tuple[int, ...],
+    ) -> Tensor:
+        g = geometry
+        samples, _, rows, columns = grad.shape
+        _, channels, height, width = input.shape
+        dy = grad.contiguous(memory_format=torch.channels_last)
+        x = input.contiguous(memory_format=torch.channels_last)
+        dw = torch.empty(tuple(weight_shape), dtype=grad.dtype)
+        shape = _shape(samples, g, channels, height, width, rows, columns, weight_shape[2], weight_shape[3])
+        slices, keep = _slices(out_expert, in_expert, g)
+        _C.conv2d_grad_weight(
+            _DTYPE[grad.dtype], torch.get_num_threads(), shape, slices, dw.stride(), weight_shape[0], weight_shape[1],
+            dy.data_ptr(), x.data_ptr(), dw.data_ptr(),
+        )  # fmt: skip
+        del keep
+        return dw
+
+    def pack(self, weight: Tensor, geometry: Conv2dGeometry) -> tuple[Tensor | None, Tensor | None]:
+        g = geometry
+        if weight.dtype not in _DTYPE or weight.device.type != "cpu":
+            return None, None
+        # Packed blocks do not depend on the image's size; one pixel stands for any.
+        shape = _shape(0, g, g.in_width, 1, 1, 1, 1, weight.shape[2], weight.shape[3])
+        slices = (0, g.num_out, list(g.out_starts), 0, g.num_in, list(g.in_starts))
+        dtype = _DTYPE[weight.dtype]
+        acc = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        blocks: list[Tensor | None] = []
+        for direction in (_FORWARD, _GRAD_INPUT):
+            numel = _C.pack_numel(direction, dtype, shape, slices)
+            if numel > _MAX_PACKED_RATIO * weight.numel():
+                blocks.append(None)
+                continue
+            block = torch.empty(numel, dtype=acc)
+            threads = torch.get_num_threads()
+            _C.pack(direction, dtype, threads, shape, slices, weight.stride(), weight.data_ptr(), block.data_ptr())
+            blocks.append(block)
+        return blocks[0], blocks[1]
+
+
+def _shape(
+    samples: int, g: Conv2dGeometry, channels: int, height: int, width: int, rows: int, columns: int, kh: int, kw: int
+) -> tuple[int, ...]:
+    return (
+        samples, g.samples_per_input, channels, height, width, g.out_width, rows, columns, kh, kw,
+        g.stride[0], g.stride[1], g.padding[0], g.padding[1], g.dilation[0], g.dilation[1], g.groups,
+    )  # fmt: skip
+
+
+def _slices(out_expert: Tensor | None, in_expert: Tensor | None, g: Conv2dGeometry) -> tuple[tuple[Any, ...], Any]:
+    """The native form of both sides, and the tensors that must outlive the call."""
+    out = out_expert.contiguous() if g.num_out and out_expert is not None else None
+    inner = in_expert.contiguous() if g.num_in and in_expert is not None else None
+    slices = (_pointer(out), g.num_out, g.out_starts, _pointer(inner), g.num_in, g.in_starts)
+    return slices, (out, inner)
+
+
+def _acc(value: Tensor | None, acc: torch.dtype) -> Tensor | None:
+    return None if value is None else value.detach().to(acc).contiguous()
+
+
+def _pointer(value: Tensor | None) -> int:
+    return 0 if value is None else value.data_ptr()

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop over samples in plain torch: the truth that every other backend is held against. Slow, any device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..geometry import output_size
+from ..layout import memory_format_of
+
+if TYPE_CHECKING:
+    from ..geometry import Conv2dGeometry
+
+__all__ = ["ReferenceBackend"]
+
+
+class ReferenceBackend:
+    name = "reference"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def unsupported(self, device: torch.device) -> str | None:
+        return None
+
+    def forward(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        out_expert: Tensor | None,
+        in_expert: Tensor | None,
+        geometry: Conv2dGeometry,
+        *,
+        bias: Tensor | None = None,
+        gate: Tensor | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        residual: Tensor | None = None,
+        relu: bool = False,
+        packed: Tensor | None = None,
+    ) -> Tensor:
+        g = geometry
+        wide = torch.promote_types(input.dtype, torch.float32)
+        samples = input.shape[0] * g.samples_per_input
+        size = [
+            output_size(input.shape[2 + a], weight.shape[2 + a], g.stride[a], g.padding[a], g.dilation[a])
+            for a in (0, 1)
+        ]
+        out = input.new_empty((samples, g.out_width, *size))
+        for v, (o, c) in enumerate(_slices(out_expert, in_expert, g, samples)):
+            x = input[v // g.samples_per_input].unsqueeze(0).to(wide)
+            y = F.conv2d(x, _slice(weight, o, c, g).to(wide), None, g.stride, g.padding, g.dilation, g.groups)
+            channels = slice(o, o + g.out_width)
+            if bias is not None:
+                y = y + bias[channels].to(wide)[:, None, None]
+            if gate is not None:
+                y = y * gate[v].to(wide)
+            if scale is not None:
+                y = y * _of_slice(scale, channels, g).to(wide)[:, None, None]
+            if shift is not None:
+                y = y + _of_slice(shift, channels, g).to(wide)[:, None, None]
+            if residual is not None:
+                y = y + residual[v].to(wide)
+            out[v] = (y.relu() if relu else y)[0].to(input.dtype)
+        return _as(out, input)
+
+    def grad_input(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        out_expert: Tensor | None,
+        in_expert: Tensor | None,
+        geometry: Conv2dGeometry,
+        size: tuple[int, int],
+        packed: Tensor | None = None,
+    ) -> Tensor:
+        g = geometry
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        samples = grad.shape[0]
+        out = grad.new_zeros((samples // g.samples_per_input, g.in_width, *size), dtype=wide)
+        for v, (o, c) in enumerate(_slices(out_expert, in_expert, g, samples)):
+            w = _slice(weight, o, c, g).to(wide)
+            shape = [1, g.in_width, *size]
+            dx = torch.nn.grad.conv2d_input(
+                shape, w, grad[v : v + 1].to(wide), g.stride, g.padding, g.dilation, g.groups
+            )
+            out[v // g.samples_per_input] += dx[0]
+        return _as(out.to(grad.dtype), grad)
+
+    def grad_weight(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        out_expert: Tensor | None,
+        in_expert: Tensor | None,
+        geometry: Conv2dGeometry,
+        weight_shape: tuple[int, ...],
+    ) -> Tensor:
+        g = geometry
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        out = grad.new_zeros(weight_shape, dtype=wide)
+        for v, (o, c) in enumerate(_slices(out_expert, in_expert, g, grad.shape[0])):
+            part = _slice(out, o, c, g)
+            x = input[v // g.samples_per_input].unsqueeze(0).to(wide)
+            dy = grad[v : v + 1].to(wide)
+            part += torch.nn.grad.conv2d_weight(x, list(part.shape), dy, g.stride, g.padding, g.dilation, g.groups)
+        return out.to(grad.dtype)
+
+    def pack(self, weight: Tensor, geometry: Conv2dGeometry) -> tuple[Tensor | None, Tensor | None]:
+        return None, None
+
+
+def _slices(
+    out_expert: Tensor | None, in_expert: Tensor | None, g: Conv2dGeometry, samples: int
+) -> list[tuple[int, int]]:
+    """The first output and input channel of each sample's slice."""
+    outs = _starts("routing", out_expert, g.num_out, g.out_starts, g.out_width, samples)
+    ins = _starts("in_routing", in_expert, g.num_in, g.in_starts, g.in_width, samples)
+    return list(zip(outs, ins, strict=True))
+
+
+def _starts(
+    name: str, expert: Tensor | None, count: int, starts: tuple[int, ...], width: int, samples: int
+) -> list[int]:
+    if not count or expert is None:
+        return [0] * samples
+    chosen = expert.tolist()
+    for v, e in enumerate(chosen):
+        if not 0 <= e < count:
+            raise ValueError(f"{name}: expert index {e} of sample {v} is outside 0 .. {count - 1}")
+    return [starts[e] if starts else e * width for e in chosen]
+
+
+def _slice(weight: Tensor, o: int, c: int, g: Conv2dGeometry) -> Tensor:
+    return weight[o : o + g.out_width, c : c + g.in_width // g.groups]
+
+
+def _of_slice(value: Tensor, channels: slice, g: Conv2dGeometry) -> Tensor:
+    return value if value.shape[0] == g.out_width else value[channels]
+
+
+def _as(out: Tensor, like: Tensor) -> Tensor:
+    return out.contiguous(memory_format=memory_format_of(like))

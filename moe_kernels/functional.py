@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routed convolution as a function of tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import checks, ops
+from .geometry import Conv2dGeometry, pair
+from .routing import Routing, apply_gate, sum_choices
+from .slices import ExpertSlices
+
+__all__ = ["apply_geometry", "routed_conv2d", "routed_conv2d_fused"]
+
+IntPair = int | tuple[int, int]
+
+
+def routed_conv2d(
+    input: Tensor,  # [B, C, H, W]
+    weight: Tensor,  # [R_out, R_in / groups, kh, kw]
+    routing: Routing,  # expert [B] or [B, k]
+    bias: Tensor | None = None,  # [R_out]
+    *,
+    out_slices: ExpertSlices,
+    in_slices: ExpertSlices | None = None,
+    in_routing: Routing | None = None,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+) -> Tensor:  # [B, w_out, P, Q]
+    """For each sample the convolution with the slice of ``weight`` that ``routing`` chose, and nothing else.
+
+        y[i] = gate[i] * (conv2d(x[i], W[o(i) : o(i) + w_out, c(i) : c(i) + w_in]) + b[o(i) : o(i) + w_out])
+
+    and for k > 1 the sum of the k choices. ``in_slices`` is whole by default; where it is not, ``in_routing`` (default:
+    ``routing``) is the choice that made the input's channels. channels_last in, channels_last out.
+
+    Raises:
+        TypeError: for a wrong type or dtype, ValueError: for a wrong shape, device or index; both name the argument.
+        BackendUnavailable: if no backend computes on the input's device.
+    """
+    if in_slices is None:
+        in_slices = ExpertSlices.whole(input.shape[1] if isinstance(input, Tensor) and input.dim() == 4 else 1)
+    geometry = _checked_geometry(weight, bias, out_slices, in_slices, stride, padding, dilation, groups)
+    return apply_geometry(input, weight, bias, routing, in_routing, geometry)
+
+
+def routed_conv2d_fused(
+    input: Tensor,
+    weight: Tensor,
+    routing: Routing,
+    bias: Tensor | None = None,
+    *,
+    out_slices: ExpertSlices,
+    in_slices: ExpertSlices | None = None,
+    in_routing: Routing | None = None,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    scale: Tensor | None = None,  # [w_out] for all experts, or [R_out]
+    shift: Tensor | None = None,  # as scale
+    residual: Tensor | None = None,  # [B, w_out, P, Q]
+    relu: bool = False,
+) -> Tensor:
+    """:func:`routed_conv2d` with its epilogue: ``relu(scale * (gate * (conv + bias)) + shift + residual)``.
+
+    One pass where no gradient is needed and k = 1; differentiable in every argument, by composition, where one is.
+
+    Raises:
+        As :func:`routed_conv2d`; ValueError for ``scale``, ``shift`` or ``residual`` of another shape.
+    """
+    if in_slices is None:
+        in_slices = ExpertSlices.whole(input.shape[1] if isinstance(input, Tensor) and input.dim() == 4 else 1)
+    geometry = _checked_geometry(weight, bias, out_slices, in_slices, stride, padding, dilation, groups)
+    for name, value in (("scale", scale), ("shift", shift)):
+        if value is not None and tuple(value.shape) not in ((out_slices.width,), (out_slices.total,)):
+            raise ValueError(
+                f"{name}: expected shape [{out_slices.width}] or [{out_slices.total}], got {tuple(value.shape)}"
+            )
+    if scale is not None and shift is not None and scale.shape != shift.shape:
+        raise ValueError(f"shift: expected the shape of scale, {tuple(scale.shape)}, got {tuple(shift.shape)}")
+    checks.layer_input(input, weight, bias, routing, in_routing or routing, geometry)
+    out_expert, in_expert, geometry = _experts(input, routing, in_routing, geometry)
+    k = routing.top_k
+    one_pass = k == 1 and (routing.gate is None or routing.unit_gate or not routing.gate.requires_grad)
+    if one_pass:
+        if residual is not None:
+            _check_residual(residual, input, weight, geometry)
+        gate = None if routing.gate is None or routing.unit_gate else routing.gate
+        if not (routing.unit_gate and routing.gate is not None and routing.gate.requires_grad):
+            return ops.conv2d_fused(
+                input, weight, out_expert, in_expert, *geometry, bias, gate, scale, shift, residual, relu
+            )
+    y = apply_geometry(input, weight, bias, routing, in_routing, geometry._replace(samples_per_input=1))
+    if residual is not None and residual.shape != y.shape:
+        raise ValueError(f"residual: expected the output's shape {tuple(y.shape)}, got {tuple(residual.shape)}")
+    choice = out_expert if k == 1 else None
+    return ops.epilogue(y, choice, geometry, scale, shift, residual, relu)
+
+
+def _check_residual(residual: Tensor, input: Tensor, weight: Tensor, geometry: Conv2dGeometry) -> None:
+    expected = ops.output_shape(input, weight, geometry)
+    if tuple(residual.shape) != expected:
+        raise ValueError(f"residual: expected the output's shape {expected}, got {tuple(residual.shape)}")
+    if residual.dtype != input.dtype:
+        raise TypeError(f"residual: expected the input's dtype {input.dtype}, got {residual.dtype}")
+
+
+def _checked_geometry(
+    weight: Tensor,
+    bias: Tensor | None,
+    out_slices: ExpertSlices,
+    in_slices: ExpertSlices,
+    stride: IntPair,
+    padding: IntPair,
+    dilation: IntPair,
+    groups: int,
+) -> Conv2dGeometry:
+    checks.sides(out_slices, in_slices, groups)
+    checks.weight(weight, out_slices, in_slices, groups)
+    if bias is not None and tuple(bias.shape) != (out_slices.total,):
+        raise ValueError(f"bias: expected shape [{out_slices.total}], got {tuple(bias.shape)}")
+    pairs = [pair(v, n) for v, n in ((stride, "stride"), (padding, "padding"), (dilation, "dilation"))]
+    for name, value, minimum in zip(("stride", "padding", "dilation"), pairs, (1, 0, 1), strict=True):
+        checks.positive_pair(name, value, minimum)
+    return Conv2dGeometry.of(out_slices, in_slices, pairs[0], pairs[1], pairs[2], groups)
+
+
+def apply_geometry(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    routing: Routing,
+    in_routing: Routing | None,
+    geometry: Conv2dGeometry,
+    packed: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    """:func:`routed_conv2d` with its slices and sizes made a value before; the modules' way in."""
+    checks.layer_input(input, weight, bias, routing, in_routing or routing, geometry)
+    out_expert, in_expert, geometry = _experts(input, routing, in_routing, geometry)
+    gate = routing.gate
+    if not torch.is_grad_enabled() or not (
+        input.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (gate is not None and gate.requires_grad)
+    ):
+        if gate is not None:
+            gate = None if routing.unit_gate else gate.reshape(-1)
+        if bias is None and gate is None:
+            y = ops.conv2d(input, weight, out_expert, in_expert, *geometry, *packed)
+        else:
+            y = ops.conv2d_fused(
+                input, weight, out_expert, in_expert, *geometry, bias, gate, None, None, None, False, packed[0]
+            )
+    else:
+        y = ops.conv2d(input, weight, out_expert, in_expert, *geometry, *packed)
+        y = ops.add_bias(y, bias, out_expert, geometry)
+        if gate is not None:
+            y = apply_gate(y, gate.reshape(-1), routing.unit_gate)
+    return sum_choices(y, routing.top_k)
+
+
+def _experts(
+    input: Tensor, routing: Routing, in_routing: Routing | None, geometry: Conv2dGeometry
+) -> tuple[Tensor | None, Tensor | None, Conv2dGeometry]:
+    """The expert of each virtual sample on both sides, and the geometry with the number of virtual samples an input."""
+    expert = routing.expert if routing.expert.dim() == 1 else routing.expert.reshape(-1)
+    batch = input.shape[0]
+    choices = routing.top_k if routing.expert.dim() == 2 else routing.choices
+    if choices > 1:
+        # [B, k] reads each input k times; an expanded routing does so unless it is given as many inputs as choices
+        repeats = choices if expert.shape[0] == batch * choices else 1
+        if repeats > 1:
+            geometry = geometry._replace(samples_per_input=repeats)
+    in_expert = None
+    if geometry.num_in:
+        made_by = routing if in_routing is None else in_routing
+        in_expert = made_by.expert.reshape(-1)
+        if in_expert.shape[0] != expert.shape[0]:
+            in_expert = in_expert.repeat_interleave(expert.shape[0] // in_expert.shape[0])
+    return (expert if geometry.num_out else None), in_expert, geometry

@@ -1,0 +1,469 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routed layers as modules."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import backends, checks
+from .functional import apply_geometry
+from .geometry import Conv2dGeometry, pair
+from .routing import Routing
+from .rows import gather_rows, scatter_rows
+from .slices import ExpertSlices
+
+__all__ = ["RoutedBatchNorm2d", "RoutedConv2d", "RoutedLinear"]
+
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class _Packed(NamedTuple):
+    """Packed weights and what they were made of."""
+
+    weight: weakref.ref[Tensor]
+    pointer: int
+    version: int
+    backend: str
+    blocks: tuple[Tensor | None, Tensor | None]  # for forward, for grad_input
+
+
+class _RoutedLayer(nn.Module):
+    """A weight with one slice for each expert, its initialisation and its cache of packed weights.
+
+    The cache exists in eval mode only and belongs to one value of the weight: it is dropped by ``train()``, ``eval()``,
+    ``load_state_dict``, ``to()`` and its kin, and by every in-place change that torch counts. Writes through ``.data``
+    are not counted: call :meth:`clear_cache` after them.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    geometry: Conv2dGeometry
+    _cache: _Packed | None
+
+    def _set_sides(
+        self, in_side: Any, out_side: Any, num_experts: int | None, groups: int, names: tuple[str, str]
+    ) -> None:
+        if num_experts is None and not isinstance(in_side, ExpertSlices) and not isinstance(out_side, ExpertSlices):
+            raise TypeError(f"num_experts: expected an integer, or ExpertSlices as {names[0]} or {names[1]}; got None")
+        if num_experts is not None and (isinstance(num_experts, bool) or not isinstance(num_experts, int)):
+            raise TypeError(f"num_experts: expected an integer or None, got {num_experts!r}")
+        for name, side in zip(names, (in_side, out_side), strict=True):
+            if not isinstance(side, ExpertSlices) and (isinstance(side, bool) or not isinstance(side, int)):
+                raise TypeError(f"{name}: expected an integer or ExpertSlices, got {side!r}")
+            if isinstance(side, int) and side < 1:
+                raise ValueError(f"{name}: expected at least 1, got {side}")
+        if groups != 1 and (isinstance(in_side, ExpertSlices) or isinstance(out_side, ExpertSlices)):
+            raise ValueError(
+                f"groups: only integers for {names[0]} and {names[1]} go with groups > 1, got groups={groups}"
+            )
+        self.in_slices = in_side if isinstance(in_side, ExpertSlices) else ExpertSlices.whole(in_side)
+        if isinstance(out_side, ExpertSlices):
+            self.out_slices = out_side
+        elif num_experts is None:
+            self.out_slices = ExpertSlices.whole(out_side)
+        else:
+            self.out_slices = ExpertSlices.partition(out_side, num_experts)
+        sliced = [s.num_experts for s in (self.out_slices, self.in_slices) if not s.is_whole]
+        if num_experts is not None and isinstance(out_side, ExpertSlices) and sliced and num_experts not in sliced:
+            raise ValueError(f"num_experts: expected {sliced[0]} as the slices have, got {num_experts}")
+        self.num_experts = num_experts if num_experts is not None else (sliced[0] if sliced else 1)
+        checks.sides(self.out_slices, self.in_slices, groups)
+
+    def _make_parameters(self, kernel_size: tuple[int, ...], groups: int, bias: bool, device: Any, dtype: Any) -> None:
+        shape = (self.out_slices.total, self.in_slices.total // groups, *kernel_size)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(self.out_slices.total, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self._fan_in = self.in_slices.width // groups * math.prod(kernel_size)
+        self._cache = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """nn.Conv2d's and nn.Linear's initialisation, by the fan of one expert and not of all: uniform in
+        ±1/sqrt(fan_in)."""
+        bound = 1 / math.sqrt(self._fan_in)
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def clear_cache(self) -> None:
+        """Drops the packed weights; needed after a write through ``weight.data`` only."""
+        self._cache = None
+
+    def _packed(self, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """This weight packed for the backend in use, from the cache where it holds."""
+        if (
+            self.training
+            or torch.compiler.is_compiling()
+            or weight.is_inference()
+            or torch.is_autocast_enabled(weight.device.type)
+            or torch._C._are_functorch_transforms_active()
+            or type(weight) not in (nn.Parameter, Tensor)
+        ):
+            return None, None
+        backend = backends.choose(weight.device)
+        cache = self._cache
+        if (
+            cache is not None
+            and cache.weight() is weight
+            and cache.pointer == weight.data_ptr()
+            and cache.version == weight._version
+            and cache.backend == backend.name
+        ):
+            return cache.blocks
+        # outside inference mode, so that what is packed under it also serves a later backward
+        with torch.inference_mode(False), torch.no_grad():
+            blocks = backend.pack(self._weight4d(weight.detach()), self.geometry)
+        self._cache = _Packed(weakref.ref(weight), weight.data_ptr(), weight._version, backend.name, blocks)
+        return blocks
+
+    def _weight4d(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def train(self, mode: bool = True) -> Any:
+        self._cache = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._cache = None
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._cache = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None}  # pickle and deepcopy
+
+
+class RoutedConv2d(_RoutedLayer):
+    """nn.Conv2d with one slice of weights for each expert; each sample is convolved with its expert's slice alone.
+
+    With integers and ``num_experts=N`` the drop-in form: ``in_channels`` come in, ``out_channels`` go out, as with
+    nn.Conv2d; the weight is ``[N * out_channels, in_channels / groups, kh, kw]`` (the layout of AdvMoE's released
+    code). Either side may instead be an :class:`ExpertSlices`; an integer without ``num_experts`` is a whole side.
+
+    Args:
+        in_channels, out_channels: channels in and out, or ExpertSlices.
+        kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as nn.Conv2d's.
+        num_experts: N, for the drop-in form.
+
+    Shapes: input ``[B, in, H, W]``, output ``[B, out, P, Q]``; channels_last in, channels_last out.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        in_channels: int | ExpertSlices,
+        out_channels: int | ExpertSlices,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        num_experts: int | None = None,
+    ) -> None:
+        super().__init__()
+        self._set_sides(in_channels, out_channels, num_experts, groups, ("in_channels", "out_channels"))
+        self.in_channels = self.in_slices.width
+        self.out_channels = self.out_slices.width
+        self.kernel_size = pair(kernel_size, "kernel_size")
+        self.stride = pair(stride, "stride")
+        self.dilation = pair(dilation, "dilation")
+        self.groups = groups
+        self.padding_mode = padding_mode
+        for name, minimum in (("kernel_size", 1), ("stride", 1), ("dilation", 1)):
+            checks.positive_pair(name, getattr(self, name), minimum)
+        if padding_mode not in _PADDING_MODES:
+            raise ValueError(f"padding_mode: expected one of {', '.join(_PADDING_MODES)}, got {padding_mode!r}")
+        self.padding: tuple[int, int] | str = padding if isinstance(padding, str) else pair(padding, "padding")
+        borders = self._borders()  # top, bottom, left, right
+        inside = padding_mode == "zeros" and borders[0] == borders[1] and borders[2] == borders[3]
+        # what the convolution itself cannot pad is padded before it, in the order of F.pad
+        self._pad_before = None if inside else (borders[2], borders[3], borders[0], borders[1])
+        self.geometry = Conv2dGeometry.of(
+            self.out_slices,
+            self.in_slices,
+            self.stride,
+            (borders[0], borders[2]) if inside else (0, 0),
+            self.dilation,
+            groups,
+        )
+        self._make_parameters(self.kernel_size, groups, bias, device, dtype)
+
+    def _borders(self) -> tuple[int, int, int, int]:
+        if not isinstance(self.padding, str):
+            checks.positive_pair("padding", self.padding, 0)
+            return self.padding[0], self.padding[0], self.padding[1], self.padding[1]
+        if self.padding == "valid":
+            return 0, 0, 0, 0
+        if self.padding != "same":
+            raise ValueError(f"padding: expected integers, 'same' or 'valid', got {self.padding!r}")
+        if self.stride != (1, 1):
+            raise ValueError(f"padding: 'same' needs stride 1, got stride={self.stride}")
+        total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        return total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2
+
+    def forward(self, input: Tensor, routing: Routing, in_routing: Routing | None = None) -> Tensor:
+        if self._pad_before is not None:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = F.pad(input, self._pad_before, mode=mode)
+        weight, bias = self.weight, self.bias
+        packed = (None, None) if self.training else self._packed(weight)
+        if torch.is_autocast_enabled(input.device.type):
+            input, weight, bias = autocast(input, weight, bias)
+        return apply_geometry(input, weight, bias, routing, in_routing, self.geometry, packed)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.in_channels}, {self.out_channels}, num_experts={self.num_experts}"]
+        parts.append(f"kernel_size={self.kernel_size}, stride={self.stride}")
+        if self.padding not in ((0, 0), "valid"):
+            parts.append(f"padding={self.padding!r}" if isinstance(self.padding, str) else f"padding={self.padding}")
+        if self.dilation != (1, 1):
+            parts.append(f"dilation={self.dilation}")
+        if self.groups != 1:
+            parts.append(f"groups={self.groups}")
+        if self.bias is None:
+            parts.append("bias=False")
+        if self.padding_mode != "zeros":
+            parts.append(f"padding_mode={self.padding_mode}")
+        return ", ".join([*parts, *_side_repr(self)])
+
+
+class RoutedLinear(_RoutedLayer):
+    """nn.Linear with one slice of weights for each expert: a routed 1×1 convolution.
+
+    Args:
+        in_features, out_features: features in and out, or ExpertSlices.
+        bias, device, dtype: as nn.Linear's.
+        num_experts: N, for the drop-in form; the weight is then ``[N * out_features, in_features]``.
+
+    Shapes: input ``[B, in]`` or ``[B, T, in]`` (T tokens of a sample go to the sample's expert), output ``[..., out]``.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        in_features: int | ExpertSlices,
+        out_features: int | ExpertSlices,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        num_experts: int | None = None,
+    ) -> None:
+        super().__init__()
+        self._set_sides(in_features, out_features, num_experts, 1, ("in_features", "out_features"))
+        self.in_features = self.in_slices.width
+        self.out_features = self.out_slices.width
+        self.geometry = Conv2dGeometry.of(self.out_slices, self.in_slices, (1, 1), (0, 0), (1, 1), 1)
+        self._make_parameters((), 1, bias, device, dtype)
+
+    def _weight4d(self, weight: Tensor) -> Tensor:
+        return weight[:, :, None, None]
+
+    def forward(self, input: Tensor, routing: Routing, in_routing: Routing | None = None) -> Tensor:
+        if input.dim() not in (2, 3):
+            raise ValueError(f"input: expected shape [B, in] or [B, T, in], got {tuple(input.shape)}")
+        weight, bias = self.weight, self.bias
+        packed = (None, None) if self.training else self._packed(weight)
+        if torch.is_autocast_enabled(input.device.type):
+            input, weight, bias = autocast(input, weight, bias)
+        tokens = input.shape[1] if input.dim() == 3 else 1
+        # tokens as rows of an image, features as its channels: the memory of channels_last, without a copy
+        image = input.reshape(input.shape[0], tokens, 1, input.shape[-1]).permute(0, 3, 1, 2)
+        y = apply_geometry(image, self._weight4d(weight), bias, routing, in_routing, self.geometry, packed)
+        y = y.permute(0, 2, 3, 1).flatten(2)  # [V, T, out]
+        return y if input.dim() == 3 else y.squeeze(1)
+
+    def extra_repr(self) -> str:
+        parts = [f"in_features={self.in_features}, out_features={self.out_features}, num_experts={self.num_experts}"]
+        return ", ".join([*parts, f"bias={self.bias is not None}", *_side_repr(self)])
+
+
+class RoutedBatchNorm2d(nn.Module):
+    """nn.BatchNorm2d with affine parameters and running statistics of each expert's own.
+
+    A sample is normalised by the statistics of its expert's samples of the batch. Given :class:`ExpertSlices` instead of
+    a number of channels, the values belong to the channels of the whole side, and are shared where windows overlap.
+
+    Args:
+        num_features: channels of one expert, or ExpertSlices.
+        num_experts: N; not with ExpertSlices.
+        eps, momentum, affine, track_running_stats, device, dtype: as nn.BatchNorm2d's. ``num_batches_tracked`` counts, for
+            each channel, the batches that had a sample of it.
+
+    Shapes: input ``[V, C, H, W]`` and output the same; parameters and statistics ``[N * C]``, or ``[slices.total]``.
+
+    An expert without samples keeps its running statistics.
+
+    Raises:
+        ValueError: in training, if an expert has one value per channel, as nn.BatchNorm2d (looked at on the CPU, outside a
+            trace); or for a wrong shape or routing.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
+
+    def __init__(
+        self,
+        num_features: int | ExpertSlices,
+        num_experts: int | None = None,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if isinstance(num_features, ExpertSlices):
+            if num_experts is not None and num_experts != num_features.num_experts:
+                raise ValueError(
+                    f"num_experts: expected {num_features.num_experts} as the slices have, got {num_experts}"
+                )
+            self.slices = num_features
+        elif num_experts is None:
+            raise TypeError("num_experts: expected an integer, or ExpertSlices as num_features; got None")
+        else:
+            self.slices = ExpertSlices.partition(num_features, num_experts)
+        self.num_features = self.slices.width
+        self.num_experts = self.slices.num_experts
+        self.eps = eps
+        self.momentum = momentum
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        total = self.slices.total
+        if affine:
+            self.weight = nn.Parameter(torch.empty(total, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.empty(total, device=device, dtype=dtype))
+        else:
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+        for name, make in (("running_mean", torch.zeros), ("running_var", torch.ones)):
+            self.register_buffer(name, make(total, device=device, dtype=dtype) if track_running_stats else None)
+        count = torch.zeros(total, dtype=torch.int64, device=device) if track_running_stats else None
+        self.register_buffer("num_batches_tracked", count)
+        self.reset_parameters()
+
+    def reset_running_stats(self) -> None:
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+            self.num_batches_tracked.zero_()
+
+    def reset_parameters(self) -> None:
+        self.reset_running_stats()
+        if self.affine:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor, routing: Routing) -> Tensor:
+        if input.dim() != 4 or input.shape[1] != self.num_features:
+            raise ValueError(f"input: expected shape [V, {self.num_features}, H, W], got {tuple(input.shape)}")
+        expert = routing.expert.reshape(-1)
+        if expert.shape[0] != input.shape[0]:
+            raise ValueError(
+                f"routing: expected {input.shape[0]} choices as the input's samples, got {expert.shape[0]}; a top-k "
+                "routing goes through expand() first"
+            )
+        if routing.num_experts != self.num_experts and not self.slices.is_whole:
+            raise ValueError(f"routing: expected {self.num_experts} experts, got {routing.num_experts}")
+        wide = torch.promote_types(input.dtype, torch.float32)
+        x = input.to(wide)
+        if self.training or self.running_mean is None or self.running_var is None:
+            mean, var, count = self._batch_statistics(x, expert)
+            if self.training and self.track_running_stats:
+                self._update(mean.detach(), var.detach(), count)
+        else:
+            mean, var = self.running_mean.to(wide), self.running_var.to(wide)
+        scale = torch.rsqrt(var + self.eps)
+        if self.affine:
+            scale = scale * self.weight.to(wide)
+        centred = x - self._rows(mean, expert)
+        y = centred * self._rows(scale, expert)
+        if self.affine:
+            y = y + self._rows(self.bias.to(wide), expert)
+        return y.to(input.dtype)
+
+    def _rows(self, value: Tensor, expert: Tensor) -> Tensor:
+        s = self.slices
+        count = 0 if s.is_whole else s.num_experts
+        return gather_rows(value, expert, count, () if s.is_partition else s.starts, s.width)[:, :, None, None]
+
+    def _sum(self, rows: Tensor, expert: Tensor) -> Tensor:
+        s = self.slices
+        count = 0 if s.is_whole else s.num_experts
+        return scatter_rows(rows, expert, count, () if s.is_partition else s.starts, s.width, s.total)
+
+    def _batch_statistics(self, x: Tensor, expert: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, biased variance and number of values of each channel of the whole side: ``[total]`` each."""
+        pixels = x.shape[2] * x.shape[3]
+        count = self._sum(x.new_full((x.shape[0], x.shape[1]), float(pixels)), expert)
+        if self.training and x.device.type == "cpu" and not torch.compiler.is_compiling() and bool((count == 1).any()):
+            channel = int((count == 1).nonzero()[0])
+            names = [e for e, s in enumerate(self.slices.starts) if s <= channel < s + self.slices.width]
+            raise ValueError(
+                f"input: expected more than one value per channel in training, got one for expert {names[0]} "
+                f"(input shape {tuple(x.shape)})"
+            )
+        safe = count.clamp_min(1)
+        mean = self._sum(x.sum(3).sum(2), expert) / safe
+        centred = x - self._rows(mean, expert)
+        var = self._sum((centred * centred).sum(3).sum(2), expert) / safe
+        return mean, var, count
+
+    @torch.no_grad()
+    def _update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        seen = count > 0
+        self.num_batches_tracked += seen
+        if self.momentum is None:
+            step = 1.0 / self.num_batches_tracked.clamp_min(1).to(mean.dtype)
+        else:
+            step = torch.full_like(mean, self.momentum)
+        step = torch.where(seen, step, torch.zeros_like(step))
+        unbiased = var * (count / (count - 1).clamp_min(1))
+        for running, value in ((self.running_mean, mean), (self.running_var, unbiased)):
+            running.copy_(torch.lerp(running.to(mean.dtype), value, step))
+
+    def extra_repr(self) -> str:
+        text = f"{self.num_features}, num_experts={self.num_experts}, eps={self.eps}, momentum={self.momentum}"
+        text += f", affine={self.affine}, track_running_stats={self.track_running_stats}"
+        return text if self.slices.is_partition else f"{text}, slices={self.slices}"
+
+
+def autocast(*tensors: Tensor | None) -> Iterator[Tensor | None]:
+    """Floating tensors in the autocast dtype of their device, before the argument checks compare dtypes."""
+    return (
+        t.to(torch.get_autocast_dtype(t.device.type)) if t is not None and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+def _side_repr(layer: _RoutedLayer) -> list[str]:
+    sides = []
+    if not layer.out_slices.is_partition:
+        sides.append(f"out_slices={layer.out_slices}")
+    if not layer.in_slices.is_whole:
+        sides.append(f"in_slices={layer.in_slices}")
+    return sides

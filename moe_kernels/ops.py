@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators of torch.library: schema, fake, autograd, autocast and FLOP formula, in one place.
+
+``conv2d`` F(x, w), ``conv2d_grad_input`` D(dy, w) and ``conv2d_grad_weight`` G(dy, x) are each bilinear, and the
+derivative of each is made of the other two, so that any order of derivative needs no further kernel:
+
+    F: dx = D(dy, w),  dw = G(dy, x)
+    D with cotangent v: d(dy) = F(v, w),  dw = G(dy, v)
+    G with cotangent u: d(dy) = F(x, u),  dx = D(dy, u)
+
+``conv2d_fused`` is F with the epilogue bias, gate, scale and shift, residual, ReLU in one pass, for calls that need no
+gradient; where one does, its autograd form is composed of the same pieces.
+
+Letters: B inputs, V = B * samples_per_input virtual samples, C/K input/output channels of one slice, H, W the input's and
+P, Q the output's rows and columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import backends
+from .geometry import Conv2dGeometry, output_size
+from .layout import memory_format_of
+from .rows import gather_rows
+
+__all__ = ["conv2d", "conv2d_fused", "conv2d_grad_input", "conv2d_grad_weight"]
+
+_EXPERTS = "Tensor? out_expert, Tensor? in_expert"
+_GEOMETRY = (
+    "int[] out_starts, int[] in_starts, int num_out, int num_in, int out_width, int in_width, int[2] stride, "
+    "int[2] padding, int[2] dilation, int groups, int samples_per_input"
+)
+_PACKED = "Tensor? packed=None, Tensor? packed_grad=None"
+_G = len(Conv2dGeometry._fields)
+
+_lib = torch.library.Library("moe_kernels", "DEF")
+_lib.define(f"conv2d(Tensor input, Tensor weight, {_EXPERTS}, {_GEOMETRY}, {_PACKED}) -> Tensor")
+_lib.define(
+    f"conv2d_grad_input(Tensor grad, Tensor weight, {_EXPERTS}, {_GEOMETRY}, SymInt[2] size, {_PACKED}) -> Tensor"
+)
+_lib.define(f"conv2d_grad_weight(Tensor grad, Tensor input, {_EXPERTS}, {_GEOMETRY}, SymInt[4] weight_shape) -> Tensor")
+_lib.define(
+    f"conv2d_fused(Tensor input, Tensor weight, {_EXPERTS}, {_GEOMETRY}, Tensor? bias, Tensor? gate, Tensor? scale, "
+    "Tensor? shift, Tensor? residual, bool relu, Tensor? packed=None) -> Tensor"
+)
+
+conv2d = torch.ops.moe_kernels.conv2d.default
+conv2d_grad_input = torch.ops.moe_kernels.conv2d_grad_input.default
+conv2d_grad_weight = torch.ops.moe_kernels.conv2d_grad_weight.default
+conv2d_fused = torch.ops.moe_kernels.conv2d_fused.default
+
+
+def _geometry(args: tuple[Any, ...]) -> Conv2dGeometry:
+    """The geometry out of an operator's flat arguments, its lists as tuples again."""
+    return Conv2dGeometry(*(tuple(a) if isinstance(a, list) else a for a in args))
+
+
+# --- the backends' calls ------------------------------------------------------------------------------------------------
+
+
+def _conv2d(input: Tensor, weight: Tensor, out_expert: Tensor | None, in_expert: Tensor | None, *rest: Any) -> Tensor:
+    packed = rest[_G] if len(rest) > _G else None
+    backend = backends.choose(input.device)
+    return backend.forward(input, weight, out_expert, in_expert, _geometry(rest[:_G]), packed=packed)
+
+
+def _conv2d_grad_input(
+    grad: Tensor, weight: Tensor, out_expert: Tensor | None, in_expert: Tensor | None, *rest: Any
+) -> Tensor:
+    height, width = rest[_G]
+    packed_grad = rest[_G + 2] if len(rest) > _G + 2 else None
+    backend = backends.choose(grad.device)
+    return backend.grad_input(grad, weight, out_expert, in_expert, _geometry(rest[:_G]), (height, width), packed_grad)
+
+
+def _conv2d_grad_weight(
+    grad: Tensor, input: Tensor, out_expert: Tensor | None, in_expert: Tensor | None, *rest: Any
+) -> Tensor:
+    backend = backends.choose(grad.device)
+    return backend.grad_weight(grad, input, out_expert, in_expert, _geometry(rest[:_G]), tuple(rest[_G]))
+
+
+def _conv2d_fused(
+    input: Tensor, weight: Tensor, out_expert: Tensor | None, in_expert: Tensor | None, *rest: Any
+) -> Tensor:
+    bias, gate, scale, shift, residual, relu = rest[_G : _G + 6]
+    packed = rest[_G + 6] if len(rest) > _G + 6 else None
+    return backends.choose(input.device).forward(
+        input, weight, out_expert, in_expert, _geometry(rest[:_G]),
+        bias=bias, gate=gate, scale=scale, shift=shift, residual=residual, relu=relu, packed=packed,
+    )  # fmt: skip
+
+
+# --- shapes -------------------------------------------------------------------------------------------------------------
+
+
+def output_shape(input: Tensor, weight: Tensor, g: Conv2dGeometry) -> tuple[int, ...]:
+    """``[V, K, P, Q]`` of a forward."""
+    size = (
+        output_size(input.shape[a], weight.shape[a], g.stride[a - 2], g.padding[a - 2], g.dilation[a - 2])
+        for a in (2, 3)
+    )
+    return (input.shape[0] * g.samples_per_input, g.out_width, *size)
+
+
+def _conv2d_fake(input: Tensor, weight: Tensor, out_expert: Any, in_expert: Any, *rest: Any, **packed: Any) -> Tensor:
+    shape = output_shape(input, weight, _geometry(rest[:_G]))
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
+
+
+def _grad_input_fake(
+    grad: Tensor, weight: Tensor, out_expert: Any, in_expert: Any, *rest: Any, **packed: Any
+) -> Tensor:
+    g = _geometry(rest[:_G])
+    shape = (grad.shape[0] // g.samples_per_input, g.in_width, *rest[_G])
+    return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format_of(grad))
+
+
+def _grad_weight_fake(grad: Tensor, input: Tensor, out_expert: Any, in_expert: Any, *rest: Any) -> Tensor:
+    return grad.new_empty(tuple(rest[_G]))
+
+
+# --- autograd -----------------------------------------------------------------------------------------------------------
+
+
+def _wanted(ctx: Any, index: int) -> bool:
+    """Whether the running backward will use the gradient of the tensor input ``index``.
+
+    needs_input_grad also says yes for a weight that requires grad while only d loss / d x is asked for, as in an attack;
+    the engine knows better. The question is private to torch and refused for leaves that are asked for (then: yes).
+    """
+    if not ctx.needs_input_grad[index]:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    try:
+        return torch._C._will_engine_execute_node(ctx.next_functions[index][0])
+    except (AttributeError, IndexError, RuntimeError, TypeError):
+        return True
+
+
+def _below_autograd(op: Any, *args: Any) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return _below_autograd(conv2d, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, out_expert, in_expert, *rest = inputs
+        ctx.save_for_backward(input, weight, out_expert, in_expert, *_packed(rest, _G))
+        ctx.geometry = rest[:_G]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        input, weight, out_expert, in_expert, packed, packed_grad = ctx.saved_tensors
+        args = (out_expert, in_expert, *ctx.geometry)
+        dx = dw = None
+        if _wanted(ctx, 0):
+            dx = conv2d_grad_input(grad, weight, *args, input.shape[2:], packed, packed_grad)
+        if _wanted(ctx, 1):
+            dw = conv2d_grad_weight(grad, input, *args, weight.shape)
+        return dx, dw, *[None] * (_G + 4)
+
+
+class _Conv2dGradInput(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return _below_autograd(conv2d_grad_input, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        grad, weight, out_expert, in_expert, *rest = inputs
+        ctx.save_for_backward(grad, weight, out_expert, in_expert, *_packed(rest, _G + 1))
+        ctx.geometry = rest[:_G]
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
+        grad, weight, out_expert, in_expert, packed, packed_grad = ctx.saved_tensors
+        args = (out_expert, in_expert, *ctx.geometry)
+        dg = dw = None
+        if _wanted(ctx, 0):
+            dg = conv2d(v, weight, *args, packed, packed_grad)
+        if _wanted(ctx, 1):
+            dw = conv2d_grad_weight(grad, v, *args, weight.shape)
+        return dg, dw, *[None] * (_G + 5)
+
+
+class _Conv2dGradWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        return _below_autograd(conv2d_grad_weight, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        grad, input, out_expert, in_expert, *rest = inputs
+        ctx.save_for_backward(grad, input, out_expert, in_expert)
+        ctx.geometry = rest[:_G]
+
+    @staticmethod
+    def backward(ctx: Any, u: Tensor) -> tuple[Any, ...]:
+        grad, input, out_expert, in_expert = ctx.saved_tensors
+        args = (out_expert, in_expert, *ctx.geometry)
+        dg = dx = None
+        if _wanted(ctx, 0):
+            dg = conv2d(input, u, *args)
+        if _wanted(ctx, 1):
+            dx = conv2d_grad_input(grad, u, *args, input.shape[2:])
+        return dg, dx, *[None] * (_G + 3)
+
+
+def _packed(rest: list[Any], at: int) -> tuple[Any, Any]:
+    """The packed weights behind the arguments up to ``at``; trailing ones that equal their defaults are left out by torch."""
+    rest = [*rest[at:], None, None]
+    return rest[0], rest[1]
+
+
+def _differentiable(function: type[torch.autograd.Function], op: Any, length: int) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        # defaults may come by name or not at all; the Function wants them all, in order
+        args = (*args, *[None] * (length - len(args)))
+        if kwargs:
+            args = (*args[: length - 2], kwargs.get("packed", args[-2]), kwargs.get("packed_grad", args[-1]))
+        if torch.is_grad_enabled() and (args[0].requires_grad or args[1].requires_grad):
+            return function.apply(*args)
+        return _below_autograd(op, *args)
+
+    return call
+
+
+def _fused_differentiable(
+    input: Tensor, weight: Tensor, out_expert: Tensor | None, in_expert: Tensor | None, *rest: Any, **kwargs: Any
+) -> Tensor:
+    bias, gate, scale, shift, residual, relu = rest[_G : _G + 6]
+    packed = rest[_G + 6] if len(rest) > _G + 6 else kwargs.get("packed")
+    tensors = (input, weight, bias, gate, scale, shift, residual)
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        return _below_autograd(conv2d_fused, input, weight, out_expert, in_expert, *rest[: _G + 6], packed)
+    g = _geometry(rest[:_G])
+    y = conv2d(input, weight, out_expert, in_expert, *rest[:_G], packed, None)
+    y = add_bias(y, bias, out_expert, g)
+    if gate is not None:
+        y = y * gate.to(y.dtype)[:, None, None, None]
+    return epilogue(y, out_expert, g, scale, shift, residual, relu)
+
+
+def epilogue(
+    y: Tensor,  # [V, K, P, Q]
+    out_expert: Tensor | None,
+    g: Conv2dGeometry,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    """What follows bias and gate, in torch's own operators."""
+    if scale is not None:
+        y = y * _affine_rows(scale, out_expert, g).to(y.dtype)
+    if shift is not None:
+        y = y + _affine_rows(shift, out_expert, g).to(y.dtype)
+    if residual is not None:
+        y = y + residual
+    return y.relu() if relu else y
+
+
+def add_bias(y: Tensor, bias: Tensor | None, out_expert: Tensor | None, g: Conv2dGeometry) -> Tensor:
+    """``y [V, K, P, Q]`` plus each sample's slice of ``bias [R_out]``, in y's dtype."""
+    if bias is None:
+        return y
+    rows = gather_rows(bias, out_expert, g.num_out, g.out_starts, g.out_width)
+    return y + rows.to(y.dtype)[:, :, None, None]
+
+
+def _affine_rows(value: Tensor, out_expert: Tensor | None, g: Conv2dGeometry) -> Tensor:
+    if value.shape[0] == g.out_width:
+        return value[None, :, None, None]
+    return gather_rows(value, out_expert, g.num_out, g.out_starts, g.out_width)[:, :, None, None]
+
+
+# --- autocast -----------------------------------------------------------------------------------------------------------
+
+
+def _autocast(op: Any, device: str, key: torch._C.DispatchKey) -> Any:
+    exclude = torch._C.DispatchKeySet(key)
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        dtype = torch.get_autocast_dtype(device)
+        # float64 is left alone, as by torch's own list of operators; packed weights are of another dtype than the cast one
+        cast = [
+            a.to(dtype)
+            if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 and a.device.type == device
+            else a
+            for a in args
+        ]
+        with torch._C._ExcludeDispatchKeyGuard(exclude):
+            return op(*cast, **kwargs)
+
+    return call
+
+
+def _register() -> None:
+    implementations = {
+        "conv2d": (_conv2d, _conv2d_fake, _differentiable(_Conv2d, conv2d, _G + 6)),
+        "conv2d_grad_input": (
+            _conv2d_grad_input, _grad_input_fake, _differentiable(_Conv2dGradInput, conv2d_grad_input, _G + 7),
+        ),
+        "conv2d_grad_weight": (
+            _conv2d_grad_weight, _grad_weight_fake, _differentiable(_Conv2dGradWeight, conv2d_grad_weight, _G + 5),
+        ),
+        "conv2d_fused": (_conv2d_fused, _conv2d_fake, _fused_differentiable),
+    }  # fmt: skip
+    for name, (run, fake, differentiable) in implementations.items():
+        _lib.impl(name, run, "CompositeExplicitAutograd")
+        _lib.impl(name, differentiable, "Autograd")
+        torch.library.register_fake(f"moe_kernels::{name}", fake, lib=_lib)
+    for device, key in (("cpu", torch._C.DispatchKey.AutocastCPU), ("cuda", torch._C.DispatchKey.AutocastCUDA)):
+        for name in ("conv2d", "conv2d_fused"):
+            op = getattr(torch.ops.moe_kernels, name).default
+            _lib.impl(name, _autocast(op, device, key), key.name)
+
+
+# --- FLOPs: two for each multiply-accumulate, as torch counts ------------------------------------------------------------
+
+
+def _flops(samples: int, rows: int, columns: int, weight_shape: Any, g: Conv2dGeometry) -> int:
+    return 2 * samples * rows * columns * g.out_width * (g.in_width // g.groups) * weight_shape[2] * weight_shape[3]
+
+
+def _register_flops() -> None:
+    packet = torch.ops.moe_kernels
+
+    @register_flop_formula([packet.conv2d, packet.conv2d_fused])
+    def conv2d_flops(input_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return _flops(out_shape[0], out_shape[2], out_shape[3], weight_shape, _geometry(args[2 : 2 + _G]))
+
+    @register_flop_formula(packet.conv2d_grad_input)
+    def grad_input_flops(grad_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return _flops(grad_shape[0], grad_shape[2], grad_shape[3], weight_shape, _geometry(args[2 : 2 + _G]))
+
+    @register_flop_formula(packet.conv2d_grad_weight)
+    def grad_weight_flops(grad_shape: Any, input_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return _flops(grad_shape[0], grad_shape[2], grad_shape[3], args[2 + _G], _geometry(args[2 : 2 + _G]))
+
+
+_register()
+_register_flops()

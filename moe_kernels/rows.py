@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Per-channel values of a layer as rows of each sample's slice, and back: bias, affine parameters, statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["gather_rows", "scatter_rows"]
+
+
+def gather_rows(value: Tensor, expert: Tensor | None, count: int, starts: tuple[int, ...], width: int) -> Tensor:
+    """``value [total]`` to ``[V, width]``: each sample's slice; ``[1, width]`` where the side is whole (count 0).
+
+    Empty ``starts`` mean a partition.
+    """
+    if not count or expert is None:
+        return value[None]
+    if not starts:
+        return value.view(count, width).index_select(0, expert)
+    return value[_channels(expert, starts, width)]
+
+
+def scatter_rows(
+    rows: Tensor, expert: Tensor | None, count: int, starts: tuple[int, ...], width: int, total: int
+) -> Tensor:
+    """``rows [V, width]`` summed into ``[total]`` channels: the transpose of :func:`gather_rows`."""
+    if not count or expert is None:
+        return rows.sum(0)
+    if not starts:
+        return rows.new_zeros(count, width).index_add(0, expert, rows).view(-1)
+    return rows.new_zeros(total).index_put((_channels(expert, starts, width),), rows, accumulate=True)
+
+
+def _channels(expert: Tensor, starts: tuple[int, ...], width: int) -> Tensor:
+    first = torch.tensor(starts, dtype=torch.int64, device=expert.device)
+    return first[expert][:, None] + torch.arange(width, device=expert.device)

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds moe_kernels._C with CMake and ninja. Everything else about the package is in pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """Configures afresh on every build: under build isolation pip's tools live in a new folder each time, and a kept
+    CMake cache would point at the last one's."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        work = Path(self.build_temp).resolve() / f"cmake-{sys.implementation.cache_tag}"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        cmake = _tool("cmake")
+        configure = [
+            cmake, "-S", str(ROOT), "-B", str(work), "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DPYTHON_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]  # fmt: skip
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        self.spawn(configure)
+        self.spawn([cmake, "--build", str(work), "--target", "_C", "--parallel", jobs])
+        if not target.exists():
+            raise RuntimeError(f"CMake finished but did not write {target}")
+        info = [line for line in (work / "build.ninja").read_text().splitlines() if "MOE_BUILD_INFO" in line]
+        print(f"moe_kernels: built {target.name}: {_build_info(info)}", flush=True)
+
+
+def _build_info(lines: list[str]) -> str:
+    """The MOE_BUILD_INFO that CMake wrote into the build file, without its quoting."""
+    for line in lines:
+        return (
+            line.split("MOE_BUILD_INFO=", 1)[1]
+            .split("-D", 1)[0]
+            .strip()
+            .strip("\\\"' ")
+            .replace("\\", "")
+            .replace('"', "")
+        )
+    return "no build information found"
+
+
+def _tool(name: str) -> str:
+    """The tool's path: pip's build environment puts its own first on PATH."""
+    found = shutil.which(name)
+    if found is None:
+        raise RuntimeError(f"{name} was not found; pip installs it with build isolation, or `pip install {name}`")
+    subprocess.run([found, "--version"], check=True, stdout=subprocess.DEVNULL)
+    return found
+
+
+setup(ext_modules=[Extension("moe_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
