@@ -148,13 +148,26 @@ def apply_geometry(
         or (bias is not None and bias.requires_grad)
         or (gate is not None and gate.requires_grad)
     ):
+        # no gradient although it may be enabled: the operators' autograd layer has nothing to do
         if gate is not None:
             gate = None if routing.unit_gate else gate.reshape(-1)
         if bias is None and gate is None:
-            y = ops.conv2d(input, weight, out_expert, in_expert, *geometry, *packed)
+            y = ops.call(ops.conv2d, input, weight, out_expert, in_expert, *geometry, *packed)
         else:
-            y = ops.conv2d_fused(
-                input, weight, out_expert, in_expert, *geometry, bias, gate, None, None, None, False, packed[0]
+            y = ops.call(
+                ops.conv2d_fused,
+                input,
+                weight,
+                out_expert,
+                in_expert,
+                *geometry,
+                bias,
+                gate,
+                None,
+                None,
+                None,
+                False,
+                packed[0],
             )
     else:
         y = ops.conv2d(input, weight, out_expert, in_expert, *geometry, *packed)

@@ -21,6 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+
+# The Function as the engine sees it, without functorch's layer: at the Autograd key functorch has already peeled its own
+# level off, and torch.autograd.Function would look for it again. It is also cheaper to call.
+from torch.autograd.function import _SingleLevelFunction as _Function
 from torch.utils.flop_counter import register_flop_formula
 
 from . import backends
@@ -28,7 +33,16 @@ from .geometry import Conv2dGeometry, output_size
 from .layout import memory_format_of
 from .rows import gather_rows
 
-__all__ = ["conv2d", "conv2d_fused", "conv2d_grad_input", "conv2d_grad_weight"]
+__all__ = [
+    "add_bias",
+    "call",
+    "conv2d",
+    "conv2d_fused",
+    "conv2d_grad_input",
+    "conv2d_grad_weight",
+    "epilogue",
+    "output_shape",
+]
 
 _EXPERTS = "Tensor? out_expert, Tensor? in_expert"
 _GEOMETRY = (
@@ -96,6 +110,14 @@ def _conv2d_fused(
     )  # fmt: skip
 
 
+_RUN = {
+    conv2d: _conv2d,
+    conv2d_grad_input: _conv2d_grad_input,
+    conv2d_grad_weight: _conv2d_grad_weight,
+    conv2d_fused: _conv2d_fused,
+}
+
+
 # --- shapes -------------------------------------------------------------------------------------------------------------
 
 
@@ -144,21 +166,42 @@ def _wanted(ctx: Any, index: int) -> bool:
         return True
 
 
+def _watched(x: Tensor) -> bool:
+    """Whether anything would see or change a call to an operator: a trace, a mode, a transform, a subclass, the profiler.
+
+    Where nothing does and no gradient is needed, the backend is called directly: a pass through the dispatcher and back
+    into Python costs 6 to 15 µs, more than a small layer's work.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        or x.is_meta
+    )
+
+
 def _below_autograd(op: Any, *args: Any) -> Tensor:
+    if not _watched(args[0]):
+        return _RUN[op](*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
 
-class _Conv2d(torch.autograd.Function):
-    @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return _below_autograd(conv2d, *args)
+def call(op: Any, *args: Any) -> Tensor:
+    """``op(*args)``, past the dispatcher where no gradient is enabled and nobody would notice."""
+    return op(*args) if torch.is_grad_enabled() or _watched(args[0]) else _RUN[op](*args)
 
+
+class _Conv2d(_Function):
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, out_expert, in_expert, *rest = inputs
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        input, weight, out_expert, in_expert, *rest = args
         ctx.save_for_backward(input, weight, out_expert, in_expert, *_packed(rest, _G))
         ctx.geometry = rest[:_G]
+        return _below_autograd(conv2d, *args)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -166,22 +209,19 @@ class _Conv2d(torch.autograd.Function):
         args = (out_expert, in_expert, *ctx.geometry)
         dx = dw = None
         if _wanted(ctx, 0):
-            dx = conv2d_grad_input(grad, weight, *args, input.shape[2:], packed, packed_grad)
+            dx = call(conv2d_grad_input, grad, weight, *args, input.shape[2:], packed, packed_grad)
         if _wanted(ctx, 1):
-            dw = conv2d_grad_weight(grad, input, *args, weight.shape)
+            dw = call(conv2d_grad_weight, grad, input, *args, weight.shape)
         return dx, dw, *[None] * (_G + 4)
 
 
-class _Conv2dGradInput(torch.autograd.Function):
+class _Conv2dGradInput(_Function):
     @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return _below_autograd(conv2d_grad_input, *args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        grad, weight, out_expert, in_expert, *rest = inputs
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        grad, weight, out_expert, in_expert, *rest = args
         ctx.save_for_backward(grad, weight, out_expert, in_expert, *_packed(rest, _G + 1))
         ctx.geometry = rest[:_G]
+        return _below_autograd(conv2d_grad_input, *args)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
@@ -189,22 +229,19 @@ class _Conv2dGradInput(torch.autograd.Function):
         args = (out_expert, in_expert, *ctx.geometry)
         dg = dw = None
         if _wanted(ctx, 0):
-            dg = conv2d(v, weight, *args, packed, packed_grad)
+            dg = call(conv2d, v, weight, *args, packed, packed_grad)
         if _wanted(ctx, 1):
-            dw = conv2d_grad_weight(grad, v, *args, weight.shape)
+            dw = call(conv2d_grad_weight, grad, v, *args, weight.shape)
         return dg, dw, *[None] * (_G + 5)
 
 
-class _Conv2dGradWeight(torch.autograd.Function):
+class _Conv2dGradWeight(_Function):
     @staticmethod
-    def forward(*args: Any) -> Tensor:
-        return _below_autograd(conv2d_grad_weight, *args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        grad, input, out_expert, in_expert, *rest = inputs
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        grad, input, out_expert, in_expert, *rest = args
         ctx.save_for_backward(grad, input, out_expert, in_expert)
         ctx.geometry = rest[:_G]
+        return _below_autograd(conv2d_grad_weight, *args)
 
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> tuple[Any, ...]:
@@ -212,9 +249,9 @@ class _Conv2dGradWeight(torch.autograd.Function):
         args = (out_expert, in_expert, *ctx.geometry)
         dg = dx = None
         if _wanted(ctx, 0):
-            dg = conv2d(input, u, *args)
+            dg = call(conv2d, input, u, *args)
         if _wanted(ctx, 1):
-            dx = conv2d_grad_input(grad, u, *args, input.shape[2:])
+            dx = call(conv2d_grad_input, grad, u, *args, input.shape[2:])
         return dg, dx, *[None] * (_G + 3)
 
 
@@ -224,15 +261,18 @@ def _packed(rest: list[Any], at: int) -> tuple[Any, Any]:
     return rest[0], rest[1]
 
 
-def _differentiable(function: type[torch.autograd.Function], op: Any, length: int) -> Any:
+def _differentiable(function: type[_Function], op: Any, length: int) -> Any:
     def call(*args: Any, **kwargs: Any) -> Tensor:
         # defaults may come by name or not at all; the Function wants them all, in order
         args = (*args, *[None] * (length - len(args)))
         if kwargs:
             args = (*args[: length - 2], kwargs.get("packed", args[-2]), kwargs.get("packed_grad", args[-1]))
-        if torch.is_grad_enabled() and (args[0].requires_grad or args[1].requires_grad):
-            return function.apply(*args)
-        return _below_autograd(op, *args)
+        if not (torch.is_grad_enabled() and (args[0].requires_grad or args[1].requires_grad)):
+            return _below_autograd(op, *args)
+        if torch._C._are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return function.apply(*args)
+        return function.apply(*args)
 
     return call
 
