@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backbones by name, and what training needs to know about a routed model."""
+
+from . import resnet  # noqa: F401  registers its architectures
+from .base import (
+    backbone_parameters,
+    create_model,
+    list_models,
+    record_routing,
+    register_model,
+    router_parameters,
+)
+
+__all__ = [
+    "backbone_parameters",
+    "create_model",
+    "list_models",
+    "record_routing",
+    "register_model",
+    "router_parameters",
+]

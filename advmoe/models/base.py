@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The registry of architectures, and views of a routed model that do not depend on its architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_kernels import RoutedConv2d, Routing
+from moe_kernels.routing import GATES
+
+from ..registry import Registry, unknown_name
+from ..routers import Router, router_class
+
+__all__ = [
+    "KINDS",
+    "ModelSpec",
+    "Normalize",
+    "backbone_parameters",
+    "create_model",
+    "initialize",
+    "list_models",
+    "record_routing",
+    "register_model",
+    "router_parameters",
+]
+
+KINDS = ("dense", "s_dense", "moe")
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+_OPTIONS = {
+    "dense": ("mean", "std"),
+    "s_dense": ("mean", "std"),
+    "moe": ("mean", "std", "bn", "gate", "gate_after"),
+}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What ``create_model`` was asked for, checked; an architecture is built from this alone."""
+
+    arch: str
+    kind: str
+    num_classes: int
+    image_size: int
+    num_experts: int
+    ratio: float
+    width: int | None
+    router: str
+    normalize: bool
+    mean: tuple[float, ...] = CIFAR10_MEAN
+    std: tuple[float, ...] = CIFAR10_STD
+    bn: str = "shared"
+    gate: str = "straight_through"
+    gate_after: str = "conv"
+
+    def scaled(self, channels: int) -> int:
+        """``int(ratio * channels)`` where the kind scales widths; at least 1."""
+        return channels if self.kind == "dense" else max(1, int(self.ratio * channels))
+
+
+_MODELS: Registry[Callable[[ModelSpec], nn.Module]] = Registry("arch")
+
+
+def register_model(name: str) -> Callable[[Callable[[ModelSpec], nn.Module]], Callable[[ModelSpec], nn.Module]]:
+    """Decorator: makes ``build(spec) -> nn.Module`` known to ``create_model(name)``."""
+    return _MODELS.register(name)
+
+
+def list_models() -> list[str]:
+    return _MODELS.names()
+
+
+def create_model(
+    arch: str,
+    kind: str = "moe",
+    num_classes: int = 10,
+    image_size: int = 32,
+    num_experts: int = 2,
+    ratio: float = 0.5,
+    width: int | None = None,
+    layout: str = "partition",
+    router: str = "light",
+    normalize: bool = True,
+    **options: Any,
+) -> nn.Module:
+    """A network with ``forward(x [B, 3, H, W] in [0, 1]) -> logits [B, num_classes]``; normalisation inside.
+
+    Args:
+        arch: an architecture of :func:`list_models`.
+        kind: ``"dense"`` (every width as it is), ``"s_dense"`` (all widths times ratio: about one pathway) or ``"moe"``
+            (routed convolutions of num_experts experts, each as wide as s_dense's).
+        ratio: r, the width of an expert against the dense layer's; widths are ``int(r * channels)``.
+        width: channels of the first stage; the architecture's own by default.
+        layout: ``"partition"``: expert e owns rows ``e * w : (e + 1) * w`` of the weight, as in AdvMoE's released code.
+        router: a name of ``advmoe.routers.list_routers()``: ``"light"`` (each layer its own) or ``"global"`` (one choice).
+        normalize: subtract ``mean`` and divide by ``std`` (options; CIFAR-10's by default) inside the model.
+        options: ``mean``, ``std``; for kind moe also ``bn`` (``"shared"`` by all experts, as released, or
+            ``"per_expert"``), ``gate`` (see :meth:`moe_kernels.Routing.from_scores`) and ``gate_after`` (``"conv"``, or
+            ``"norm"``: behind the BatchNorm, which cancels part of the gradient of a gate before it).
+
+    Raises:
+        ValueError: for an unknown name (with the near matches), option, or a size that does not fit.
+    """
+    build = _MODELS[arch]
+    if kind not in KINDS:
+        raise unknown_name("kind", kind, KINDS)
+    if layout != "partition":
+        raise unknown_name("layout", layout, ("partition",))
+    for name in options:
+        if name not in _OPTIONS[kind]:
+            raise unknown_name(f"option of kind {kind}", name, _OPTIONS[kind])
+    if not 0 < ratio <= 1:
+        raise ValueError(f"ratio: expected 0 < ratio <= 1, got {ratio}")
+    for name, value in (("num_experts", num_experts), ("num_classes", num_classes), ("width", 1 if width is None else width)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
+    router_class(router)
+    for name, value, known in (
+        ("bn", options.get("bn", "shared"), ("shared", "per_expert")),
+        ("gate", options.get("gate", "straight_through"), GATES),
+        ("gate_after", options.get("gate_after", "conv"), ("conv", "norm")),
+    ):
+        if value not in known:
+            raise unknown_name(name, value, known)
+    for name in ("mean", "std"):
+        if name in options:
+            options[name] = tuple(float(v) for v in options[name])
+    model = build(
+        ModelSpec(arch, kind, num_classes, image_size, num_experts, ratio, width, router, normalize, **options)
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, Router):
+            module.routes = name.removesuffix(".router") if "." in name else ""
+    return model
+
+
+class Normalize(nn.Module):
+    """``(x - mean) / std`` for each channel. Not in the state_dict: the model's own settings hold it."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != len(std) or min(std) <= 0:
+            raise ValueError(f"mean, std: expected as many positive deviations as means, got {mean} and {std}")
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+def initialize(model: nn.Module) -> None:
+    """The released code's: convolutions Kaiming normal by the fan-out (of one expert, where routed), linear layers
+    N(0, 0.01), BatchNorm 1 and 0; routers keep torch's own."""
+    skip = {id(m) for router in model.modules() if isinstance(router, Router) for m in router.modules()}
+    for module in model.modules():
+        if id(module) in skip:
+            continue
+        if isinstance(module, RoutedConv2d):
+            fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]
+            nn.init.normal_(module.weight, 0.0, (2.0 / fan_out) ** 0.5)
+        elif isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, 0.0, 0.01)
+            nn.init.zeros_(module.bias)
+
+
+def router_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """φ: the parameters of all routers, each once."""
+    found: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, Router):
+            found.update((id(p), p) for p in module.parameters())
+    return list(found.values())
+
+
+def backbone_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """ψ: all parameters but the routers'."""
+    routers = {id(p) for p in router_parameters(model)}
+    return [p for p in model.parameters() if id(p) not in routers]
+
+
+@dataclass
+class _Record:
+    """Hooks of one ``record_routing``."""
+
+    routings: dict[str, Routing] = field(default_factory=dict)
+
+    def layer(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.routings[name] = args[1] if len(args) > 1 else kwargs["routing"]
+
+        return hook
+
+    def clear(self, module: nn.Module, args: Any) -> None:
+        self.routings.clear()
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[dict[str, Routing]]:
+    """Every routed convolution's Routing of the model's last forward, in order, by module name.
+
+    Works with any module that holds RoutedConv2d layers.
+    """
+    record = _Record()
+    handles = [model.register_forward_pre_hook(record.clear)]
+    for name, module in model.named_modules():
+        if isinstance(module, RoutedConv2d):
+            handles.append(module.register_forward_pre_hook(record.layer(name), with_kwargs=True))
+    try:
+        yield record.routings
+    finally:
+        for handle in handles:
+            handle.remove()

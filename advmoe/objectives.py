@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Objectives: pure functions of tensors."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["cross_entropy", "kl_divergence", "margin_loss", "router_pseudo_label_loss", "trades_loss"]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """``logits [B, classes]``, ``labels [B]``; reduction mean, sum or none."""
+    return F.cross_entropy(logits, labels, reduction=reduction)
+
+
+def kl_divergence(p_logits: Tensor, q_logits: Tensor, reduction: str = "batchmean") -> Tensor:
+    """``KL(softmax(p) || softmax(q))`` of logits ``[B, classes]``, in log space.
+
+    The form with softmax(p) as the target of KLDivLoss has a derivative 0 * log 0 as soon as one probability underflows,
+    which is how AdvMoE's released code turns to NaN; this one stays finite for any finite logits.
+
+    Args:
+        reduction: batchmean, sum or none (``[B]``).
+    """
+    p_log = F.log_softmax(p_logits, dim=1)
+    q_log = F.log_softmax(q_logits, dim=1)
+    each = (p_log.exp() * (p_log - q_log)).sum(1)
+    if reduction == "none":
+        return each
+    if reduction == "sum":
+        return each.sum()
+    if reduction == "batchmean":
+        return each.sum() / each.shape[0]
+    raise ValueError(f"reduction: expected batchmean, sum or none, got {reduction!r}")
+
+
+def margin_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """``max_{j != y} z_j - z_y`` (Carlini and Wagner 2017): positive exactly where the prediction is wrong."""
+    own = logits.gather(1, labels[:, None])
+    others = logits.masked_fill(F.one_hot(labels, logits.shape[1]).bool(), float("-inf")).amax(1)
+    each = others - own.squeeze(1)
+    return each if reduction == "none" else each.sum() if reduction == "sum" else each.mean()
+
+
+def trades_loss(clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, beta: float = 6.0) -> Tensor:
+    """TRADES (Zhang et al. 2019): ``CE(clean, y) + beta * KL(clean || adversarial)``; beta = 1 / lambda."""
+    return cross_entropy(clean_logits, labels) + beta * kl_divergence(clean_logits, adversarial_logits)
+
+
+def router_pseudo_label_loss(
+    scores: Tensor, adversarial_scores: Tensor, labels: Tensor, alpha: float = 6.0, beta: float = 6.0
+) -> Tensor:
+    """The router objective of AdvMoE's released code: ``alpha * CE(s(x), y mod N) + beta * KL(s(x) || s(x_adv))``.
+
+    It does not see the network's prediction; the paper's lower level minimises TRADES through the network instead.
+    """
+    return alpha * cross_entropy(scores, labels % scores.shape[1]) + beta * kl_divergence(scores, adversarial_scores)

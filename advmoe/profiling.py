@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model costs: multiply-accumulates counted, latency measured."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_kernels import RoutedConv2d, RoutedLinear
+
+from .attacks.pgd import undisturbed
+from .routers import Router
+
+__all__ = ["Latency", "LayerCost", "Profile", "measure_latency", "profile"]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    name: str
+    macs: int  # multiply-accumulates for one image
+    router: bool
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Costs for one image, counting a multiply-accumulate as 1, of convolutions and linear layers only.
+
+    ``gflops = pathway_gflops + router_gflops``: of a routed layer the chosen expert's slice counts, which is what is computed.
+    """
+
+    params: int
+    gflops: float
+    pathway_gflops: float
+    router_gflops: float
+    layers: tuple[LayerCost, ...]
+
+
+def profile(model: nn.Module, image_size: int = 32, channels: int = 3) -> Profile:
+    """Counts by one forward of one grey image, in eval mode; the model is left as it was."""
+    layers: list[LayerCost] = []
+    routers = {id(m) for router in model.modules() if isinstance(router, Router) for m in router.modules()}
+
+    def hook(name: str) -> Callable[..., None]:
+        def count(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            each = weight[0].numel()
+            if isinstance(module, (RoutedConv2d, RoutedLinear)):
+                each = each // module.in_slices.total * module.in_slices.width
+            layers.append(LayerCost(name, output.numel() // output.shape[0] * each, id(module) in routers))
+
+        return count
+
+    kinds = (nn.Conv2d, nn.Linear, RoutedConv2d, RoutedLinear)
+    handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if isinstance(m, kinds)]
+    parameter = next(model.parameters())
+    image = torch.full((1, channels, image_size, image_size), 0.5, device=parameter.device, dtype=parameter.dtype)
+    try:
+        with undisturbed(model), torch.no_grad():
+            model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    router = sum(layer.macs for layer in layers if layer.router) / 1e9
+    pathway = sum(layer.macs for layer in layers if not layer.router) / 1e9
+    params = sum(p.numel() for p in model.parameters())
+    return Profile(params, pathway + router, pathway, router, tuple(layers))
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Of one forward in eval mode without gradients: milliseconds over ``repeats`` timings."""
+
+    median_ms: float
+    low_ms: float  # first quartile
+    high_ms: float  # third quartile
+    batch_size: int
+    repeats: int
+
+
+def measure_latency(
+    models: Sequence[nn.Module], image_size: int = 32, batch_size: int = 1, repeats: int = 30, channels: int = 3
+) -> list[Latency]:
+    """Times the models in turn, A B A B, so that they share what else the machine does; after a warm-up.
+
+    The images are random, so that routed models use the experts that they would use.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand((batch_size, channels, image_size, image_size), generator=generator)
+    images = images.contiguous(memory_format=torch.channels_last)
+    times: list[list[float]] = [[] for _ in models]
+    was_training = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        with torch.inference_mode():
+            for repeat in range(repeats + 3):
+                for model, mine in zip(models, times, strict=True):
+                    start = time.perf_counter()
+                    model(images)
+                    if repeat >= 3:
+                        mine.append((time.perf_counter() - start) * 1e3)
+    finally:
+        for model, mode in zip(models, was_training, strict=True):
+            model.train(mode)
+    results = []
+    for mine in times:
+        low, middle, high = statistics.quantiles(mine, n=4) if len(mine) > 1 else (mine[0],) * 3
+        results.append(Latency(middle, low, high, batch_size, repeats))
+    return results
