@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings of a run: small frozen rooms, one file. Defaults are AdvMoE's paper's recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from .registry import unknown_name
+
+__all__ = ["AttackConfig", "DataConfig", "MethodConfig", "ModelConfig", "OptimConfig", "RunConfig"]
+
+METHODS = ("standard", "at", "advmoe")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What goes to ``create_model``; mean and std of the data set are resolved at the start of a run."""
+
+    arch: str = "resnet18"
+    kind: str = "moe"
+    num_experts: int = 2
+    ratio: float = 0.5
+    width: int | None = None
+    router: str = "light"
+    bn: str = "shared"
+    gate: str = "straight_through"
+    gate_after: str = "conv"
+    normalize: bool = True
+    num_classes: int | None = None
+    image_size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    name: str = "digits"
+    folder: str | None = None
+    train_limit: int | None = None
+    test_limit: int | None = None
+    validation: int = 500
+    augment: bool = True
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """The attack in training; epsilon and step_size in units of the pixel range, the data set's own by default (8/255 and
+    5/255 for CIFAR-10)."""
+
+    epsilon: float | None = None
+    step_size: float | None = None
+    steps: int = 2
+    loss: str = "kl"
+    random_start: bool | str = True
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """SGD with a cosine schedule to 0, stepped every batch; the routers' own rate is the backbone's by default."""
+
+    lr: float = 0.1
+    router_lr: float | None = None
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    freeze_unused: bool = False
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """``standard`` (no attack), ``at`` (adversarial training, routers and backbone together), ``advmoe`` (Algorithm 1).
+
+    Args:
+        objective: ``trades``, or ``cross_entropy`` on adversarial images (PGD-AT).
+        beta: TRADES' weight.
+        order, batches, router_objective, attack_routers: Algorithm 1 as printed by default (``router_first``, ``two``,
+            ``trades``, False); ``backbone_first``, ``one``, ``pseudo_label``, True are what the released code does.
+    """
+
+    name: str = "advmoe"
+    objective: str = "trades"
+    beta: float = 6.0
+    order: str = "router_first"
+    batches: str = "two"
+    router_objective: str = "trades"
+    router_alpha: float = 6.0
+    attack_routers: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("name", METHODS),
+            ("objective", ("trades", "cross_entropy")),
+            ("order", ("router_first", "backbone_first")),
+            ("batches", ("two", "one")),
+            ("router_objective", ("trades", "pseudo_label")),
+        ):
+            if getattr(self, name) not in known:
+                raise unknown_name("method" if name == "name" else name, getattr(self, name), known)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's weights, and how they are looked at on the way."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    epochs: int = 100
+    batch_size: int = 128
+    seed: int = 0
+    device: str = "auto"
+    threads: int | None = None
+    validation_attack: str = "pgd10"
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+    def save(self, path: Path) -> None:
+        path.write_text(yaml.safe_dump(_plain(self), sort_keys=False))
+
+    @classmethod
+    def load(cls, path: Path) -> RunConfig:
+        """Reads a ``config.yaml``.
+
+        Raises:
+            ValueError: if it is not YAML, or has a key that no setting has.
+        """
+        try:
+            values = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: not YAML: {error}") from error
+        return _build(cls, values, str(path))
+
+
+T = TypeVar("T")
+_ROOMS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "attack": AttackConfig,
+    "optim": OptimConfig,
+    "method": MethodConfig,
+}
+
+
+def _plain(config: Any) -> Any:
+    if dataclasses.is_dataclass(config):
+        return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return list(config) if isinstance(config, tuple) else config
+
+
+def _build(cls: type[T], values: Any, where: str) -> T:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected a mapping of settings, got {type(values).__name__}")
+    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    arguments = {}
+    for key, value in values.items():
+        if key not in known:
+            raise unknown_name(f"{where}: setting", key, known)
+        room = _ROOMS.get(key) if cls is RunConfig else None
+        if room is not None:
+            value = _build(room, value, f"{where}: {key}")
+        arguments[key] = tuple(value) if isinstance(value, list) else value
+    return cls(**arguments)

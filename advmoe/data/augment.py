@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random crop and mirror of a whole batch at once."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["augment"]
+
+
+def augment(images: Tensor, generator: torch.Generator, padding: int = 4, flip: bool = True) -> Tensor:
+    """Each of ``images [B, C, H, W]`` moved by up to ``padding`` pixels (zeros come in) and, if ``flip``, mirrored by chance.
+
+    The CIFAR recipe (RandomCrop with padding, RandomHorizontalFlip) as one gather; the memory format is kept.
+    """
+    batch, channels, height, width = images.shape
+    top, left = torch.randint(0, 2 * padding + 1, (2, batch, 1), generator=generator)
+    rows = torch.arange(height) + top  # [B, H]
+    columns = torch.arange(width) + left
+    if flip:
+        mirrored = torch.rand((batch, 1), generator=generator) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    padded = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1)  # [B, H + 2p, W + 2p, C]
+    sample = torch.arange(batch)[:, None, None]
+    moved = padded[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    if images.is_contiguous(memory_format=torch.channels_last):
+        return moved.contiguous(memory_format=torch.channels_last)
+    return moved.contiguous()

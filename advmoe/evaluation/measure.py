@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SA, RA, router flip rate and expert usage of a model on a split."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..attacks import PGD
+from ..data import Split, stream_generator
+from ..models import record_routing
+
+__all__ = ["AttackOutcome", "Evaluation", "evaluate"]
+
+
+@dataclass(frozen=True)
+class AttackOutcome:
+    """Of one attack; shares of all images.
+
+    Args:
+        ra: robust accuracy: right on the clean and on the attacked image.
+        flip_rate: images for which any routed layer's expert changes under attack; None without routed layers.
+        layer_flip_rate: the same for each layer.
+        zero_gradient: images whose gradient was exactly zero at every step of the first start. Far above 0 the attack was
+            blind, and its RA says nothing.
+    """
+
+    description: str
+    ra: float
+    flip_rate: float | None
+    layer_flip_rate: dict[str, float]
+    zero_gradient: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """sa: standard accuracy; usage: each routed layer's share of images for each expert, on clean images."""
+
+    images: int
+    sa: float
+    attacks: dict[str, AttackOutcome]
+    usage: dict[str, list[float]]
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    attacks: Mapping[str, PGD],
+    batch_size: int = 128,
+    limit: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Evaluation:
+    """Accuracy in eval mode on the clean images and under each attack on the model's prediction; modes are restored.
+
+    Args:
+        limit: the first so many images only.
+        seed: of the attacks' random starts; the result is a function of it, the model and the images.
+
+    Raises:
+        ValueError: if there are no images.
+        NonFiniteGradientError: if an attack's gradient is NaN or infinite.
+    """
+    split = split.first(limit)
+    total = len(split)
+    if total == 0:
+        raise ValueError("split: expected at least one image, got none")
+    device = next(model.parameters()).device
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    correct = 0
+    used: dict[str, Tensor] = {}
+    tallies = {name: _Tally() for name in attacks}
+    starts = range(0, total, batch_size)
+    try:
+        with record_routing(model) as routings:
+            for start in tqdm(starts, desc="evaluate", unit="batch", disable=None if progress else True, leave=False):
+                images, labels = split.batch(torch.arange(start, min(start + batch_size, total)))
+                images, labels = images.to(device), labels.to(device)
+                right = _right(model, images, labels)
+                correct += int(right.sum())
+                clean = {name: r.expert for name, r in routings.items()}
+                for name, routing in routings.items():
+                    count = torch.bincount(routing.expert.reshape(-1), minlength=routing.num_experts)
+                    used[name] = used[name] + count if name in used else count
+                for name, attack in attacks.items():
+                    found = attack.run(model, images, labels, stream_generator(seed, "evaluate", name, start))
+                    robust = right & _right(model, found.images, labels)
+                    flips = {n: (r.expert != clean[n]).reshape(len(images), -1).any(1) for n, r in routings.items()}
+                    tallies[name].add(robust, flips, found.zero_gradient)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    outcomes = {name: tallies[name].outcome(attack.describe(), total) for name, attack in attacks.items()}
+    usage = {name: (count.double() / count.sum()).tolist() for name, count in used.items()}
+    return Evaluation(total, correct / total, outcomes, usage)
+
+
+def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(images).argmax(1) == labels
+
+
+class _Tally:
+    """Counts of one attack over the batches."""
+
+    def __init__(self) -> None:
+        self.robust = self.flipped = self.zero = 0
+        self.layers: dict[str, int] = {}
+        self.routed = False
+
+    def add(self, robust: Tensor, flips: dict[str, Tensor], zero: Tensor) -> None:
+        self.robust += int(robust.sum())
+        self.zero += int(zero.sum())
+        for name, flip in flips.items():
+            self.layers[name] = self.layers.get(name, 0) + int(flip.sum())
+        if flips:
+            self.routed = True
+            self.flipped += int(torch.stack(list(flips.values())).any(0).sum())
+
+    def outcome(self, description: str, total: int) -> AttackOutcome:
+        layers = {name: count / total for name, count in self.layers.items()}
+        flip_rate = self.flipped / total if self.routed else None
+        return AttackOutcome(description, self.robust / total, flip_rate, layers, self.zero / total)

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop around a method, written once: data, schedule, metrics, checkpoints, interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..attacks import PGD, from_name
+from ..config import RunConfig
+from ..data import Batches, DataSet, augment, load, stream_generator
+from ..evaluation.measure import evaluate
+from .methods import Batch, Method, StepResult, build_method
+from .runs import Run, RunError, build_model, load_checkpoint
+
+__all__ = ["Interrupted", "NonFiniteLossError", "Trainer", "resume", "train"]
+
+logger = logging.getLogger("advmoe")
+_COLLAPSED = 0.999  # share of one expert from which on a router is reported
+
+
+class NonFiniteLossError(RuntimeError):
+    """A training loss is NaN or infinite; the message names the loss, the epoch and the step."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C came; the state is saved and the run can be resumed."""
+
+
+class Trainer:
+    """A run in progress: everything that decides its weights is here and in its checkpoint.
+
+    Raises:
+        ValueError: if settings do not fit each other or the data.
+    """
+
+    def __init__(self, config: RunConfig, run: Run, data: DataSet, quiet: bool = False) -> None:
+        self.config = config
+        self.run = run
+        self.data = data
+        self.quiet = quiet
+        self.device = torch.device("cpu" if config.device == "auto" else config.device)
+        torch.manual_seed(config.seed)
+        self.model: nn.Module = build_model(config.model).to(self.device, memory_format=torch.channels_last)
+        a = config.attack
+        assert a.epsilon is not None and a.step_size is not None
+        attack = PGD(a.epsilon, a.step_size, a.steps, loss=a.loss, random_start=a.random_start)
+        self.method: Method = build_method(self.model, config.method, config.optim, attack)
+        names = ("upper",) if self.method.batches_per_step == 1 else ("lower", "upper")
+        self.batches = [Batches(len(data.train), config.batch_size, config.seed, name) for name in names]
+        self.steps_per_epoch = len(self.batches[-1])
+        self.epoch = 0
+        self.step = 0  # within the epoch
+        self.sums: dict[str, float] = {}
+        self.seconds = 0.0  # spent training in this epoch
+        self.best = -1.0
+
+    # --- state ----------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizers": {name: o.state_dict() for name, o in self.method.optimizers.items()},
+            "batches": [b.state_dict() for b in self.batches],
+            "torch_rng": torch.get_rng_state(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "sums": self.sums,
+            "seconds": self.seconds,
+            "best": self.best,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        for name, optimizer in self.method.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        for batches, position in zip(self.batches, state["batches"], strict=True):
+            batches.load_state_dict(position)
+        torch.set_rng_state(state["torch_rng"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.sums, self.seconds, self.best = dict(state["sums"]), state["seconds"], state["best"]
+
+    # --- the loop -------------------------------------------------------------------------------------------------------
+
+    def fit(self) -> list[dict[str, Any]]:
+        """Trains to the last epoch and returns the metrics of all epochs.
+
+        Raises:
+            Interrupted: after Ctrl-C, with the state saved.
+            NonFiniteLossError: if a loss is not finite.
+        """
+        while self.epoch < self.config.epochs:
+            self._train_epoch()
+            self._finish_epoch()
+        return self.run.metrics()
+
+    def _train_epoch(self) -> None:
+        self.model.train()
+        label = f"epoch {self.epoch + 1}/{self.config.epochs}"
+        bar = tqdm(
+            total=self.steps_per_epoch, initial=self.step, desc=label, disable=True if self.quiet else None, leave=False
+        )
+        with bar, _ctrl_c() as interrupted:
+            while self.step < self.steps_per_epoch:
+                start = time.perf_counter()
+                self._set_rates()
+                result = self.method.step([self._batch(b) for b in self.batches])
+                self._check(result)
+                self.step += 1
+                self.seconds += time.perf_counter() - start
+                self._add(result)
+                bar.update()
+                bar.set_postfix_str(
+                    f"loss {self._mean('loss'):.3f}, SA {self._accuracy():.1%}, {self._speed():.0f} images/s", refresh=False
+                )
+                if interrupted():
+                    self.run.save(self.state_dict())
+                    raise Interrupted
+
+    def _batch(self, batches: Batches) -> Batch:
+        position = (batches.epoch, batches.index)
+        index, generator = batches.next()
+        images, labels = self.data.train.batch(index)
+        if self.config.data.augment:
+            images = augment(images, generator, self.data.padding, self.data.flip)
+        attack = stream_generator(self.config.seed, "attack", batches.name, *position)
+        return Batch(images.to(self.device), labels.to(self.device), attack)
+
+    def _set_rates(self) -> None:
+        """Cosine from the full rate to 0 over all steps (the released code steps it once an epoch, in the same shape)."""
+        done = (self.epoch * self.steps_per_epoch + self.step) / (self.config.epochs * self.steps_per_epoch)
+        factor = 0.5 * (1 + math.cos(math.pi * done))
+        optim = self.config.optim
+        for name, optimizer in self.method.optimizers.items():
+            base = optim.router_lr if name == "router" and optim.router_lr is not None else optim.lr
+            for group in optimizer.param_groups:
+                group["lr"] = base * factor
+
+    def _check(self, result: StepResult) -> None:
+        for name, value in result.losses.items():
+            if not math.isfinite(value):
+                raise NonFiniteLossError(
+                    f"{name} is {value} at epoch {self.epoch + 1}, step {self.step + 1}; the last checkpoint is "
+                    f"{self.run.checkpoint()}. A lower --lr, or the gate straight_through, usually helps"
+                )
+
+    def _add(self, result: StepResult) -> None:
+        totals = {**{f"sum_{k}": v for k, v in result.losses.items()}, "correct": result.correct, "count": result.count}
+        for key, value in totals.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value
+
+    def _mean(self, loss: str) -> float:
+        return self.sums.get(f"sum_{loss}", 0.0) / max(self.step, 1)
+
+    def _accuracy(self) -> float:
+        return self.sums.get("correct", 0.0) / max(self.sums.get("count", 0.0), 1.0)
+
+    def _speed(self) -> float:
+        """Training images a second; AdvMoE's second batch counts, since it is trained on too."""
+        return self.sums.get("count", 0.0) / max(self.seconds, 1e-9)
+
+    def _finish_epoch(self) -> None:
+        held_out = self.data.validation
+        attack = self._validation_attack()
+        seed = self.config.seed
+        result = evaluate(self.model, held_out, {attack[0]: attack[1]}, self.config.batch_size, seed=seed)
+        robust = result.attacks[attack[0]]
+        line: dict[str, Any] = {
+            "epoch": self.epoch + 1,
+            **{key.removeprefix("sum_"): self._mean(key.removeprefix("sum_")) for key in self.sums if key[:4] == "sum_"},
+            "train_sa": self._accuracy(),
+            "validation_sa": result.sa,
+            "validation_ra": robust.ra,
+            "images_per_second": round(self._speed(), 1),
+            "seconds": round(self.seconds, 2),
+            "zero_gradient": robust.zero_gradient,
+        }
+        if result.usage:
+            line["flip_rate"] = robust.flip_rate
+            line["expert_usage"] = {name: [round(u, 4) for u in usage] for name, usage in result.usage.items()}
+            line["router_entropy"] = {name: round(_entropy(usage), 4) for name, usage in result.usage.items()}
+        logger.info(
+            "epoch %d/%d: loss %.3f, validation SA %.1f %%, RA %.1f %% (%s), %.0f images/s",
+            self.epoch + 1, self.config.epochs, self._mean("loss"), 100 * result.sa, 100 * robust.ra, attack[0],
+            self._speed(),
+        )  # fmt: skip
+        collapsed = [name for name, usage in result.usage.items() if len(usage) > 1 and max(usage) >= _COLLAPSED]
+        if collapsed:
+            logger.warning("epoch %d: one expert takes all samples in %s", self.epoch + 1, ", ".join(collapsed))
+        self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, {}, 0.0
+        improved = robust.ra > self.best
+        self.best = max(self.best, robust.ra)
+        state = self.state_dict()
+        if improved:
+            self.run.save(state, "best")
+        # metrics first: a line too many is cut back when the run is resumed from the older checkpoint
+        self.run.add_metrics(line)
+        self.run.save(state)
+
+    def _validation_attack(self) -> tuple[str, PGD]:
+        epsilon = self.config.attack.epsilon
+        assert epsilon is not None
+        name = self.config.validation_attack
+        return name, from_name(name, epsilon)
+
+
+def _entropy(usage: list[float]) -> float:
+    """Of the experts' shares, in nats; log N where all are used alike."""
+    return -sum(u * math.log(u) for u in usage if u > 0)
+
+
+def resolve(config: RunConfig, data: DataSet) -> RunConfig:
+    """The config with what the data decides filled in."""
+    model = dataclasses.replace(
+        config.model,
+        num_classes=data.num_classes,
+        image_size=data.image_size,
+        mean=config.model.mean or data.mean,
+        std=config.model.std or data.std,
+    )
+    attack = dataclasses.replace(
+        config.attack,
+        epsilon=data.epsilon if config.attack.epsilon is None else config.attack.epsilon,
+        step_size=data.step_size if config.attack.step_size is None else config.attack.step_size,
+    )
+    threads = torch.get_num_threads() if config.threads is None else config.threads
+    return dataclasses.replace(config, model=model, attack=attack, threads=threads)
+
+
+def train(config: RunConfig, folder: str | Path, quiet: bool = False) -> Run:
+    """Trains from the start into a new run folder.
+
+    Raises:
+        ValueError: for settings or data that do not fit (RunError, DataError among them).
+        Interrupted, NonFiniteLossError: see :meth:`Trainer.fit`.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    data = _load(config)
+    config = resolve(config, data)
+    run = Run(folder)
+    trainer = Trainer(config, run, data, quiet)
+    run.create(config)
+    with run.log(logger):
+        trainer.fit()
+    return run
+
+
+def resume(folder: str | Path, quiet: bool = False) -> Run:
+    """Continues a run to the weights that it would have had unbroken, bit for bit on the same machine and threads.
+
+    Raises:
+        RunError: if there is no run. Otherwise as :func:`train`.
+    """
+    run = Run(folder)
+    config = run.config()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    trainer = Trainer(config, run, _load(config), quiet)
+    if run.checkpoint().exists():
+        state = load_checkpoint(run.checkpoint())
+        try:
+            trainer.load_state_dict(state)
+        except (KeyError, RuntimeError) as error:
+            raise RunError(f"{run.checkpoint()} does not fit {run.config_path}: {error}") from error
+    run.cut_metrics(trainer.epoch)
+    with run.log(logger):
+        trainer.fit()
+    return run
+
+
+def _load(config: RunConfig) -> DataSet:
+    d = config.data
+    return load(d.name, d.folder, d.train_limit, d.test_limit, d.validation, config.seed)
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[Any]:
+    """Lets a step finish: the first Ctrl-C is noted and asked for, the second raises as ever."""
+    seen = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        if seen:
+            raise KeyboardInterrupt
+        seen = True
+
+    try:
+        before = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not in the main thread: whoever runs us handles signals
+        yield lambda: False
+        return
+    try:
+        yield lambda: seen
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run is a folder: config.yaml, metrics.jsonl, last.pt, best.pt, log.txt."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import ModelConfig, RunConfig
+from ..models import create_model
+
+__all__ = ["Run", "RunError", "build_model", "load_checkpoint", "load_model"]
+
+FORMAT = 1
+
+
+class RunError(ValueError):
+    """A run folder or checkpoint is missing, damaged or of another format."""
+
+
+class Run:
+    """The folder of one run. Files are written whole under a temporary name and then renamed."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @property
+    def config_path(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def checkpoint(self, name: str = "last") -> Path:
+        return self.folder / f"{name}.pt"
+
+    def create(self, config: RunConfig) -> None:
+        """Makes the folder.
+
+        Raises:
+            RunError: if it holds a run already.
+        """
+        if self.config_path.exists():
+            raise RunError(f"{self.folder} holds a run already; choose another --out, or continue it with --resume")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        config.save(self.config_path)
+
+    def config(self) -> RunConfig:
+        if not self.config_path.is_file():
+            raise RunError(f"{self.folder} is no run: it has no config.yaml")
+        return RunConfig.load(self.config_path)
+
+    def save(self, state: dict[str, Any], name: str = "last") -> None:
+        """Writes a checkpoint: whole, or not at all."""
+        path = self.checkpoint(name)
+        temporary = path.with_suffix(".pt.tmp")
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        if not self.metrics_path.exists():
+            return []
+        return [json.loads(line) for line in self.metrics_path.read_text().splitlines() if line.strip()]
+
+    def add_metrics(self, line: dict[str, Any]) -> None:
+        with self.metrics_path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def cut_metrics(self, epochs: int) -> None:
+        """Keeps the first epochs' lines: what a checkpoint knows of."""
+        lines = self.metrics()[:epochs]
+        temporary = self.metrics_path.with_suffix(".jsonl.tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        temporary.replace(self.metrics_path)
+
+    @contextlib.contextmanager
+    def log(self, logger: logging.Logger) -> Any:
+        """Copies the logger's messages to log.txt meanwhile."""
+        handler = logging.FileHandler(self.folder / "log.txt")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def build_model(config: ModelConfig) -> nn.Module:
+    """The model of a resolved config."""
+    options: dict[str, Any] = {}
+    if config.kind == "moe":
+        options = {"bn": config.bn, "gate": config.gate, "gate_after": config.gate_after}
+    if config.normalize and config.mean is not None and config.std is not None:
+        options |= {"mean": config.mean, "std": config.std}
+    return create_model(
+        config.arch,
+        config.kind,
+        num_classes=10 if config.num_classes is None else config.num_classes,
+        image_size=32 if config.image_size is None else config.image_size,
+        num_experts=config.num_experts,
+        ratio=config.ratio,
+        width=config.width,
+        router=config.router,
+        normalize=config.normalize,
+        **options,
+    )
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, read with ``weights_only=True``.
+
+    Raises:
+        RunError: if it is missing, damaged or of another format.
+    """
+    if not path.is_file():
+        raise RunError(f"{path}: there is no such checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise RunError(f"{path} cannot be read as a checkpoint: {error}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        found = state.get("format") if isinstance(state, dict) else None
+        raise RunError(f"{path}: expected a checkpoint of format {FORMAT}, got {found}")
+    return state
+
+
+def load_model(source: str | Path, checkpoint: str = "best") -> tuple[nn.Module, RunConfig | None]:
+    """A model from a run folder, a checkpoint file, or ``module:function`` returning an nn.Module (then without config).
+
+    Raises:
+        RunError: if there is nothing of the kind.
+    """
+    path = Path(source)
+    if path.is_dir():
+        run = Run(path)
+        run.config()
+        path = run.checkpoint(checkpoint)
+        if not path.exists() and checkpoint == "best":
+            path = run.checkpoint("last")
+    if not path.is_file():
+        module, _, function = str(source).partition(":")
+        if function and "/" not in module:
+            return _from_function(module, function), None
+        raise RunError(f"{source}: expected a run folder, a checkpoint file or module:function")
+    config = Run(path.parent).config()
+    model = build_model(config.model)
+    state = load_checkpoint(path)
+    try:
+        model.load_state_dict(state["model"])
+    except (KeyError, RuntimeError) as error:
+        raise RunError(f"{path} does not fit the model of {path.parent / 'config.yaml'}: {error}") from error
+    return model, config
+
+
+def _from_function(module: str, function: str) -> nn.Module:
+    try:
+        model = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise RunError(f"{module}:{function} cannot be loaded: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise RunError(f"{module}:{function} returned {type(model).__name__}, expected an nn.Module")
+    return model
