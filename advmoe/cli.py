@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``advmoe`` command. Exit codes: 0 done, 1 fault, 2 usage or input, 3 interrupted and resumable."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from moe_kernels import BackendUnavailable, __version__
+from moe_kernels.routing import GATES
+
+from . import demo
+from .attacks import NonFiniteGradientError, from_name
+from .config import METHODS, AttackConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
+from .data import Split, list_data, load
+from .evaluation import evaluate
+from .models import create_model, list_models
+from .models.base import KINDS
+from .profiling import measure_latency, profile
+from .routers import NonFiniteRouterError, list_routers
+from .tables import percent, table
+from .training import NonFiniteLossError, load_model, resume, train
+from .training.engine import Interrupted
+
+__all__ = ["main"]
+
+DONE, FAULT, USAGE, INTERRUPTED = 0, 1, 2, 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    try:
+        options.run(options)
+    except Interrupted:
+        print(f"interrupted; go on with: advmoe train --resume {options.resume or options.out}", file=sys.stderr)
+        return INTERRUPTED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except ValueError as error:  # RunError and DataError are such
+        print(f"advmoe: {error}", file=sys.stderr)
+        return USAGE
+    except (NonFiniteLossError, NonFiniteGradientError, NonFiniteRouterError, BackendUnavailable, OSError) as error:
+        print(f"advmoe: {error}", file=sys.stderr)
+        return FAULT
+    return DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="advmoe", description="Adversarially robust mixture-of-experts CNNs.")
+    parser.add_argument("--version", action="version", version=f"advmoe {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+
+    p = commands.add_parser("demo", help="train, attack and time five methods on embedded data", formatter_class=defaults)
+    p.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the run folders")
+    p.add_argument("--fast", action="store_true", help="fewer epochs and weaker attacks: shows that everything runs")
+    p.add_argument("--seed", type=int, default=0)
+    p.set_defaults(run=_demo)
+
+    p = commands.add_parser("train", help="train a model", formatter_class=defaults)
+    r, m, a, o = RunConfig(), MethodConfig(), AttackConfig(), OptimConfig()
+    p.add_argument("--out", type=Path, help="the run folder to make")
+    p.add_argument("--resume", type=Path, metavar="RUN", help="continue this run; all other options come from it")
+    g = p.add_argument_group("method")
+    g.add_argument("--method", choices=METHODS, default=m.name)
+    g.add_argument("--objective", choices=("trades", "cross_entropy"), default=m.objective)
+    g.add_argument("--beta", type=float, default=m.beta, help="TRADES' weight of the robust term")
+    g.add_argument("--order", choices=("router_first", "backbone_first"), default=m.order)
+    g.add_argument("--batches", choices=("two", "one"), default=m.batches, help="a batch for each level, or one for both")
+    g.add_argument("--router-objective", choices=("trades", "pseudo_label"), default=m.router_objective)
+    g.add_argument("--attack-routers", action="store_true", help="add the routers' divergence to the training attack")
+    _model_options(p)
+    _data_options(p)
+    p.add_argument("--train-limit", type=int, metavar="N", help="use N training images")
+    p.add_argument("--no-augment", action="store_true", help="no random crop and mirror")
+    g = p.add_argument_group("training attack")
+    g.add_argument("--epsilon", type=float, help="radius, of pixel range 1; the data's own by default")
+    g.add_argument("--step-size", type=float, help="of pixel range 1; the data's own by default")
+    g.add_argument("--attack-steps", type=int, default=a.steps)
+    g.add_argument("--attack-loss", choices=("kl", "ce", "margin"), default=a.loss)
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--epochs", type=int, default=r.epochs)
+    g.add_argument("--batch-size", type=int, default=r.batch_size)
+    g.add_argument("--lr", type=float, default=o.lr)
+    g.add_argument("--router-lr", type=float, help="the routers' own rate; --lr by default")
+    g.add_argument("--momentum", type=float, default=o.momentum)
+    g.add_argument("--weight-decay", type=float, default=o.weight_decay)
+    g.add_argument("--freeze-unused", action="store_true", help="no decay and momentum for experts nobody chose in a step")
+    g.add_argument("--seed", type=int, default=r.seed)
+    g.add_argument("--device", default=r.device)
+    g.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
+    g.add_argument("--validation-attack", default=r.validation_attack, help="the attack of each epoch's validation")
+    p.set_defaults(run=_train)
+
+    p = commands.add_parser("evaluate", help="SA and RA on the test set", formatter_class=defaults)
+    p.add_argument("source", metavar="RUN", help="a run folder, a checkpoint in one, or module:function")
+    p.add_argument("--attack", action="append", help="pgd<steps>[x<restarts>][-ce|-kl|-margin]; repeatable; pgd50x2 if none")
+    p.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run folder")
+    p.add_argument("--limit", type=int, metavar="N", help="the first N test images")
+    p.add_argument("--batch-size", type=int, default=128)
+    p.add_argument("--epsilon", type=float, help="the run's training radius, or the data's, by default")
+    p.add_argument("--threads", type=int)
+    p.add_argument("--seed", type=int, default=0)
+    _data_options(p, default=None)
+    p.set_defaults(run=_evaluate, out=None, resume=None)
+
+    p = commands.add_parser("profile", help="multiply-accumulates and latency of a model", formatter_class=defaults)
+    _model_options(p)
+    p.add_argument("--image-size", type=int, default=32)
+    p.add_argument("--num-classes", type=int, default=10)
+    p.add_argument("--batch-size", type=int, nargs="+", default=[1, 32], help="batches to time")
+    p.add_argument("--repeats", type=int, default=20)
+    p.add_argument("--threads", type=int)
+    p.add_argument("--layers", action="store_true", help="a line for each layer")
+    p.set_defaults(run=_profile, out=None, resume=None)
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    d = ModelConfig()
+    g = parser.add_argument_group("model")
+    g.add_argument("--arch", default=d.arch, help=f"one of {', '.join(list_models())}")
+    g.add_argument("--kind", choices=KINDS, default=d.kind)
+    g.add_argument("--experts", type=int, default=d.num_experts, metavar="N")
+    g.add_argument("--ratio", type=float, default=d.ratio, help="width of an expert against the dense layer's")
+    g.add_argument("--width", type=int, help="channels of the first stage; the architecture's own by default")
+    g.add_argument("--router", default=d.router, help=f"one of {', '.join(list_routers())}")
+    g.add_argument("--bn", choices=("shared", "per_expert"), default=d.bn)
+    g.add_argument("--gate", choices=GATES, default=d.gate)
+    g.add_argument("--gate-after", choices=("conv", "norm"), default=d.gate_after)
+
+
+def _data_options(parser: argparse.ArgumentParser, default: str | None = "digits") -> None:
+    g = parser.add_argument_group("data")
+    g.add_argument("--data", default=default, help=f"one of {', '.join(list_data())}")
+    g.add_argument("--data-dir", help="where its files are")
+    g.add_argument("--test-limit", type=int, metavar="N", help="use the first N test images")
+
+
+def _model_config(o: argparse.Namespace) -> ModelConfig:
+    return ModelConfig(
+        arch=o.arch, kind=o.kind, num_experts=o.experts, ratio=o.ratio, width=o.width, router=o.router, bn=o.bn,
+        gate=o.gate, gate_after=o.gate_after,
+    )  # fmt: skip
+
+
+def _train(o: argparse.Namespace) -> None:
+    if o.resume is not None:
+        run = resume(o.resume)
+    else:
+        if o.out is None:
+            raise ValueError("train: --out RUN is needed (or --resume RUN)")
+        config = RunConfig(
+            model=_model_config(o),
+            data=DataConfig(o.data, o.data_dir, o.train_limit, o.test_limit, augment=not o.no_augment),
+            attack=AttackConfig(o.epsilon, o.step_size, o.attack_steps, o.attack_loss),
+            optim=OptimConfig(o.lr, o.router_lr, o.momentum, o.weight_decay, o.freeze_unused),
+            method=MethodConfig(
+                o.method, o.objective, o.beta, o.order, o.batches, o.router_objective, attack_routers=o.attack_routers
+            ),
+            epochs=o.epochs,
+            batch_size=o.batch_size,
+            seed=o.seed,
+            device=o.device,
+            threads=o.threads,
+            validation_attack=o.validation_attack,
+        )
+        run = train(config, o.out)
+    print(f"done: {run.folder} (config.yaml, metrics.jsonl, best.pt, last.pt); next: advmoe evaluate {run.folder}")
+
+
+def _evaluate(o: argparse.Namespace) -> None:
+    if o.threads is not None:
+        torch.set_num_threads(o.threads)
+    model, config = load_model(o.source, o.checkpoint)
+    name = o.data or (config.data.name if config else None)
+    if name is None:
+        raise ValueError("evaluate: --data is needed for a model that is not a run's")
+    folder = o.data_dir or (config.data.folder if config and name == config.data.name else None)
+    data = load(name, folder, test_limit=o.test_limit or (config.data.test_limit if config else None))
+    epsilon = o.epsilon
+    if epsilon is None:
+        epsilon = config.attack.epsilon if config is not None and name == config.data.name else data.epsilon
+    attacks = {n: from_name(n, epsilon) for n in o.attack or ["pgd50x2"]}
+    split: Split = data.test.first(o.limit)
+    result = evaluate(model, split, attacks, o.batch_size, seed=o.seed, progress=True)
+    rows = [
+        [n, percent(result.sa), percent(a.ra), "-" if a.flip_rate is None else percent(a.flip_rate), percent(a.zero_gradient)]
+        for n, a in result.attacks.items()
+    ]
+    print(table(["attack", "SA", "RA", "flip rate", "no gradient"], rows))
+    for outcome in result.attacks.values():
+        print(outcome.description)
+    size, classes = data.image_size, data.num_classes
+    cost = profile(model, size)
+    print(f"{result.images} test images, {classes} classes; {cost.gflops:.4f} GFLOPs an image (a multiply-accumulate as 1)")
+    source = Path(o.source)
+    if source.exists():
+        path = (source if source.is_dir() else source.parent) / "evaluation.json"
+        record = {
+            "checkpoint": o.checkpoint if source.is_dir() else source.name,
+            "data": name,
+            "seed": o.seed,
+            "epsilon": epsilon,
+            "gflops": cost.gflops,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            **result.as_dict(),
+        }
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"written to {path}")
+
+
+def _profile(o: argparse.Namespace) -> None:
+    if o.threads is not None:
+        torch.set_num_threads(o.threads)
+    config = _model_config(o)
+    options = {"bn": o.bn, "gate": o.gate, "gate_after": o.gate_after} if o.kind == "moe" else {}
+    common = {"num_classes": o.num_classes, "image_size": o.image_size, "width": o.width}
+    model = create_model(
+        config.arch, config.kind, num_experts=o.experts, ratio=o.ratio, router=o.router, **common, **options
+    ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    cost = profile(model, o.image_size)
+    if o.layers:
+        rows = [[c.name, f"{c.macs / 1e6:.3f}", "router" if c.router else "pathway"] for c in cost.layers]
+        print(table(["layer", "MMAC", "part"], rows), end="\n\n")
+    print(
+        f"{o.arch} {o.kind}: {cost.params / 1e6:.2f} M parameters, {cost.gflops:.4f} GFLOPs an image (a multiply-accumulate "
+        f"as 1; convolutions and linear layers): pathway {cost.pathway_gflops:.4f}, routers {cost.router_gflops:.4f}"
+    )
+    dense = create_model(config.arch, "dense", **common).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    rows = []
+    for batch in o.batch_size:
+        mine, other = measure_latency([model, dense], o.image_size, batch, o.repeats)
+        rows.append([str(batch), f"{mine.median_ms:.2f}", f"{other.median_ms:.2f}", f"{mine.median_ms / other.median_ms:.2f}"])
+    print(table(["batch", f"{o.kind} ms", "dense ms", "ratio"], rows))
+    print(f"median of {o.repeats} forwards in turn, {torch.get_num_threads()} threads, torch {torch.__version__}, float32")
+
+
+def _demo(o: argparse.Namespace) -> None:
+    o.resume = None
+    demo.run(o.out, fast=o.fast, seed=o.seed)
