@@ -52,35 +52,58 @@ void copy_window(const T* image, int64_t height, int64_t width, int64_t pixel_st
     }
 }
 
-// NR rows x NC columns of pixels by one panel of output channels, held in registers. STEP is the source distance of
-// neighbouring columns, 0 when it is known only at run time.
-template <class A, int NR, int NC, int STEP>
-inline void tile(const A* const* rows, int64_t step, int64_t block_stride, int64_t reduced, const int64_t* taps,
-                 int64_t tap_count, const A* weight, typename Vec<A>::type (&acc)[NR * NC][kVectors]) {
+// The taps that a tile needs: those outside [begin_h, end_h) meet padding in all its rows; those before begin_w meet it in
+// the tile's first column, those from end_w on in its last. On a 4x4 image a third of a 3x3 kernel's work is padding.
+struct TapRange {
+    int64_t begin_h, end_h, begin_w, end_w;
+};
+
+// One tap's reduced channels of a tile, for its columns FROM .. TO - 1.
+template <class A, int NV, int NR, int NC, int STEP, int FROM, int TO>
+[[gnu::always_inline]] inline void tap(const A* const (&at)[NR], int64_t distance, int64_t count, const A* weight,
+                typename Vec<A>::type (&acc)[NR * NC][NV]) {
     typedef typename Vec<A>::type V;
-    constexpr int L = lanes<A>;
-    const int64_t distance = STEP > 0 ? STEP * kBlock : step * kBlock;
+    if (STEP > 0) distance = STEP * kBlock;
+    for (int64_t c = 0; c < count; ++c, weight += panel<A>) {
+        V w[NV];
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) w[v] = load(weight + v * lanes<A>);
+#pragma GCC unroll 12
+        for (int r = 0; r < NR; ++r) {
+#pragma GCC unroll 4
+            for (int j = FROM; j < TO; ++j) {
+                const A x = at[r][j * distance + c];
+#pragma GCC unroll 2
+                for (int v = 0; v < NV; ++v) acc[r * NC + j][v] += x * w[v];
+            }
+        }
+    }
+}
+
+// NR rows x NC columns of pixels by NV vectors of output channels, held in registers. STEP is the source distance of
+// neighbouring columns, 0 when it is known only at run time.
+template <class A, int NV, int NR, int NC, int STEP>
+[[gnu::always_inline]] inline void tile(const A* const* rows, const Pass& pass, const TapRange& range, int64_t block_stride, int64_t reduced,
+                 const int64_t* taps, const A* weight, typename Vec<A>::type (&acc)[NR * NC][NV]) {
+    const int64_t distance = pass.is_w * kBlock;
     for (int64_t begin = 0, block = 0; begin < reduced; begin += kBlock, ++block) {
         const int64_t count = smaller(kBlock, reduced - begin);
-        for (int64_t t = 0; t < tap_count; ++t) {
+        for (int64_t t = 0; t < pass.taps; ++t, weight += count * panel<A>) {
+            if (pass.tap_h[t] < range.begin_h || pass.tap_h[t] >= range.end_h) continue;
             const A* at[NR];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
             for (int r = 0; r < NR; ++r) at[r] = rows[r] + block * block_stride + taps[t];
-            for (int64_t c = 0; c < count; ++c) {
-                V w[kVectors];
-#pragma GCC unroll 4
-                for (int v = 0; v < kVectors; ++v) w[v] = load(weight + v * L);
-#pragma GCC unroll 8
-                for (int r = 0; r < NR; ++r) {
-#pragma GCC unroll 16
-                    for (int j = 0; j < NC; ++j) {
-                        const A x = at[r][j * distance + c];
-#pragma GCC unroll 4
-                        for (int v = 0; v < kVectors; ++v) acc[r * NC + j][v] += x * w[v];
-                    }
+            if constexpr (NC > 1) {
+                if (pass.tap_w[t] < range.begin_w) {
+                    tap<A, NV, NR, NC, STEP, 1, NC>(at, distance, count, weight, acc);
+                    continue;
                 }
-                weight += kVectors * L;
+                if (pass.tap_w[t] >= range.end_w) {
+                    tap<A, NV, NR, NC, STEP, 0, NC - 1>(at, distance, count, weight, acc);
+                    continue;
+                }
             }
+            tap<A, NV, NR, NC, STEP, 0, NC>(at, distance, count, weight, acc);
         }
     }
 }
@@ -106,8 +129,8 @@ struct PanelEpilogue {
     }
 };
 
-template <class T, class A>
-inline void finish_pixel(typename Vec<A>::type (&acc)[kVectors], const PanelEpilogue<A>& e, A gate, const T* residual,
+template <class T, class A, int NV>
+inline void finish_pixel(typename Vec<A>::type (&acc)[NV], const PanelEpilogue<A>& e, A gate, const T* residual,
                          T* to, int64_t filled) {
     typedef typename Vec<A>::type V;
     constexpr int L = lanes<A>;
@@ -115,7 +138,7 @@ inline void finish_pixel(typename Vec<A>::type (&acc)[kVectors], const PanelEpil
     if (residual != nullptr) {
         for (int i = 0; i < panel<A>; ++i) line[i] = i < filled ? to_acc(residual[i]) : A(0);
     }
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < NV; ++v) {
         V y = acc[v];
         if (e.has_bias) y += load(e.bias + v * L);
         if (e.has_gate) y *= gate;
@@ -125,26 +148,22 @@ inline void finish_pixel(typename Vec<A>::type (&acc)[kVectors], const PanelEpil
         acc[v] = y;
     }
     if constexpr (sizeof(T) == sizeof(A)) {
-        if (filled == panel<A>) {
-            for (int v = 0; v < kVectors; ++v) store(reinterpret_cast<A*>(to) + v * L, acc[v]);
+        if (filled == NV * L) {
+            for (int v = 0; v < NV; ++v) store(reinterpret_cast<A*>(to) + v * L, acc[v]);
             return;
         }
     }
-    for (int v = 0; v < kVectors; ++v) store(line + v * L, acc[v]);
+    for (int v = 0; v < NV; ++v) store(line + v * L, acc[v]);
     for (int64_t i = 0; i < filled; ++i) to[i] = from_acc<T>(line[i]);
 }
 
-// The tile's shape: always eight pixels, as many in a row as the image is wide.
-struct TileShape {
-    int rows, cols;
-};
-inline TileShape choose_tile(int64_t cols) {
-    const TileShape shapes[] = {{1, 8}, {2, 4}, {4, 2}, {8, 1}};
-    TileShape best = shapes[0];
-    for (const TileShape& s : shapes) {
-        if (ceil_div(cols, s.cols) * s.cols < ceil_div(cols, best.cols) * best.cols) best = s;
-    }
-    return best;
+// The pixels that a tile holds beside a panel: as many as the registers take. Columns of a tile divide the image's where
+// they can; its rows run on from sample to sample.
+constexpr int kPixels = MOE_REGISTERS == 32 ? 12 : 6;
+
+inline int tile_cols(int64_t cols) {
+    if (kPixels == 12 && (cols % 4 == 0 || cols > 8)) return 4;
+    return cols == 1 ? 1 : 2;
 }
 
 // One task's samples, rows and panels of one pass.
@@ -162,74 +181,104 @@ struct Walk {
     int64_t channel_begin;    // first destination channel of the convolution group
     int64_t slice_begin;      // first channel of the slice in the layer, with the convolution group's offset
 
-    template <int NR, int NC, int STEP>
-    void run(int64_t panel_begin, int64_t panel_end) const {
-        const int64_t height = row_end - row_begin;
-        const int64_t all_rows = sample_count * height;
-        const int64_t panel_size = pass.taps * job.red * panel<A>;
-        PanelEpilogue<A> epilogue;
-        for (int64_t p = panel_begin; p < panel_end; ++p) {
-            const int64_t channel = p * panel<A>;
-            const int64_t filled = smaller(panel<A>, job.out - channel);
-            epilogue.read(job.epilogue, slice_begin + channel, channel_begin + channel, filled);
-            for (int64_t row = 0; row < all_rows; row += NR) {
-                const A* base[NR];
-                for (int r = 0; r < NR; ++r) {
-                    const int64_t clamped = smaller(row + r, all_rows - 1);
-                    base[r] = buffer + clamped / height * window.size + clamped % height * pass.is_h * window.row_stride;
-                }
-                for (int64_t col = 0; col < pass.cols; col += NC) {
-                    const A* at[NR];
-                    for (int r = 0; r < NR; ++r) at[r] = base[r] + col * pass.is_w * kBlock;
-                    typename Vec<A>::type acc[NR * NC][kVectors] = {};
-                    tile<A, NR, NC, STEP>(at, pass.is_w, window.block_stride, job.red, taps, pass.taps,
-                                          weight + p * panel_size, acc);
-                    for (int r = 0; r < NR && row + r < all_rows; ++r) {
-                        finish_row<NC>(acc + r * NC, epilogue, row + r, col, channel_begin + channel, filled);
-                    }
-                }
-            }
+    // Rows of the task in the order of tiles: the same row of all samples, then the next, so that a tile's rows meet the
+    // padding together.
+    struct Row {
+        int64_t sample = 0, y = 0;
+        const A* at = nullptr;
+    };
+
+    Row first() const { return {0, 0, buffer}; }
+    Row next(Row row) const {
+        row.at += window.size;
+        if (++row.sample == sample_count) {
+            row.sample = 0;
+            ++row.y;
+            row.at = buffer + row.y * pass.is_h * window.row_stride;
         }
+        return row;
     }
 
-    template <int NC>
-    void finish_row(typename Vec<A>::type (*acc)[kVectors], const PanelEpilogue<A>& epilogue, int64_t row, int64_t col,
-                    int64_t channel, int64_t filled) const {
-        const int64_t height = row_end - row_begin;
-        const int64_t sample = samples[row / height];
-        const int64_t y = pass.oo_h + pass.os_h * (row_begin + row % height);
+    // NR rows of the image by all its columns and one panel.
+    template <int NV, int NR, int NC, int STEP>
+    Row rows(Row row, int64_t p, const PanelEpilogue<A>& epilogue) const {
+        Row all[NR];
+        for (int r = 0; r < NR; ++r, row = next(row)) all[r] = row;
+        const int64_t channel = p * panel<A>;
+        const A* panel_weight = weight + channel * pass.taps * job.red;
+        TapRange range;
+        range.begin_h = -((row_begin + all[NR - 1].y) * pass.is_h + pass.org_h);
+        range.end_h = job.src_h - ((row_begin + all[0].y) * pass.is_h + pass.org_h);
+        for (int64_t col = 0; col < pass.cols; col += NC) {
+            range.begin_w = -(col * pass.is_w + pass.org_w);
+            range.end_w = job.src_w - ((col + NC - 1) * pass.is_w + pass.org_w);
+            const A* at[NR];
+            for (int r = 0; r < NR; ++r) at[r] = all[r].at + col * pass.is_w * kBlock;
+            typename Vec<A>::type acc[NR * NC][NV] = {};
+            tile<A, NV, NR, NC, STEP>(at, pass, range, window.block_stride, job.red, taps, panel_weight, acc);
+            for (int r = 0; r < NR; ++r) finish_row<NV, NC>(acc + r * NC, epilogue, all[r], col, channel);
+        }
+        return row;
+    }
+
+    template <int NV, int NC>
+    void finish_row(typename Vec<A>::type (*acc)[NV], const PanelEpilogue<A>& epilogue, const Row& row, int64_t col,
+                    int64_t channel) const {
+        const int64_t filled = smaller(panel<A>, job.out - channel);
+        const int64_t sample = samples[row.sample];
         const A gate = epilogue.has_gate ? static_cast<const A*>(job.epilogue.gate)[sample] : A(1);
-        const int64_t line = (sample * job.dst_h + y) * job.dst_w + pass.oo_w;
+        const int64_t line = (sample * job.dst_h + pass.oo_h + pass.os_h * (row_begin + row.y)) * job.dst_w + pass.oo_w;
         for (int j = 0; j < NC && col + j < pass.cols; ++j) {
-            const int64_t offset = (line + pass.os_w * (col + j)) * job.dst_c + channel;
+            const int64_t offset = (line + pass.os_w * (col + j)) * job.dst_c + channel_begin + channel;
             const T* residual =
                 job.epilogue.residual != nullptr ? static_cast<const T*>(job.epilogue.residual) + offset : nullptr;
-            finish_pixel<T, A>(acc[j], epilogue, gate, residual, static_cast<T*>(job.dst) + offset, filled);
+            finish_pixel<T, A, NV>(acc[j], epilogue, gate, residual, static_cast<T*>(job.dst) + offset, filled);
         }
     }
 
-    template <int NR, int NC>
-    void with_step(int64_t panel_begin, int64_t panel_end) const {
-        if (NC == 1 || pass.is_w == 1) return run<NR, NC, 1>(panel_begin, panel_end);
-        if (pass.is_w == 2) return run<NR, NC, 2>(panel_begin, panel_end);
-        run<NR, NC, 0>(panel_begin, panel_end);
+    template <int NV, int NC, int STEP>
+    void run(int64_t p) const {
+        constexpr int most = kPixels / NC, some = most > 6 ? 4 : 2;
+        PanelEpilogue<A> epilogue;
+        const int64_t channel = p * panel<A>;
+        epilogue.read(job.epilogue, slice_begin + channel, channel_begin + channel, smaller(panel<A>, job.out - channel));
+        Row row = first();
+        int64_t left = sample_count * (row_end - row_begin);
+        for (; left >= most; left -= most) row = rows<NV, most, NC, STEP>(row, p, epilogue);
+        for (; left >= some; left -= some) row = rows<NV, some, NC, STEP>(row, p, epilogue);
+        for (; left > 0; --left) row = rows<NV, 1, NC, STEP>(row, p, epilogue);
+    }
+
+    template <int NV, int NC>
+    void with_step(int64_t p) const {
+        if (NC == 1 || pass.is_w == 1) return run<NV, NC, 1>(p);
+        if (pass.is_w == 2) return run<NV, NC, 2>(p);
+        run<NV, NC, 0>(p);
+    }
+
+    template <int NV>
+    void with_cols(int64_t p) const {
+        switch (tile_cols(pass.cols)) {
+            case 4: return with_step<NV, kPixels == 12 ? 4 : 2>(p);
+            case 2: return with_step<NV, 2>(p);
+            default: return with_step<NV, 1>(p);
+        }
     }
 
     void dispatch(int64_t panel_begin, int64_t panel_end) const {
-        switch (choose_tile(pass.cols).cols) {
-            case 8: return with_step<1, 8>(panel_begin, panel_end);
-            case 4: return with_step<2, 4>(panel_begin, panel_end);
-            case 2: return with_step<4, 2>(panel_begin, panel_end);
-            default: return with_step<8, 1>(panel_begin, panel_end);
+        for (int64_t p = panel_begin; p < panel_end; ++p) {
+            // a last panel that fills one vector pays for one
+            if (job.out - p * panel<A> <= lanes<A>) with_cols<1>(p);
+            else with_cols<kVectors>(p);
         }
     }
 };
 
 inline Window window_of(const Pass& pass, int64_t rows, int64_t reduced) {
     Window window;
-    const int64_t tile_cols = choose_tile(pass.cols).cols;
+    const int64_t step = tile_cols(pass.cols);
     window.rows = (rows - 1) * pass.is_h + pass.span_h;
-    window.cols = (ceil_div(pass.cols, tile_cols) * tile_cols - 1) * pass.is_w + pass.span_w;
+    window.cols = (ceil_div(pass.cols, step) * step - 1) * pass.is_w + pass.span_w;
     window.row_stride = window.cols * kBlock;
     window.block_stride = window.rows * window.row_stride;
     window.size = ceil_div(reduced, kBlock) * window.block_stride;
@@ -245,7 +294,7 @@ struct Cut {
 
 template <class A>
 Cut cut_work(const ConvJob& job) {
-    constexpr int64_t target = 160 * 1024;  // bytes of copied rows that stay in the second-level cache beside a panel
+    constexpr int64_t target = 256 * 1024;  // bytes of copied rows that stay in the second-level cache beside a panel
     int64_t bytes = 1, rows = 1;
     for (int64_t i = 0; i < job.pass_count; ++i) {
         if (job.passes[i].taps == 0 || job.passes[i].rows <= 0 || job.passes[i].cols <= 0) continue;
@@ -263,6 +312,8 @@ Cut cut_work(const ConvJob& job) {
         return chunks * cut.row_parts * cut.panel_parts * job.conv_groups;
     };
     while (tasks() < wanted && cut.samples > 1) cut.samples = ceil_div(cut.samples, 2);
+    constexpr int64_t together = kPixels / 4;  // rows of most tiles: as many samples meet the padding at once
+    if (cut.samples > together) cut.samples = cut.samples / together * together;
     while (tasks() < wanted && cut.row_parts * 4 <= rows) cut.row_parts *= 2;
     while (tasks() < wanted && cut.panel_parts < panels) cut.panel_parts = smaller(panels, cut.panel_parts * 2);
     return cut;

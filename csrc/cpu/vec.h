@@ -15,6 +15,13 @@
 #define MOE_VECTOR_BYTES 16
 #endif
 
+// Vector registers; the sizes of register tiles follow from them.
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define MOE_REGISTERS 32
+#else
+#define MOE_REGISTERS 16
+#endif
+
 namespace moe::cpu {
 namespace {
 
