@@ -190,6 +190,15 @@ def _below_autograd(op: Any, *args: Any) -> Tensor:
         return op(*args)
 
 
+def _in_function(op: Any, *args: Any) -> Tensor:
+    """:func:`_below_autograd` for a Function's forward. torch runs that without grad mode, in which functorch's outer
+    levels would record nothing and a second derivative come out as zero."""
+    if torch._C._are_functorch_transforms_active():
+        with torch.enable_grad():
+            return _below_autograd(op, *args)
+    return _below_autograd(op, *args)
+
+
 def call(op: Any, *args: Any) -> Tensor:
     """``op(*args)``, past the dispatcher where no gradient is enabled and nobody would notice."""
     return op(*args) if torch.is_grad_enabled() or _watched(args[0]) else _RUN[op](*args)
@@ -201,7 +210,7 @@ class _Conv2d(_Function):
         input, weight, out_expert, in_expert, *rest = args
         ctx.save_for_backward(input, weight, out_expert, in_expert, *_packed(rest, _G))
         ctx.geometry = rest[:_G]
-        return _below_autograd(conv2d, *args)
+        return _in_function(conv2d, *args)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -221,7 +230,7 @@ class _Conv2dGradInput(_Function):
         grad, weight, out_expert, in_expert, *rest = args
         ctx.save_for_backward(grad, weight, out_expert, in_expert, *_packed(rest, _G + 1))
         ctx.geometry = rest[:_G]
-        return _below_autograd(conv2d_grad_input, *args)
+        return _in_function(conv2d_grad_input, *args)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
@@ -241,7 +250,7 @@ class _Conv2dGradWeight(_Function):
         grad, input, out_expert, in_expert, *rest = args
         ctx.save_for_backward(grad, input, out_expert, in_expert)
         ctx.geometry = rest[:_G]
-        return _below_autograd(conv2d_grad_weight, *args)
+        return _in_function(conv2d_grad_weight, *args)
 
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> tuple[Any, ...]:

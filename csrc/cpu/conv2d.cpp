@@ -224,6 +224,7 @@ std::string conv2d_grad_weight(const Call& call, int64_t total_out, int64_t tota
     error = make_plan(call.shape, call.slices, plan);
     if (!error.empty()) return error;
     const Conv2dShape& s = call.shape;
+    if (call.weight_strides[2] != s.S * call.weight_strides[3]) return "grad_weight: a kernel's rows must lie evenly";
     const Passes passes = forward_passes(s);
     GradWeightJob job{};
     job.grad = grad;

@@ -52,10 +52,21 @@ GradWeightCut cut_grad_weight(const GradWeightJob& job) {
     return cut;
 }
 
+// Output rows or columns [begin, end) of a block that one tap reads from inside the image; the others meet padding.
+struct Inside {
+    int64_t begin, end;
+};
+inline Inside inside(int64_t first, int64_t count, int64_t step, int64_t offset, int64_t size) {
+    // first + i takes input position (first + i) * step + offset
+    const int64_t low = -offset - first * step, high = size - offset - first * step;
+    const int64_t begin = low > 0 ? ceil_div(low, step) : 0, end = high > 0 ? ceil_div(high, step) : 0;
+    return {smaller(begin, count), smaller(end, count)};
+}
+
 // acc[octet][panel] summed over the pixels of a block.
 template <class A>
-inline void pixel_sum(const A* x, int64_t x_sample, int64_t x_row, int64_t x_col, const A* g, int64_t samples,
-                      int64_t rows, int64_t cols, A* sums) {
+inline void pixel_sum(const A* x, int64_t x_sample, int64_t x_row, int64_t x_col, const A* grads, int64_t samples,
+                      int64_t all_rows, int64_t all_cols, Inside rows, Inside cols, A* sums) {
     typedef typename Vec<A>::type V;
     constexpr int L = lanes<A>;
     V acc[kOctet][kVectors];
@@ -65,9 +76,10 @@ inline void pixel_sum(const A* x, int64_t x_sample, int64_t x_row, int64_t x_col
         for (int v = 0; v < kVectors; ++v) acc[c][v] = load(sums + c * panel<A> + v * L);
     }
     for (int64_t s = 0; s < samples; ++s) {
-        for (int64_t row = 0; row < rows; ++row) {
-            const A* at = x + s * x_sample + row * x_row;
-            for (int64_t col = 0; col < cols; ++col) {
+        for (int64_t row = rows.begin; row < rows.end; ++row) {
+            const A* at = x + s * x_sample + row * x_row + cols.begin * x_col;
+            const A* g = grads + ((s * all_rows + row) * all_cols + cols.begin) * panel<A>;
+            for (int64_t col = cols.begin; col < cols.end; ++col) {
                 V w[kVectors];
 #pragma GCC unroll 4
                 for (int v = 0; v < kVectors; ++v) w[v] = load(g + v * L);
@@ -110,15 +122,13 @@ void copy_gradients(const GradWeightJob& job, const int64_t* samples, int64_t co
 
 // Writes one unit of running sums, [tap][channel][lane], to its places [lane][channel][tap] by strides.
 template <class D, class A>
-void write_unit(const A* sums, int64_t taps, int64_t S, int64_t channels, int64_t filled, D* to, int64_t k_stride,
-                int64_t c_stride, int64_t r_stride, int64_t s_stride) {
+void write_unit(const A* sums, int64_t taps, int64_t channels, int64_t filled, D* to, int64_t k_stride, int64_t c_stride,
+                int64_t tap_stride) {
     for (int64_t lane = 0; lane < filled; ++lane) {
         for (int64_t c = 0; c < channels; ++c) {
             D* at = to + lane * k_stride + c * c_stride;
             const A* from = sums + c * panel<A> + lane;
-            for (int64_t t = 0; t < taps; ++t) {
-                at[(t / S) * r_stride + (t % S) * s_stride] = from_acc<D>(from[t * kBlock * panel<A>]);
-            }
+            for (int64_t t = 0; t < taps; ++t) at[t * tap_stride] = from_acc<D>(from[t * kBlock * panel<A>]);
         }
     }
 }
@@ -175,11 +185,15 @@ bool grad_weight_item(const GradWeightJob& job, const GradWeightCut& cut, int64_
             for (int64_t block = 0; block < blocks; ++block) {
                 A* to = sums + ((p - panel_begin) * blocks + block) * unit;
                 for (int64_t t = 0; t < taps; ++t) {
+                    const Inside rows =
+                        inside(row_begin, row_end - row_begin, pass.is_h, pass.org_h + pass.tap_h[t], s.H);
+                    const Inside cols = inside(0, s.Q, pass.is_w, pass.org_w + pass.tap_w[t], s.W);
+                    if (rows.begin >= rows.end || cols.begin >= cols.end) continue;
                     const A* x = inputs + block * window.block_stride + pass.tap_h[t] * window.row_stride +
                                  pass.tap_w[t] * kBlock;
                     for (int64_t octet = 0; octet < kBlock && block * kBlock + octet < channels; octet += kOctet) {
                         pixel_sum<A>(x + octet, sample_stride, pass.is_h * window.row_stride, pass.is_w * kBlock, grads,
-                                     count, row_end - row_begin, s.Q, to + (t * kBlock + octet) * panel<A>);
+                                     count, row_end - row_begin, s.Q, rows, cols, to + (t * kBlock + octet) * panel<A>);
                     }
                 }
             }
@@ -193,11 +207,10 @@ bool grad_weight_item(const GradWeightJob& job, const GradWeightCut& cut, int64_
             const int64_t filled = smaller(panel<A>, out - p * panel<A>), width = smaller(kBlock, red - c);
             if (partial != nullptr) {
                 A* to = partial + ((g * cut.segments + segment) * s.K + k) * red * taps + c * taps;
-                write_unit<A, A>(from, taps, s.S, width, filled, to, red * taps, taps, s.S, 1);
+                write_unit<A, A>(from, taps, width, filled, to, red * taps, taps, 1);
             } else {
                 T* to = static_cast<T*>(job.grad_weight) + (group.out_start + k) * job.strides[0] + c * job.strides[1];
-                write_unit<T, A>(from, taps, s.S, width, filled, to, job.strides[0], job.strides[1], job.strides[2],
-                                 job.strides[3]);
+                write_unit<T, A>(from, taps, width, filled, to, job.strides[0], job.strides[1], job.strides[3]);
             }
         }
     }
@@ -223,10 +236,7 @@ bool reduce_row(const GradWeightJob& job, const GradWeightCut& cut, const A* par
     }
     T* to = static_cast<T*>(job.grad_weight) + row * job.strides[0];
     for (int64_t c = 0; c < job.total_in; ++c) {
-        for (int64_t t = 0; t < taps; ++t) {
-            to[c * job.strides[1] + (t / s.S) * job.strides[2] + (t % s.S) * job.strides[3]] =
-                from_acc<T>(sums[c * taps + t]);
-        }
+        for (int64_t t = 0; t < taps; ++t) to[c * job.strides[1] + t * job.strides[3]] = from_acc<T>(sums[c * taps + t]);
     }
     return true;
 }
