@@ -30,7 +30,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import backends
 from .geometry import Conv2dGeometry, output_size
-from .layout import memory_format_of
+from .layout import is_channels_last, memory_format_of
 from .rows import gather_rows
 
 __all__ = [
@@ -57,7 +57,10 @@ _lib.define(f"conv2d(Tensor input, Tensor weight, {_EXPERTS}, {_GEOMETRY}, {_PAC
 _lib.define(
     f"conv2d_grad_input(Tensor grad, Tensor weight, {_EXPERTS}, {_GEOMETRY}, SymInt[2] size, {_PACKED}) -> Tensor"
 )
-_lib.define(f"conv2d_grad_weight(Tensor grad, Tensor input, {_EXPERTS}, {_GEOMETRY}, SymInt[4] weight_shape) -> Tensor")
+_lib.define(
+    f"conv2d_grad_weight(Tensor grad, Tensor input, {_EXPERTS}, {_GEOMETRY}, SymInt[4] weight_shape, "
+    "bool channels_last=False) -> Tensor"
+)
 _lib.define(
     f"conv2d_fused(Tensor input, Tensor weight, {_EXPERTS}, {_GEOMETRY}, Tensor? bias, Tensor? gate, Tensor? scale, "
     "Tensor? shift, Tensor? residual, bool relu, Tensor? packed=None) -> Tensor"
@@ -96,7 +99,8 @@ def _conv2d_grad_weight(
     grad: Tensor, input: Tensor, out_expert: Tensor | None, in_expert: Tensor | None, *rest: Any
 ) -> Tensor:
     backend = backends.choose(grad.device)
-    return backend.grad_weight(grad, input, out_expert, in_expert, _geometry(rest[:_G]), tuple(rest[_G]))
+    channels_last = len(rest) > _G + 1 and rest[_G + 1]
+    return backend.grad_weight(grad, input, out_expert, in_expert, _geometry(rest[:_G]), tuple(rest[_G]), channels_last)
 
 
 def _conv2d_fused(
@@ -143,8 +147,12 @@ def _grad_input_fake(
     return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format_of(grad))
 
 
-def _grad_weight_fake(grad: Tensor, input: Tensor, out_expert: Any, in_expert: Any, *rest: Any) -> Tensor:
-    return grad.new_empty(tuple(rest[_G]))
+def _grad_weight_fake(
+    grad: Tensor, input: Tensor, out_expert: Any, in_expert: Any, *rest: Any, channels_last: bool = False
+) -> Tensor:
+    channels_last = rest[_G + 1] if len(rest) > _G + 1 else channels_last
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(tuple(rest[_G]), dtype=grad.dtype, device=grad.device, memory_format=layout)
 
 
 # --- autograd -----------------------------------------------------------------------------------------------------------
@@ -208,7 +216,7 @@ class _Conv2d(_Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         input, weight, out_expert, in_expert, *rest = args
-        ctx.save_for_backward(input, weight, out_expert, in_expert, *_packed(rest, _G))
+        ctx.save_for_backward(input, weight, out_expert, in_expert, *rest[_G:])
         ctx.geometry = rest[:_G]
         return _in_function(conv2d, *args)
 
@@ -220,7 +228,7 @@ class _Conv2d(_Function):
         if _wanted(ctx, 0):
             dx = call(conv2d_grad_input, grad, weight, *args, input.shape[2:], packed, packed_grad)
         if _wanted(ctx, 1):
-            dw = call(conv2d_grad_weight, grad, input, *args, weight.shape)
+            dw = call(conv2d_grad_weight, grad, input, *args, weight.shape, is_channels_last(weight))
         return dx, dw, *[None] * (_G + 4)
 
 
@@ -228,7 +236,7 @@ class _Conv2dGradInput(_Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         grad, weight, out_expert, in_expert, *rest = args
-        ctx.save_for_backward(grad, weight, out_expert, in_expert, *_packed(rest, _G + 1))
+        ctx.save_for_backward(grad, weight, out_expert, in_expert, *rest[_G + 1 :])
         ctx.geometry = rest[:_G]
         return _in_function(conv2d_grad_input, *args)
 
@@ -240,7 +248,7 @@ class _Conv2dGradInput(_Function):
         if _wanted(ctx, 0):
             dg = call(conv2d, v, weight, *args, packed, packed_grad)
         if _wanted(ctx, 1):
-            dw = call(conv2d_grad_weight, grad, v, *args, weight.shape)
+            dw = call(conv2d_grad_weight, grad, v, *args, weight.shape, is_channels_last(weight))
         return dg, dw, *[None] * (_G + 5)
 
 
@@ -261,21 +269,14 @@ class _Conv2dGradWeight(_Function):
             dg = call(conv2d, input, u, *args)
         if _wanted(ctx, 1):
             dx = call(conv2d_grad_input, grad, u, *args, input.shape[2:])
-        return dg, dx, *[None] * (_G + 3)
+        return dg, dx, *[None] * (_G + 4)
 
 
-def _packed(rest: list[Any], at: int) -> tuple[Any, Any]:
-    """The packed weights behind the arguments up to ``at``; trailing ones that equal their defaults are left out by torch."""
-    rest = [*rest[at:], None, None]
-    return rest[0], rest[1]
-
-
-def _differentiable(function: type[_Function], op: Any, length: int) -> Any:
+def _differentiable(function: type[_Function], op: Any, required: int, **defaults: Any) -> Any:
     def call(*args: Any, **kwargs: Any) -> Tensor:
-        # defaults may come by name or not at all; the Function wants them all, in order
-        args = (*args, *[None] * (length - len(args)))
-        if kwargs:
-            args = (*args[: length - 2], kwargs.get("packed", args[-2]), kwargs.get("packed_grad", args[-1]))
+        # torch leaves out arguments that equal their defaults; the Function wants them all, in order
+        rest = list(defaults.items())[len(args) - required :]
+        args = (*args, *(kwargs.get(name, value) for name, value in rest))
         if not (torch.is_grad_enabled() and (args[0].requires_grad or args[1].requires_grad)):
             return _below_autograd(op, *args)
         if torch._C._are_functorch_transforms_active():
@@ -325,14 +326,19 @@ def add_bias(y: Tensor, bias: Tensor | None, out_expert: Tensor | None, g: Conv2
     """``y [V, K, P, Q]`` plus each sample's slice of ``bias [R_out]``, in y's dtype."""
     if bias is None:
         return y
-    rows = gather_rows(bias, out_expert, g.num_out, g.out_starts, g.out_width)
+    rows = gather_rows(_wide(bias), out_expert, g.num_out, g.out_starts, g.out_width)
     return y + rows.to(y.dtype)[:, :, None, None]
 
 
 def _affine_rows(value: Tensor, out_expert: Tensor | None, g: Conv2dGeometry) -> Tensor:
     if value.shape[0] == g.out_width:
         return value[None, :, None, None]
-    return gather_rows(value, out_expert, g.num_out, g.out_starts, g.out_width)[:, :, None, None]
+    return gather_rows(_wide(value), out_expert, g.num_out, g.out_starts, g.out_width)[:, :, None, None]
+
+
+def _wide(value: Tensor) -> Tensor:
+    """In float32 at least, so that gathering's derivative, a sum over the samples, accumulates in it."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 # --- autocast -----------------------------------------------------------------------------------------------------------
@@ -357,16 +363,21 @@ def _autocast(op: Any, device: str, key: torch._C.DispatchKey) -> Any:
 
 
 def _register() -> None:
+    packed = {"packed": None, "packed_grad": None}
     implementations = {
-        "conv2d": (_conv2d, _conv2d_fake, _differentiable(_Conv2d, conv2d, _G + 6)),
+        "conv2d": (_conv2d, _conv2d_fake, _differentiable(_Conv2d, conv2d, _G + 4, **packed)),
         "conv2d_grad_input": (
-            _conv2d_grad_input, _grad_input_fake, _differentiable(_Conv2dGradInput, conv2d_grad_input, _G + 7),
+            _conv2d_grad_input,
+            _grad_input_fake,
+            _differentiable(_Conv2dGradInput, conv2d_grad_input, _G + 5, **packed),
         ),
         "conv2d_grad_weight": (
-            _conv2d_grad_weight, _grad_weight_fake, _differentiable(_Conv2dGradWeight, conv2d_grad_weight, _G + 5),
+            _conv2d_grad_weight,
+            _grad_weight_fake,
+            _differentiable(_Conv2dGradWeight, conv2d_grad_weight, _G + 5, channels_last=False),
         ),
         "conv2d_fused": (_conv2d_fused, _conv2d_fake, _fused_differentiable),
-    }  # fmt: skip
+    }
     for name, (run, fake, differentiable) in implementations.items():
         _lib.impl(name, run, "CompositeExplicitAutograd")
         _lib.impl(name, differentiable, "Autograd")

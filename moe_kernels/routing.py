@@ -220,14 +220,14 @@ def sample_dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def sum_choices(y: Tensor, k: int) -> Tensor:
-    """``[B * k, ...]`` to ``[B, ...]``, summed over the k choices in order."""
+    """``[B * k, ...]`` to ``[B, ...]``, summed over the k choices in order, in float32 at least."""
     if k == 1:
         return y
-    parts = y.unflatten(0, (y.shape[0] // k, k)).unbind(1)
+    parts = y.to(torch.promote_types(y.dtype, torch.float32)).unflatten(0, (y.shape[0] // k, k)).unbind(1)
     total = parts[0]
     for part in parts[1:]:
         total = total + part
-    return total
+    return total.to(y.dtype)
 
 
 def _flatten(routing: Routing) -> tuple[list[Tensor | None], tuple[int, bool, int]]:

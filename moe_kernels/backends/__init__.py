@@ -76,6 +76,7 @@ class Backend(Protocol):
         in_expert: Tensor | None,
         geometry: Conv2dGeometry,
         weight_shape: tuple[int, ...],
+        channels_last: bool = False,
     ) -> Tensor: ...
 
     def pack(self, weight: Tensor, geometry: Conv2dGeometry) -> tuple[Tensor | None, Tensor | None]:

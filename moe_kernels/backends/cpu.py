@@ -130,13 +130,15 @@ class CpuBackend:
         in_expert: Tensor | None,
         geometry: Conv2dGeometry,
         weight_shape: tuple[int, ...],
+        channels_last: bool = False,
     ) -> Tensor:
         g = geometry
         samples, _, rows, columns = grad.shape
         _, channels, height, width = input.shape
         dy = grad.contiguous(memory_format=torch.channels_last)
         x = input.contiguous(memory_format=torch.channels_last)
-        dw = torch.empty(tuple(weight_shape), dtype=grad.dtype)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        dw = torch.empty(weight_shape, dtype=grad.dtype, memory_format=layout)
         shape = _shape(samples, g, channels, height, width, rows, columns, weight_shape[2], weight_shape[3])
         slices, keep = _slices(out_expert, in_expert, g)
         _C.conv2d_grad_weight(

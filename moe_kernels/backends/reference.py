@@ -99,6 +99,7 @@ class ReferenceBackend:
         in_expert: Tensor | None,
         geometry: Conv2dGeometry,
         weight_shape: tuple[int, ...],
+        channels_last: bool = False,
     ) -> Tensor:
         g = geometry
         wide = torch.promote_types(grad.dtype, torch.float32)
@@ -108,7 +109,8 @@ class ReferenceBackend:
             x = input[v // g.samples_per_input].unsqueeze(0).to(wide)
             dy = grad[v : v + 1].to(wide)
             part += torch.nn.grad.conv2d_weight(x, list(part.shape), dy, g.stride, g.padding, g.dilation, g.groups)
-        return out.to(grad.dtype)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        return out.to(grad.dtype).contiguous(memory_format=layout)
 
     def pack(self, weight: Tensor, geometry: Conv2dGeometry) -> tuple[Tensor | None, Tensor | None]:
         return None, None

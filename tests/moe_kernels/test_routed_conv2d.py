@@ -499,23 +499,26 @@ def test_accumulation_is_float32_at_least(backend: str, dtype: torch.dtype, many
     y = functional.routed_conv2d(x, w, first, out_slices=partition(many, 2))
     assert torch.autograd.grad(y, x, torch.ones_like(y))[0].item() == many
 
-    x = torch.ones(many, 1, 1, 1, dtype=dtype)
-    w = torch.ones(2, 1, 1, 1, dtype=dtype, requires_grad=True)
-    b = torch.zeros(2, dtype=dtype, requires_grad=True)
     expert = torch.zeros(many, dtype=torch.int64)
-    y = functional.routed_conv2d(x, w, Routing(expert, num_experts=2), b, out_slices=partition(1, 2))
-    dw, db = torch.autograd.grad(y, (w, b), torch.ones_like(y))
-    assert dw.flatten().tolist() == [many, 0]
-    assert db.tolist() == [many, 0]
+    for slices in (partition(1, 2), partition(3, 2), windows(5, 0.6, 2), whole(3)):
+        x = torch.ones(many, 1, 1, 1, dtype=dtype)
+        w = torch.ones(slices.total, 1, 1, 1, dtype=dtype, requires_grad=True)
+        b = torch.zeros(slices.total, dtype=dtype, requires_grad=True)
+        y = functional.routed_conv2d(x, w, Routing(expert, num_experts=2), b, out_slices=slices)
+        dw, db = torch.autograd.grad(y, (w, b), torch.ones_like(y))
+        rest = [0] * (slices.total - slices.width)
+        assert dw.flatten().tolist() == [many] * slices.width + rest
+        assert db.tolist() == [many] * slices.width + rest
 
     gate = torch.ones(1, dtype=dtype, requires_grad=True)
     x, w = torch.ones(1, 1, 1, many, dtype=dtype), torch.ones(1, 1, 1, 1, dtype=dtype)
-    y = functional.routed_conv2d(
-        x, w, Routing(torch.zeros(1, dtype=torch.int64), gate, num_experts=1), out_slices=whole(1)
-    )
+    y = functional.routed_conv2d(x, w, Routing(expert[:1], gate, num_experts=1), out_slices=whole(1))
     assert torch.autograd.grad(y, gate, torch.ones_like(y))[0].item() == many
 
     x = torch.ones(1, 1, 1, 1, dtype=dtype, requires_grad=True)
-    routing = Routing(torch.zeros(1, many, dtype=torch.int64), num_experts=1)
+    routing = Routing(expert[None], num_experts=1)
     y = functional.routed_conv2d(x, w, routing.expand(), out_slices=whole(1))
     assert torch.autograd.grad(y, x, torch.ones_like(y))[0].item() == many
+
+    for top_k in (Routing(expert[None], num_experts=1), Routing(expert[None], gate.expand(1, many), num_experts=1)):
+        assert functional.routed_conv2d(x, w, top_k, out_slices=whole(1)).item() == many
