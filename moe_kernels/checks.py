@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .geometry import Conv2dGeometry
     from .routing import Routing
 
-__all__ = ["DTYPES", "layer_input", "no_nan", "routing", "scores", "sides", "weight"]
+__all__ = ["DTYPES", "experts", "layer_input", "no_nan", "routing", "scores", "sides", "weight"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -68,6 +68,18 @@ def no_nan(name: str, value: Tensor) -> None:
             bad = bool(torch.isnan(value.sum())) and bool(torch.isnan(value).any())
         if bad:
             raise ValueError(f"{name}: expected no NaN, got NaN in {int(torch.isnan(value).sum())} places")
+
+
+def experts(name: str, expert: Tensor, num_experts: int) -> None:
+    """Raises on an index out of range where looking costs no synchronisation: on the CPU, outside a trace."""
+    if expert.device.type != "cpu" or torch.compiler.is_compiling() or type(expert) is not Tensor or not len(expert):
+        return
+    low, high = (int(v) for v in torch.aminmax(expert))
+    if low < 0 or high >= num_experts:
+        sample = int(((expert < 0) | (expert >= num_experts)).nonzero()[0])
+        raise ValueError(
+            f"{name}: expert index {int(expert[sample])} of sample {sample} is outside 0 .. {num_experts - 1}"
+        )
 
 
 def sides(out_slices: Any, in_slices: Any, groups: Any) -> None:

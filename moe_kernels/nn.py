@@ -388,6 +388,8 @@ class RoutedBatchNorm2d(nn.Module):
             )
         if routing.num_experts != self.num_experts and not self.slices.is_whole:
             raise ValueError(f"routing: expected {self.num_experts} experts, got {routing.num_experts}")
+        if not self.slices.is_whole:
+            checks.experts("routing", expert, self.num_experts)
         wide = torch.promote_types(input.dtype, torch.float32)
         x = input.to(wide)
         if self.training or self.running_mean is None or self.running_var is None:
