@@ -7,6 +7,7 @@
 
 #include "cpu/convolution.h"
 #include "cpu/jobs.h"
+#include "cpu/transpose.h"
 #include "cpu/vec.h"
 
 namespace moe::cpu {
@@ -120,11 +121,49 @@ void copy_gradients(const GradWeightJob& job, const int64_t* samples, int64_t co
     }
 }
 
+// One vector of output channels of a unit, turned in registers; false, and nothing done, for other strides.
+template <class A>
+bool write_lanes(const A* sums, int64_t taps, int64_t channels, A* to, int64_t k_stride, int64_t c_stride,
+                 int64_t tap_stride) {
+    constexpr int L = lanes<A>;
+    typename Vec<A>::type rows[L];
+    if (c_stride == 1) {
+        for (int64_t t = 0; t < taps; ++t) {
+            for (int64_t c = 0; c < channels; c += L) {
+                const int64_t count = smaller(L, channels - c);
+                for (int64_t i = 0; i < L; ++i) rows[i] = load(sums + (t * kBlock + c + smaller(i, count - 1)) * panel<A>);
+                store_transposed<A>(rows, to + t * tap_stride + c, k_stride, count);
+            }
+        }
+        return true;
+    }
+    if (tap_stride != 1 || c_stride != taps) return false;
+    int64_t c = 0, tap = 0;
+    for (int64_t q = 0; q < channels * taps; q += L) {
+        const int64_t count = smaller(L, channels * taps - q);
+        for (int64_t i = 0; i < count; ++i) {
+            rows[i] = load(sums + (tap * kBlock + c) * panel<A>);
+            if (++tap == taps) tap = 0, ++c;
+        }
+        for (int64_t i = count; i < L; ++i) rows[i] = rows[0];
+        store_transposed<A>(rows, to + q, k_stride, count);
+    }
+    return true;
+}
+
 // Writes one unit of running sums, [tap][channel][lane], to its places [lane][channel][tap] by strides.
 template <class D, class A>
 void write_unit(const A* sums, int64_t taps, int64_t channels, int64_t filled, D* to, int64_t k_stride, int64_t c_stride,
                 int64_t tap_stride) {
-    for (int64_t lane = 0; lane < filled; ++lane) {
+    constexpr int L = lanes<A>;
+    int64_t lane = 0;
+    if constexpr (sizeof(D) == sizeof(A)) {
+        while (lane + L <= filled && write_lanes<A>(sums + lane, taps, channels, reinterpret_cast<A*>(to) + lane * k_stride,
+                                                    k_stride, c_stride, tap_stride)) {
+            lane += L;
+        }
+    }
+    for (; lane < filled; ++lane) {
         for (int64_t c = 0; c < channels; ++c) {
             D* at = to + lane * k_stride + c * c_stride;
             const A* from = sums + c * panel<A> + lane;
