@@ -20,15 +20,15 @@ class Conv2dGeometry(NamedTuple):
     input v // k.
     """
 
-    out_starts: tuple[int, ...]
-    in_starts: tuple[int, ...]
+    out_starts: Sequence[int]
+    in_starts: Sequence[int]
     num_out: int
     num_in: int
     out_width: int
     in_width: int
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
     groups: int
     samples_per_input: int = 1
 

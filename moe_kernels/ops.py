@@ -17,6 +17,7 @@ P, Q the output's rows and columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,9 +73,9 @@ conv2d_grad_weight = torch.ops.moe_kernels.conv2d_grad_weight.default
 conv2d_fused = torch.ops.moe_kernels.conv2d_fused.default
 
 
-def _geometry(args: tuple[Any, ...]) -> Conv2dGeometry:
-    """The geometry out of an operator's flat arguments, its lists as tuples again."""
-    return Conv2dGeometry(*(tuple(a) if isinstance(a, list) else a for a in args))
+def _geometry(args: Sequence[Any]) -> Conv2dGeometry:
+    """The geometry out of an operator's flat arguments; through the dispatcher its tuples come as lists."""
+    return Conv2dGeometry._make(args)
 
 
 # --- the backends' calls ------------------------------------------------------------------------------------------------

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 __all__ = ["gather_rows", "scatter_rows"]
 
 
-def gather_rows(value: Tensor, expert: Tensor | None, count: int, starts: tuple[int, ...], width: int) -> Tensor:
+def gather_rows(value: Tensor, expert: Tensor | None, count: int, starts: Sequence[int], width: int) -> Tensor:
     """``value [total]`` to ``[V, width]``: each sample's slice; ``[1, width]`` where the side is whole (count 0).
 
     Empty ``starts`` mean a partition.
@@ -22,7 +24,7 @@ def gather_rows(value: Tensor, expert: Tensor | None, count: int, starts: tuple[
 
 
 def scatter_rows(
-    rows: Tensor, expert: Tensor | None, count: int, starts: tuple[int, ...], width: int, total: int
+    rows: Tensor, expert: Tensor | None, count: int, starts: Sequence[int], width: int, total: int
 ) -> Tensor:
     """``rows [V, width]`` summed into ``[total]`` channels: the transpose of :func:`gather_rows`."""
     if not count or expert is None:
@@ -32,6 +34,6 @@ def scatter_rows(
     return rows.new_zeros(total).index_put((_channels(expert, starts, width),), rows, accumulate=True)
 
 
-def _channels(expert: Tensor, starts: tuple[int, ...], width: int) -> Tensor:
+def _channels(expert: Tensor, starts: Sequence[int], width: int) -> Tensor:
     first = torch.tensor(starts, dtype=torch.int64, device=expert.device)
     return first[expert][:, None] + torch.arange(width, device=expert.device)

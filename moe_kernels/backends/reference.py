@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -125,9 +126,7 @@ def _slices(
     return list(zip(outs, ins, strict=True))
 
 
-def _starts(
-    name: str, expert: Tensor | None, count: int, starts: tuple[int, ...], width: int, samples: int
-) -> list[int]:
+def _starts(name: str, expert: Tensor | None, count: int, starts: Sequence[int], width: int, samples: int) -> list[int]:
     if not count or expert is None:
         return [0] * samples
     chosen = expert.tolist()
