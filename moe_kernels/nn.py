@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import backends, checks
 from .functional import apply_geometry
@@ -24,12 +25,25 @@ __all__ = ["RoutedBatchNorm2d", "RoutedConv2d", "RoutedLinear"]
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
+# How many steps torch.optim's optimizers have made in this process. The fused ones write to parameters without counting
+# it in their version.
+_steps = [0]
+
+
+def _count_step(*args: Any) -> None:
+    _steps[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
 class _Packed(NamedTuple):
     """Packed weights and what they were made of."""
 
     weight: weakref.ref[Tensor]
     pointer: int
     version: int
+    steps: int
     backend: str
     blocks: tuple[Tensor | None, Tensor | None]  # for forward, for grad_input
 
@@ -38,8 +52,8 @@ class _RoutedLayer(nn.Module):
     """A weight with one slice for each expert, its initialisation and its cache of packed weights.
 
     The cache exists in eval mode only and belongs to one value of the weight: it is dropped by ``train()``, ``eval()``,
-    ``load_state_dict``, ``to()`` and its kin, and by every in-place change that torch counts. Writes through ``.data``
-    are not counted: call :meth:`clear_cache` after them.
+    ``load_state_dict``, ``to()`` and its kin, by every step of a torch.optim optimizer, and by every in-place change that
+    torch counts. Writes through ``.data`` are not counted: call :meth:`clear_cache` after them.
     """
 
     weight: nn.Parameter
@@ -117,13 +131,14 @@ class _RoutedLayer(nn.Module):
             and cache.weight() is weight
             and cache.pointer == weight.data_ptr()
             and cache.version == weight._version
+            and cache.steps == _steps[0]
             and cache.backend == backend.name
         ):
             return cache.blocks
         # outside inference mode, so that what is packed under it also serves a later backward
         with torch.inference_mode(False), torch.no_grad():
             blocks = backend.pack(self._weight4d(weight.detach()), self.geometry)
-        self._cache = _Packed(weakref.ref(weight), weight.data_ptr(), weight._version, backend.name, blocks)
+        self._cache = _Packed(weakref.ref(weight), weight.data_ptr(), weight._version, _steps[0], backend.name, blocks)
         return blocks
 
     def _weight4d(self, weight: Tensor) -> Tensor:
