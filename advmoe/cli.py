@@ -60,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     defaults = argparse.ArgumentDefaultsHelpFormatter
 
-    p = commands.add_parser("demo", help="train, attack and time five methods on embedded data", formatter_class=defaults)
+    p = commands.add_parser(
+        "demo", help="train, attack and time five methods on embedded data", formatter_class=defaults
+    )
     p.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the run folders")
     p.add_argument("--fast", action="store_true", help="fewer epochs and weaker attacks: shows that everything runs")
     p.add_argument("--seed", type=int, default=0)
@@ -75,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--objective", choices=("trades", "cross_entropy"), default=m.objective)
     g.add_argument("--beta", type=float, default=m.beta, help="TRADES' weight of the robust term")
     g.add_argument("--order", choices=("router_first", "backbone_first"), default=m.order)
-    g.add_argument("--batches", choices=("two", "one"), default=m.batches, help="a batch for each level, or one for both")
+    g.add_argument(
+        "--batches", choices=("two", "one"), default=m.batches, help="a batch for each level, or one for both"
+    )
     g.add_argument("--router-objective", choices=("trades", "pseudo_label"), default=m.router_objective)
     g.add_argument("--attack-routers", action="store_true", help="add the routers' divergence to the training attack")
     _model_options(p)
@@ -94,7 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--router-lr", type=float, help="the routers' own rate; --lr by default")
     g.add_argument("--momentum", type=float, default=o.momentum)
     g.add_argument("--weight-decay", type=float, default=o.weight_decay)
-    g.add_argument("--freeze-unused", action="store_true", help="no decay and momentum for experts nobody chose in a step")
+    g.add_argument(
+        "--freeze-unused", action="store_true", help="no decay and momentum for experts nobody chose in a step"
+    )
     g.add_argument("--seed", type=int, default=r.seed)
     g.add_argument("--device", default=r.device)
     g.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
@@ -103,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("evaluate", help="SA and RA on the test set", formatter_class=defaults)
     p.add_argument("source", metavar="RUN", help="a run folder, a checkpoint in one, or module:function")
-    p.add_argument("--attack", action="append", help="pgd<steps>[x<restarts>][-ce|-kl|-margin]; repeatable; pgd50x2 if none")
+    p.add_argument(
+        "--attack", action="append", help="pgd<steps>[x<restarts>][-ce|-kl|-margin]; repeatable; pgd50x2 if none"
+    )
     p.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run folder")
     p.add_argument("--limit", type=int, metavar="N", help="the first N test images")
     p.add_argument("--batch-size", type=int, default=128)
@@ -194,7 +202,13 @@ def _evaluate(o: argparse.Namespace) -> None:
     split: Split = data.test.first(o.limit)
     result = evaluate(model, split, attacks, o.batch_size, seed=o.seed, progress=True)
     rows = [
-        [n, percent(result.sa), percent(a.ra), "-" if a.flip_rate is None else percent(a.flip_rate), percent(a.zero_gradient)]
+        [
+            n,
+            percent(result.sa),
+            percent(a.ra),
+            "-" if a.flip_rate is None else percent(a.flip_rate),
+            percent(a.zero_gradient),
+        ]
         for n, a in result.attacks.items()
     ]
     print(table(["attack", "SA", "RA", "flip rate", "no gradient"], rows))
@@ -202,7 +216,9 @@ def _evaluate(o: argparse.Namespace) -> None:
         print(outcome.description)
     size, classes = data.image_size, data.num_classes
     cost = profile(model, size)
-    print(f"{result.images} test images, {classes} classes; {cost.gflops:.4f} GFLOPs an image (a multiply-accumulate as 1)")
+    print(
+        f"{result.images} test images, {classes} classes; {cost.gflops:.4f} GFLOPs an image (a multiply-accumulate as 1)"
+    )
     source = Path(o.source)
     if source.exists():
         path = (source if source.is_dir() else source.parent) / "evaluation.json"
@@ -241,9 +257,13 @@ def _profile(o: argparse.Namespace) -> None:
     rows = []
     for batch in o.batch_size:
         mine, other = measure_latency([model, dense], o.image_size, batch, o.repeats)
-        rows.append([str(batch), f"{mine.median_ms:.2f}", f"{other.median_ms:.2f}", f"{mine.median_ms / other.median_ms:.2f}"])
+        rows.append(
+            [str(batch), f"{mine.median_ms:.2f}", f"{other.median_ms:.2f}", f"{mine.median_ms / other.median_ms:.2f}"]
+        )
     print(table(["batch", f"{o.kind} ms", "dense ms", "ratio"], rows))
-    print(f"median of {o.repeats} forwards in turn, {torch.get_num_threads()} threads, torch {torch.__version__}, float32")
+    print(
+        f"median of {o.repeats} forwards in turn, {torch.get_num_threads()} threads, torch {torch.__version__}, float32"
+    )
 
 
 def _demo(o: argparse.Namespace) -> None:

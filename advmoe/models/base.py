@@ -117,7 +117,11 @@ def create_model(
             raise unknown_name(f"option of kind {kind}", name, _OPTIONS[kind])
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio: expected 0 < ratio <= 1, got {ratio}")
-    for name, value in (("num_experts", num_experts), ("num_classes", num_classes), ("width", 1 if width is None else width)):
+    for name, value in (
+        ("num_experts", num_experts),
+        ("num_classes", num_classes),
+        ("width", 1 if width is None else width),
+    ):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
     router_class(router)

@@ -123,7 +123,8 @@ class Trainer:
                 self._add(result)
                 bar.update()
                 bar.set_postfix_str(
-                    f"loss {self._mean('loss'):.3f}, SA {self._accuracy():.1%}, {self._speed():.0f} images/s", refresh=False
+                    f"loss {self._mean('loss'):.3f}, SA {self._accuracy():.1%}, {self._speed():.0f} images/s",
+                    refresh=False,
                 )
                 if interrupted():
                     self.run.save(self.state_dict())
@@ -179,7 +180,9 @@ class Trainer:
         robust = result.attacks[attack[0]]
         line: dict[str, Any] = {
             "epoch": self.epoch + 1,
-            **{key.removeprefix("sum_"): self._mean(key.removeprefix("sum_")) for key in self.sums if key[:4] == "sum_"},
+            **{
+                key.removeprefix("sum_"): self._mean(key.removeprefix("sum_")) for key in self.sums if key[:4] == "sum_"
+            },
             "train_sa": self._accuracy(),
             "validation_sa": result.sa,
             "validation_ra": robust.ra,

@@ -56,9 +56,7 @@ class Method:
         return {"all": self._sgd(list(self.model.parameters()), self.optim.lr)}
 
     def _sgd(self, parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        return torch.optim.SGD(
-            parameters, lr=lr, momentum=self.optim.momentum, weight_decay=self.optim.weight_decay
-        )
+        return torch.optim.SGD(parameters, lr=lr, momentum=self.optim.momentum, weight_decay=self.optim.weight_decay)
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
         raise NotImplementedError(f"{type(self).__name__} has no step")
@@ -134,7 +132,10 @@ class AdvMoE(Method):
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
         lower, upper = batches[0], batches[-1]
-        phases: list[Callable[[], StepResult]] = [lambda: self._router_phase(lower), lambda: self._backbone_phase(upper)]
+        phases: list[Callable[[], StepResult]] = [
+            lambda: self._router_phase(lower),
+            lambda: self._backbone_phase(upper),
+        ]
         if self.config.order == "backbone_first":
             phases.reverse()
         results = [phase() for phase in phases]

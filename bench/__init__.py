@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmarks: ``pytest bench --benchmark-only`` for latencies, ``python -m bench.table`` for paired ratios."""

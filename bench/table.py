@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m bench.table``: RoutedConv2d against the alternatives, paired in one run.
+
+All contenders of a shape are timed in turn, round by round, so that they share what else the machine does; the floor is
+among them twice, and a shape whose floor/floor ratio of medians leaves 0.95 .. 1.05 is timed again. Printed are geometric
+means over the eight shapes of the ratios of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from advmoe.tables import table
+
+from .contenders import CONTENDERS, DIRECTIONS, SHAPES, Shape, make
+from .machine import describe
+
+LIMITS = (0.95, 1.05)
+TRIES = 5
+
+
+def _times(functions: Sequence[Callable[[], object]], repeats: int, least: float) -> list[list[float]]:
+    """Seconds of one call, ``repeats`` times for each function, in turn; each timing lasts ``least`` seconds or more."""
+    inner = []
+    for function in functions:
+        function()
+        start = time.perf_counter()
+        function()
+        inner.append(max(1, math.ceil(least / max(time.perf_counter() - start, 1e-7))))
+    times: list[list[float]] = [[] for _ in functions]
+    for _ in range(repeats):
+        for function, count, mine in zip(functions, inner, times, strict=True):
+            start = time.perf_counter()
+            for _ in range(count):
+                function()
+            mine.append((time.perf_counter() - start) / count)
+    return times
+
+
+def measure(
+    shape: Shape, batch: int, direction: str, names: Sequence[str], experts: int, more_experts: int, repeats: int
+) -> dict[str, object]:
+    """Median seconds of each contender on one shape, after as many tries as a quiet floor takes."""
+    labels = ["floor", *[n for n in names if n != "floor"], f"routed, N={more_experts}", "floor again"]
+    functions = [make("floor", shape, batch, experts, direction)]
+    functions += [make(n, shape, batch, experts, direction) for n in names if n != "floor"]
+    functions += [make("routed", shape, batch, more_experts, direction), functions[0]]
+    for attempt in range(1, TRIES + 1):
+        medians = [statistics.median(t) for t in _times(functions, repeats, 2e-3)]
+        a_a = medians[-1] / medians[0]
+        if LIMITS[0] <= a_a <= LIMITS[1]:
+            break
+    seconds = dict(zip(labels[:-1], medians[:-1], strict=True))
+    quiet = LIMITS[0] <= a_a <= LIMITS[1]
+    return {
+        "shape": str(shape), "batch": batch, "direction": direction, "seconds": seconds, "a_a": a_a, "tries": attempt,
+        "quiet": quiet,
+    }  # fmt: skip
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--experts", type=int, default=2)
+    parser.add_argument("--more-experts", type=int, default=16, help="a second routed layer, to see what N costs")
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--isa", choices=("avx512", "avx2"), help="hold both sides to this instruction set")
+    parser.add_argument("--shapes", action="store_true", help="print a line for each shape")
+    parser.add_argument("--json", type=Path, help="write all figures there")
+    options = parser.parse_args()
+    if options.isa and os.environ.get("MOE_KERNELS_CPU_ISA") != options.isa:
+        # both libraries read their variable once, at the start of the process
+        onednn = {"avx2": "AVX2", "avx512": "AVX512_CORE"}[options.isa]
+        environment = {**os.environ, "MOE_KERNELS_CPU_ISA": options.isa, "ONEDNN_MAX_CPU_ISA": onednn}
+        raise SystemExit(subprocess.call([sys.executable, "-m", "bench.table", *sys.argv[1:]], env=environment))
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    names = [n for n in CONTENDERS if n in {*options.contenders, "routed", "floor"}]
+    results = []
+    rows = []
+    for direction in options.direction:
+        for batch in options.batch:
+            here = [
+                measure(s, batch, direction, names, options.experts, options.more_experts, options.repeats)
+                for s in SHAPES
+            ]
+            results += here
+            if options.shapes:
+                for r in here:
+                    parts = ", ".join(f"{k} {1e6 * v:.0f} us" for k, v in r["seconds"].items())  # type: ignore[attr-defined]
+                    print(f"{direction} B={batch} {r['shape']}: {parts}; A/A {r['a_a']:.3f}")
+            rows.append([direction, str(batch), *_ratios(here, names, options.more_experts)])
+            print(f"{direction} B={batch}: routed/floor {rows[-1][2]}", file=sys.stderr, flush=True)
+    more = f"N={options.more_experts}/N={options.experts}"
+    others = [n for n in names if n not in ("routed", "floor")]
+    print(table(["direction", "batch", "routed/floor", *[f"{n}/routed" for n in others], more, "A/A"], rows))
+    machine = describe()
+    print(
+        f"\n{machine['cpu']}, {machine['threads']} threads, {machine['isa']} (oneDNN: {machine['onednn_max_isa']}), torch "
+        f"{machine['torch']}, Python {machine['python']}; float32, channels_last, N={options.experts}; ratios of medians of "
+        f"n={options.repeats} timings in turn, geometric mean over {len(SHAPES)} shapes"
+    )
+    noisy = [f"{r['direction']} B={r['batch']} {r['shape']} (A/A {r['a_a']:.2f})" for r in results if not r["quiet"]]
+    if noisy:
+        print(f"A/A left {LIMITS[0]} .. {LIMITS[1]} {TRIES} times: {'; '.join(noisy)}")
+    if options.json:
+        record = {"machine": machine, "experts": options.experts, "repeats": options.repeats, "results": results}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _ratios(results: Sequence[dict], names: Sequence[str], more_experts: int) -> list[str]:  # type: ignore[type-arg]
+    def mean(over: str, under: str) -> str:
+        return f"{geometric_mean([r['seconds'][over] / r['seconds'][under] for r in results]):.2f}"
+
+    others = [n for n in names if n not in ("routed", "floor")]
+    return [
+        mean("routed", "floor"),
+        *[mean(n, "routed") for n in others],
+        mean(f"routed, N={more_experts}", "routed"),
+        f"{geometric_mean([r['a_a'] for r in results]):.2f}",
+    ]
+
+
+if __name__ == "__main__":
+    main()
