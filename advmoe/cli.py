@@ -60,9 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     defaults = argparse.ArgumentDefaultsHelpFormatter
 
-    p = commands.add_parser(
-        "demo", help="train, attack and time five methods on embedded data", formatter_class=defaults
-    )
+    p = commands.add_parser("demo", help="train, attack and time five methods on embedded data", formatter_class=defaults)
     p.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the run folders")
     p.add_argument("--fast", action="store_true", help="fewer epochs and weaker attacks: shows that everything runs")
     p.add_argument("--seed", type=int, default=0)
@@ -77,9 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--objective", choices=("trades", "cross_entropy"), default=m.objective)
     g.add_argument("--beta", type=float, default=m.beta, help="TRADES' weight of the robust term")
     g.add_argument("--order", choices=("router_first", "backbone_first"), default=m.order)
-    g.add_argument(
-        "--batches", choices=("two", "one"), default=m.batches, help="a batch for each level, or one for both"
-    )
+    g.add_argument("--batches", choices=("two", "one"), default=m.batches, help="a batch for each level, or one for both")
     g.add_argument("--router-objective", choices=("trades", "pseudo_label"), default=m.router_objective)
     g.add_argument("--attack-routers", action="store_true", help="add the routers' divergence to the training attack")
     _model_options(p)
@@ -250,8 +246,9 @@ def _profile(o: argparse.Namespace) -> None:
         rows = [[c.name, f"{c.macs / 1e6:.3f}", "router" if c.router else "pathway"] for c in cost.layers]
         print(table(["layer", "MMAC", "part"], rows), end="\n\n")
     print(
-        f"{o.arch} {o.kind}: {cost.params / 1e6:.2f} M parameters, {cost.gflops:.4f} GFLOPs an image (a multiply-accumulate "
-        f"as 1; convolutions and linear layers): pathway {cost.pathway_gflops:.4f}, routers {cost.router_gflops:.4f}"
+        f"{o.arch} {o.kind}: {cost.params / 1e6:.2f} M parameters, {cost.gflops:.4f} GFLOPs an image (a "
+        f"multiply-accumulate as 1; convolutions and linear layers): pathway {cost.pathway_gflops:.4f}, "
+        f"routers {cost.router_gflops:.4f}"
     )
     dense = create_model(config.arch, "dense", **common).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     rows = []

@@ -89,9 +89,9 @@ def run(folder: Path, fast: bool = False, seed: int = 0) -> str:
     text = table(["method", "SA", f"RA ({attack_name})", "GFLOPs", f"latency, batch {batch}", "of Dense"], rows)
     minutes = (time.perf_counter() - start) / 60
     notes = (
-        f"{len(test)} test images of scikit-learn's digits; {results[0][2].description}; GFLOPs an image, a multiply-accumulate "
-        f"as 1; latency: median on {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
-        f"seed {seed}, {minutes:.1f} minutes in all"
+        f"{len(test)} test images of scikit-learn's digits; {results[0][2].description}; GFLOPs an image, "
+        f"a multiply-accumulate as 1; latency: median on {platform.machine()}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}; seed {seed}, {minutes:.1f} minutes in all"
     )
     if fast:
         notes += "; --fast: too few epochs and steps to compare methods by"

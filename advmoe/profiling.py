@@ -31,7 +31,7 @@ class LayerCost:
 class Profile:
     """Costs for one image, counting a multiply-accumulate as 1, of convolutions and linear layers only.
 
-    ``gflops = pathway_gflops + router_gflops``: of a routed layer the chosen expert's slice counts, which is what is computed.
+    ``gflops = pathway_gflops + router_gflops``: of a routed layer the chosen expert's slice counts: what is computed.
     """
 
     params: int

@@ -59,8 +59,8 @@ class Router(nn.Module):
         scores = self(x)
         if scores.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(torch.isfinite(scores).all()):
             raise NonFiniteRouterError(
-                f"the router of {self.routes or 'all layers'} gave scores that are not finite; a lower learning rate or the "
-                "gate 'straight_through' (instead of 'raw_straight_through') usually helps"
+                f"the router of {self.routes or 'all layers'} gave scores that are not finite; a lower learning rate or "
+                "the gate 'straight_through' (instead of 'raw_straight_through') usually helps"
             )
         return Routing.from_scores(scores, gate=self.gate)
 

@@ -63,7 +63,7 @@ class _Contender(nn.Module):
 
 
 class Floor(_Contender):
-    """torch's convolution of one expert's width, all samples to the same expert: what routing would cost if it were free."""
+    """torch's convolution of one expert's width, all samples to one expert: what routing would cost if it were free."""
 
     def _initial(self) -> Tensor:
         return super()._initial()[: self.shape.out_channels]
@@ -149,7 +149,8 @@ CONTENDERS: dict[str, type[_Contender]] = {
 
 def make(name: str, shape: Shape, batch: int, num_experts: int, direction: str) -> Callable[[], object]:
     """A function that runs one forward (eval mode, no gradient), one training step's forward and backward, or one input
-    gradient alone (eval mode, frozen weights, as in an attack). Samples take the experts in turn; float32, channels_last."""
+    gradient alone (eval mode, frozen weights, as in an attack). Samples take the experts in turn; float32, channels_last.
+    """
     if direction not in DIRECTIONS:
         raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {direction!r}")
     torch.manual_seed(0)

@@ -56,7 +56,9 @@ def measure(
     functions = [make("floor", shape, batch, experts, direction)]
     functions += [make(n, shape, batch, experts, direction) for n in names if n != "floor"]
     functions += [make("routed", shape, batch, more_experts, direction), functions[0]]
-    for attempt in range(1, TRIES + 1):
+    attempt = 0
+    while attempt < TRIES:
+        attempt += 1
         medians = [statistics.median(t) for t in _times(functions, repeats, 2e-3)]
         a_a = medians[-1] / medians[0]
         if LIMITS[0] <= a_a <= LIMITS[1]:
@@ -114,9 +116,9 @@ def main() -> None:
     print(table(["direction", "batch", "routed/floor", *[f"{n}/routed" for n in others], more, "A/A"], rows))
     machine = describe()
     print(
-        f"\n{machine['cpu']}, {machine['threads']} threads, {machine['isa']} (oneDNN: {machine['onednn_max_isa']}), torch "
-        f"{machine['torch']}, Python {machine['python']}; float32, channels_last, N={options.experts}; ratios of medians of "
-        f"n={options.repeats} timings in turn, geometric mean over {len(SHAPES)} shapes"
+        f"\n{machine['cpu']}, {machine['threads']} threads, {machine['isa']} (oneDNN: {machine['onednn_max_isa']}), "
+        f"torch {machine['torch']}, Python {machine['python']}; float32, channels_last, N={options.experts}; ratios of "
+        f"medians of n={options.repeats} timings in turn, geometric mean over {len(SHAPES)} shapes"
     )
     noisy = [f"{r['direction']} B={r['batch']} {r['shape']} (A/A {r['a_a']:.2f})" for r in results if not r["quiet"]]
     if noisy:

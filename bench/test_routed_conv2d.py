@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latencies by pytest-benchmark: ``pytest bench --benchmark-only``. Ratios that can be trusted: ``python -m bench.table``."""
+"""Latencies by pytest-benchmark: ``pytest bench --benchmark-only``. Paired ratios: ``python -m bench.table``."""
 
 from __future__ import annotations
 

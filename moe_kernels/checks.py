@@ -151,8 +151,8 @@ def layer_input(
         reach = geometry.dilation[axis] * (weight.shape[2 + axis] - 1) + 1
         if size[axis] + 2 * geometry.padding[axis] < reach:
             raise ValueError(
-                f"input: the padded size {size[axis] + 2 * geometry.padding[axis]} of axis {2 + axis} is smaller than the "
-                f"kernel's reach {reach}"
+                f"input: the padded size {size[axis] + 2 * geometry.padding[axis]} of axis {2 + axis} is smaller than "
+                f"the kernel's reach {reach}"
             )
 
 

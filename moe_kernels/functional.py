@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -82,6 +85,8 @@ def routed_conv2d_fused(
             )
     if scale is not None and shift is not None and scale.shape != shift.shape:
         raise ValueError(f"shift: expected the shape of scale, {tuple(scale.shape)}, got {tuple(shift.shape)}")
+    if torch.is_autocast_enabled(input.device.type):
+        input, weight, bias, residual = _autocast(input, weight, bias, residual)
     checks.layer_input(input, weight, bias, routing, in_routing or routing, geometry)
     out_expert, in_expert, geometry = _experts(input, routing, in_routing, geometry)
     k = routing.top_k
@@ -139,6 +144,8 @@ def apply_geometry(
     packed: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
     """:func:`routed_conv2d` with its slices and sizes made a value before; the modules' way in."""
+    if torch.is_autocast_enabled(input.device.type):
+        input, weight, bias = _autocast(input, weight, bias)
     checks.layer_input(input, weight, bias, routing, in_routing or routing, geometry)
     out_expert, in_expert, geometry = _experts(input, routing, in_routing, geometry)
     gate = routing.gate
@@ -175,6 +182,16 @@ def apply_geometry(
         if gate is not None:
             y = apply_gate(y, gate.reshape(-1), routing.unit_gate)
     return sum_choices(y, routing.top_k)
+
+
+def _autocast(*tensors: Any) -> Iterator[Any]:
+    """Floating tensors in the autocast dtype of their device, before the checks compare dtypes; float64 stays."""
+    return (
+        t.to(torch.get_autocast_dtype(t.device.type))
+        if t is not None and t.is_floating_point() and t.dtype != torch.float64
+        else t
+        for t in tensors
+    )
 
 
 def _experts(

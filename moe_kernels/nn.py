@@ -241,8 +241,6 @@ class RoutedConv2d(_RoutedLayer):
             input = F.pad(input, self._pad_before, mode=mode)
         weight, bias = self.weight, self.bias
         packed = (None, None) if self.training else self._packed(weight)
-        if torch.is_autocast_enabled(input.device.type):
-            input, weight, bias = autocast(input, weight, bias)
         return apply_geometry(input, weight, bias, routing, in_routing, self.geometry, packed)
 
     def extra_repr(self) -> str:
@@ -300,8 +298,6 @@ class RoutedLinear(_RoutedLayer):
             raise ValueError(f"input: expected shape [B, in] or [B, T, in], got {tuple(input.shape)}")
         weight, bias = self.weight, self.bias
         packed = (None, None) if self.training else self._packed(weight)
-        if torch.is_autocast_enabled(input.device.type):
-            input, weight, bias = autocast(input, weight, bias)
         tokens = input.shape[1] if input.dim() == 3 else 1
         # tokens as rows of an image, features as its channels: the memory of channels_last, without a copy
         image = input.reshape(input.shape[0], tokens, 1, input.shape[-1]).permute(0, 3, 1, 2)
@@ -323,16 +319,16 @@ class RoutedBatchNorm2d(nn.Module):
     Args:
         num_features: channels of one expert, or ExpertSlices.
         num_experts: N; not with ExpertSlices.
-        eps, momentum, affine, track_running_stats, device, dtype: as nn.BatchNorm2d's. ``num_batches_tracked`` counts, for
-            each channel, the batches that had a sample of it.
+        eps, momentum, affine, track_running_stats, device, dtype: as nn.BatchNorm2d's. ``num_batches_tracked`` counts,
+            for each channel, the batches that had a sample of it.
 
     Shapes: input ``[V, C, H, W]`` and output the same; parameters and statistics ``[N * C]``, or ``[slices.total]``.
 
     An expert without samples keeps its running statistics.
 
     Raises:
-        ValueError: in training, if an expert has one value per channel, as nn.BatchNorm2d (looked at on the CPU, outside a
-            trace); or for a wrong shape or routing.
+        ValueError: in training, if an expert has one value per channel, as nn.BatchNorm2d (looked at on the CPU,
+            outside a trace); or for a wrong shape or routing.
     """
 
     running_mean: Tensor | None
@@ -467,14 +463,6 @@ class RoutedBatchNorm2d(nn.Module):
         text = f"{self.num_features}, num_experts={self.num_experts}, eps={self.eps}, momentum={self.momentum}"
         text += f", affine={self.affine}, track_running_stats={self.track_running_stats}"
         return text if self.slices.is_partition else f"{text}, slices={self.slices}"
-
-
-def autocast(*tensors: Tensor | None) -> Iterator[Tensor | None]:
-    """Floating tensors in the autocast dtype of their device, before the argument checks compare dtypes."""
-    return (
-        t.to(torch.get_autocast_dtype(t.device.type)) if t is not None and t.dtype != torch.float64 else t
-        for t in tensors
-    )
 
 
 def _side_repr(layer: _RoutedLayer) -> list[str]:

@@ -129,8 +129,7 @@ _RUN = {
 def output_shape(input: Tensor, weight: Tensor, g: Conv2dGeometry) -> tuple[int, ...]:
     """``[V, K, P, Q]`` of a forward."""
     size = (
-        output_size(input.shape[a], weight.shape[a], g.stride[a - 2], g.padding[a - 2], g.dilation[a - 2])
-        for a in (2, 3)
+        output_size(input.shape[a], weight.shape[a], g.stride[a - 2], g.padding[a - 2], g.dilation[a - 2]) for a in (2, 3)
     )
     return (input.shape[0] * g.samples_per_input, g.out_width, *size)
 
@@ -140,9 +139,7 @@ def _conv2d_fake(input: Tensor, weight: Tensor, out_expert: Any, in_expert: Any,
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
 
 
-def _grad_input_fake(
-    grad: Tensor, weight: Tensor, out_expert: Any, in_expert: Any, *rest: Any, **packed: Any
-) -> Tensor:
+def _grad_input_fake(grad: Tensor, weight: Tensor, out_expert: Any, in_expert: Any, *rest: Any, **packed: Any) -> Tensor:
     g = _geometry(rest[:_G])
     shape = (grad.shape[0] // g.samples_per_input, g.in_width, *rest[_G])
     return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format_of(grad))
@@ -350,7 +347,7 @@ def _autocast(op: Any, device: str, key: torch._C.DispatchKey) -> Any:
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
-        # float64 is left alone, as by torch's own list of operators; packed weights are of another dtype than the cast one
+        # float64 is left alone, as by torch's own list of operators; packed weights fit only the uncast weight
         cast = [
             a.to(dtype)
             if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 and a.device.type == device
@@ -389,7 +386,7 @@ def _register() -> None:
             _lib.impl(name, _autocast(op, device, key), key.name)
 
 
-# --- FLOPs: two for each multiply-accumulate, as torch counts ------------------------------------------------------------
+# --- FLOPs: two for each multiply-accumulate, as torch counts ----------------------------------------------------------
 
 
 def _flops(samples: int, rows: int, columns: int, weight_shape: Any, g: Conv2dGeometry) -> int:

@@ -106,10 +106,7 @@ class Routing:
             return cls._make(expert, None, num_experts)
         index = expert.unsqueeze(1) if top_k == 1 else expert
         if gate == "softmax":
-            if top_k == 1:
-                value = scores.softmax(1).gather(1, index)
-            else:
-                value = scores.gather(1, index).softmax(1)
+            value = scores.softmax(1).gather(1, index) if top_k == 1 else scores.gather(1, index).softmax(1)
             return cls._make(expert, value.squeeze(1) if top_k == 1 else value, num_experts)
         chosen = (scores if gate == "raw_straight_through" else scores.softmax(1)).gather(1, index).squeeze(1)
         return cls._make(expert, _StraightThrough.apply(chosen), num_experts, True)
@@ -159,6 +156,12 @@ class Routing:
         if self.gate is not None and not bool(torch.isfinite(self.gate).all()):
             raise ValueError("gate: expected finite values, got NaN or infinity")
         return self
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.expert, self.gate, self.num_experts, self.unit_gate, self.choices
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.expert, self.gate, self.num_experts, self.unit_gate, self.choices = state
 
     def __repr__(self) -> str:
         gate = "None" if self.gate is None else "1 (straight-through)" if self.unit_gate else str(self.gate.dtype)
@@ -253,3 +256,5 @@ pytree.register_pytree_node(
     from_dumpable_context=lambda context: tuple(context),
     flatten_with_keys_fn=_flatten_with_keys,  # type: ignore[arg-type]
 )
+# A file of torch.export holds example inputs, and torch loads it with weights_only; a Routing is no more than its tensors.
+torch.serialization.add_safe_globals([Routing])

@@ -42,12 +42,12 @@ class PGD:
         restarts: starts; from the second on only samples that are not fooled yet are attacked.
         loss: ``"ce"`` (cross-entropy with the label), ``"margin"`` (logit margin) or ``"kl"`` (KL from the model's own
             clean prediction, TRADES' inner maximisation; the clean logits are computed once and detached).
-        random_start: True: uniform in the ball; ``"gaussian"``: 0.001 * N(0, 1), TRADES' own; False: the clean image. Every
-            start is projected onto the ball and [0, 1] before the first gradient.
+        random_start: True: uniform in the ball; ``"gaussian"``: 0.001 * N(0, 1), TRADES' own; False: the clean image.
+            Every start is projected onto the ball and [0, 1] before the first gradient.
         mode: ``"eval"``: the model is attacked in eval mode, and every module's mode is restored; ``"keep"``: as it is.
 
-    A call leaves modes, ``requires_grad``, BatchNorm statistics and ``.grad`` as they were, also when it raises. It computes
-    no gradient of any parameter.
+    A call leaves modes, ``requires_grad``, BatchNorm statistics and ``.grad`` as they were, also when it raises. It
+    computes no gradient of any parameter.
     """
 
     epsilon: float

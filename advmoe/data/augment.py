@@ -11,11 +11,11 @@ __all__ = ["augment"]
 
 
 def augment(images: Tensor, generator: torch.Generator, padding: int = 4, flip: bool = True) -> Tensor:
-    """Each of ``images [B, C, H, W]`` moved by up to ``padding`` pixels (zeros come in) and, if ``flip``, mirrored by chance.
+    """``images [B, C, H, W]``, each moved by up to ``padding`` pixels (zeros come in) and, if ``flip``, mirrored or not.
 
     The CIFAR recipe (RandomCrop with padding, RandomHorizontalFlip) as one gather; the memory format is kept.
     """
-    batch, channels, height, width = images.shape
+    batch, _, height, width = images.shape
     top, left = torch.randint(0, 2 * padding + 1, (2, batch, 1), generator=generator)
     rows = torch.arange(height) + top  # [B, H]
     columns = torch.arange(width) + left

@@ -48,7 +48,7 @@ class DataSet:
     """Three splits, and what training on them usually takes.
 
     ``validation`` is held out of the training set by the seed. ``epsilon`` and ``step_size`` are the attack's radius and
-    training step that go with the data, in units of the pixel range; ``flip`` says whether mirrored images keep their class.
+    training step that go with the data, in units of the pixel range; ``flip``: mirrored images keep their class.
     """
 
     name: str

@@ -98,7 +98,7 @@ def create_model(
         ratio: r, the width of an expert against the dense layer's; widths are ``int(r * channels)``.
         width: channels of the first stage; the architecture's own by default.
         layout: ``"partition"``: expert e owns rows ``e * w : (e + 1) * w`` of the weight, as in AdvMoE's released code.
-        router: a name of ``advmoe.routers.list_routers()``: ``"light"`` (each layer its own) or ``"global"`` (one choice).
+        router: a name of ``advmoe.routers.list_routers()``: ``"light"`` (one a layer) or ``"global"`` (one choice).
         normalize: subtract ``mean`` and divide by ``std`` (options; CIFAR-10's by default) inside the model.
         options: ``mean``, ``std``; for kind moe also ``bn`` (``"shared"`` by all experts, as released, or
             ``"per_expert"``), ``gate`` (see :meth:`moe_kernels.Routing.from_scores`) and ``gate_after`` (``"conv"``, or
@@ -135,9 +135,7 @@ def create_model(
     for name in ("mean", "std"):
         if name in options:
             options[name] = tuple(float(v) for v in options[name])
-    model = build(
-        ModelSpec(arch, kind, num_classes, image_size, num_experts, ratio, width, router, normalize, **options)
-    )
+    model = build(ModelSpec(arch, kind, num_classes, image_size, num_experts, ratio, width, router, normalize, **options))
     for name, module in model.named_modules():
         if isinstance(module, Router):
             module.routes = name.removesuffix(".router") if "." in name else ""

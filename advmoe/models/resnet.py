@@ -71,9 +71,7 @@ class ResNet(nn.Module):
     def __init__(self, spec: ModelSpec, blocks: tuple[int, ...]) -> None:
         super().__init__()
         if not 8 <= spec.image_size <= 32:
-            raise ValueError(
-                f"image_size: {spec.arch} has the stem for images of 8 to 32 pixels; got {spec.image_size}"
-            )
+            raise ValueError(f"image_size: {spec.arch} has the stem for images of 8 to 32 pixels; got {spec.image_size}")
         width = 64 if spec.width is None else spec.width
         stem = width if spec.kind == "moe" else spec.scaled(width)
         self.normalize = Normalize(spec.mean, spec.std) if spec.normalize else nn.Identity()

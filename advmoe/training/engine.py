@@ -180,9 +180,7 @@ class Trainer:
         robust = result.attacks[attack[0]]
         line: dict[str, Any] = {
             "epoch": self.epoch + 1,
-            **{
-                key.removeprefix("sum_"): self._mean(key.removeprefix("sum_")) for key in self.sums if key[:4] == "sum_"
-            },
+            **{key.removeprefix("sum_"): self._mean(key.removeprefix("sum_")) for key in self.sums if key[:4] == "sum_"},
             "train_sa": self._accuracy(),
             "validation_sa": result.sa,
             "validation_ra": robust.ra,

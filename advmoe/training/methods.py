@@ -217,8 +217,8 @@ def _only(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None
 
 @contextmanager
 def _unused_frozen(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Keeps the slices of experts that no sample of the step chose as they are: without it weight decay and momentum still
-    move them. Partition layout; their momentum is left to go on afterwards."""
+    """Keeps the slices of experts that no sample of the step chose as they are: without it weight decay and momentum
+    still move them. Partition layout; their momentum is left to go on afterwards."""
     if not wanted:
         yield
         return

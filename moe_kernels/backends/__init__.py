@@ -122,8 +122,8 @@ def choose(device: torch.device) -> Backend:
         name = _AUTO.get(device.type, "")
         if not name:
             raise BackendUnavailable(
-                f"no backend of moe_kernels computes on {device.type!r} yet; move the tensors to the CPU, or run the slow "
-                "loop in torch with MOE_KERNELS_BACKEND=reference"
+                f"no backend of moe_kernels computes on {device.type!r} yet; move the tensors to the CPU, or run the "
+                "slow loop in torch with MOE_KERNELS_BACKEND=reference"
             )
     backend = _named(name)
     assert backend is not None

@@ -48,8 +48,7 @@ class ReferenceBackend:
         wide = torch.promote_types(input.dtype, torch.float32)
         samples = input.shape[0] * g.samples_per_input
         size = [
-            output_size(input.shape[2 + a], weight.shape[2 + a], g.stride[a], g.padding[a], g.dilation[a])
-            for a in (0, 1)
+            output_size(input.shape[2 + a], weight.shape[2 + a], g.stride[a], g.padding[a], g.dilation[a]) for a in (0, 1)
         ]
         out = input.new_empty((samples, g.out_width, *size))
         for v, (o, c) in enumerate(_slices(out_expert, in_expert, g, samples)):
@@ -86,9 +85,7 @@ class ReferenceBackend:
         for v, (o, c) in enumerate(_slices(out_expert, in_expert, g, samples)):
             w = _slice(weight, o, c, g).to(wide)
             shape = [1, g.in_width, *size]
-            dx = torch.nn.grad.conv2d_input(
-                shape, w, grad[v : v + 1].to(wide), g.stride, g.padding, g.dilation, g.groups
-            )
+            dx = torch.nn.grad.conv2d_input(shape, w, grad[v : v + 1].to(wide), g.stride, g.padding, g.dilation, g.groups)
             out[v // g.samples_per_input] += dx[0]
         return _as(out.to(grad.dtype), grad)
 
