@@ -352,9 +352,7 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES, top_k: tupl
     stride, dilation = draw(_PAIRS["stride"]), draw(_PAIRS["dilation"])
     padding = draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
-    size = tuple(
-        draw(st.integers(max(1, r - 2 * p), max(1, r - 2 * p) + 8)) for r, p in zip(reach, padding, strict=True)
-    )
+    size = tuple(draw(st.integers(max(1, r - 2 * p), max(1, r - 2 * p) + 8)) for r, p in zip(reach, padding, strict=True))
     return Case(
         out_slices,
         in_slices,

@@ -69,9 +69,7 @@ def test_equals_batch_norm_of_each_expert(kwargs: dict[str, Any], layout: torch.
         assert y.is_contiguous(memory_format=layout)
         dy = torch.randn_like(y)
         (dx,) = torch.autograd.grad(y, x, dy, retain_graph=True)
-        torch.testing.assert_close(
-            dx, torch.autograd.grad(expected, x, dy, retain_graph=True)[0], rtol=1e-10, atol=1e-11
-        )
+        torch.testing.assert_close(dx, torch.autograd.grad(expected, x, dy, retain_graph=True)[0], rtol=1e-10, atol=1e-11)
         if routed.affine:
             dw, db = torch.autograd.grad(y, (routed.weight, routed.bias), dy)
             parameters = [layer.weight for layer in plain] + [layer.bias for layer in plain]

@@ -53,9 +53,7 @@ def _assert_same(layer: nn.Module, x: Tensor, y: Tensor, expected: Tensor) -> No
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize("padding", [0, 1, (2, 1), "valid", "same"], ids=str)
 @pytest.mark.parametrize("kernel_size", [3, (2, 4)], ids=str)
-def test_padding_and_padding_modes_equal_conv2d(
-    backend: str, kernel_size: Any, padding: Any, padding_mode: str
-) -> None:
+def test_padding_and_padding_modes_equal_conv2d(backend: str, kernel_size: Any, padding: Any, padding_mode: str) -> None:
     kwargs = {"padding": padding, "padding_mode": padding_mode, "dilation": (1, 2) if padding == "same" else 1}
     layer = RoutedConv2d(2, 3, kernel_size, num_experts=N, dtype=torch.float64, **kwargs)
     x = torch.randn(4, 2, 7, 8, dtype=torch.float64, requires_grad=True)
@@ -213,9 +211,7 @@ def test_pickle_and_deepcopy(layer: nn.Module, training: bool) -> None:
 
 
 def test_attributes_as_of_conv2d() -> None:
-    layer, plain = (
-        make(4, 6, 3, 2, 1, 1, 2, **kw) for make, kw in ((RoutedConv2d, {"num_experts": 2}), (nn.Conv2d, {}))
-    )
+    layer, plain = (make(4, 6, 3, 2, 1, 1, 2, **kw) for make, kw in ((RoutedConv2d, {"num_experts": 2}), (nn.Conv2d, {})))
     for name in (
         "in_channels",
         "out_channels",

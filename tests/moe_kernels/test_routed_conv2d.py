@@ -206,9 +206,7 @@ def test_third_derivative_equals_that_of_the_loop(backend: str, case: Case) -> N
 
     def derivatives(by_loop: bool) -> list[torch.Tensor]:
         t = torch.zeros((), dtype=torch.float64, requires_grad=True)
-        moved = {
-            name: leaf.detach() + t * d for (name, leaf), d in zip(values.leaves().items(), directions, strict=True)
-        }
+        moved = {name: leaf.detach() + t * d for (name, leaf), d in zip(values.leaves().items(), directions, strict=True)}
         x, weight, bias, gate = moved["input"], moved["weight"], moved.get("bias"), moved.get("gate")
         if by_loop:
             y = loop(x, weight, bias, gate, values.expert, values.in_expert, case)
@@ -373,9 +371,7 @@ def test_expand_and_combine_equal_the_routing_itself_bit_for_bit(case: Case, bac
                 given["in_routing"] = Routing(
                     values.in_expert.repeat_interleave(case.top_k), num_experts=case.in_slices.num_experts
                 )
-            inner = functional.routed_conv2d(
-                x, values.weight, routing.expand(), values.bias, **given, **case.convolution
-            )
+            inner = functional.routed_conv2d(x, values.weight, routing.expand(), values.bias, **given, **case.convolution)
             assert inner.shape[0] == case.virtual
             combined = routing.combine(inner)
             assert torch.equal(combined, y)

@@ -310,9 +310,7 @@ def test_pickle_deepcopy_and_repr() -> None:
         assert torch.equal(again.expert, routing.expert) and torch.equal(again.gate, routing.gate)
         assert again.num_experts == 4 and again.expert is not routing.expert
     assert repr(routing) == "Routing(expert=[3], gate=torch.float32, num_experts=4)"
-    assert (
-        repr(Routing.from_scores(torch.randn(3, 4))) == "Routing(expert=[3], gate=1 (straight-through), num_experts=4)"
-    )
+    assert repr(Routing.from_scores(torch.randn(3, 4))) == "Routing(expert=[3], gate=1 (straight-through), num_experts=4)"
     assert repr(routing.ungated()) == "Routing(expert=[3], gate=None, num_experts=4)"
 
 
