@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m bench.table``: RoutedConv2d against the alternatives, paired in one run.
 
-All contenders of a shape are timed in turn, round by round, so that they share what else the machine does; the floor is
-among them twice, and a shape whose floor/floor ratio of medians leaves 0.95 .. 1.05 is timed again. Printed are geometric
-means over the eight shapes of the ratios of medians.
+Functions of a shape are timed in turn, round by round, so that they share what else the machine does. The floor is among
+them twice, and a shape whose floor/floor ratio of medians leaves 0.95 .. 1.05 is timed again. Printed are geometric means
+over the eight shapes of the ratios of medians.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,8 +31,9 @@ LIMITS = (0.95, 1.05)
 TRIES = 5
 
 
-def _times(functions: Sequence[Callable[[], object]], repeats: int, least: float) -> list[list[float]]:
-    """Seconds of one call, ``repeats`` times for each function, in turn; each timing lasts ``least`` seconds or more."""
+def _medians(functions: Sequence[Callable[[], object]], repeats: int, least: float) -> list[float]:
+    """Median seconds of one call of each function, timed ``repeats`` times in turn for ``least`` seconds or more; each
+    timing follows an untimed call of the same function, so that none pays for what the one before left in the caches."""
     inner = []
     for function in functions:
         function()
@@ -41,33 +43,37 @@ def _times(functions: Sequence[Callable[[], object]], repeats: int, least: float
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats):
         for function, count, mine in zip(functions, inner, times, strict=True):
+            function()
             start = time.perf_counter()
             for _ in range(count):
                 function()
             mine.append((time.perf_counter() - start) / count)
-    return times
+    return [statistics.median(mine) for mine in times]
 
 
 def measure(
     shape: Shape, batch: int, direction: str, names: Sequence[str], experts: int, more_experts: int, repeats: int
-) -> dict[str, object]:
-    """Median seconds of each contender on one shape, after as many tries as a quiet floor takes."""
-    labels = ["floor", *[n for n in names if n != "floor"], f"routed, N={more_experts}", "floor again"]
-    functions = [make("floor", shape, batch, experts, direction)]
-    functions += [make(n, shape, batch, experts, direction) for n in names if n != "floor"]
-    functions += [make("routed", shape, batch, more_experts, direction), functions[0]]
-    attempt = 0
-    while attempt < TRIES:
+) -> dict[str, Any]:
+    """Ratios of medians on one shape: the routed layer against the floor, after as many tries as a quiet floor takes;
+    then the alternatives against the routed layer."""
+    floor, routed = (make(name, shape, batch, experts, direction) for name in ("floor", "routed"))
+    more = make("routed", shape, batch, more_experts, direction)
+    attempt, a_a, medians = 0, 0.0, [0.0]
+    while attempt < TRIES and not LIMITS[0] <= a_a <= LIMITS[1]:
         attempt += 1
-        medians = [statistics.median(t) for t in _times(functions, repeats, 2e-3)]
-        a_a = medians[-1] / medians[0]
-        if LIMITS[0] <= a_a <= LIMITS[1]:
-            break
-    seconds = dict(zip(labels[:-1], medians[:-1], strict=True))
-    quiet = LIMITS[0] <= a_a <= LIMITS[1]
+        medians = _medians([floor, routed, floor], repeats, 2e-3)
+        a_a = medians[2] / medians[0]
+    base = (medians[0] + medians[2]) / 2
+    fewer, many = _medians([routed, more], repeats, 2e-3)
+    ratios = {"routed/floor": medians[1] / base, f"N={more_experts}/N={experts}": many / fewer}
+    others = [n for n in names if n not in ("routed", "floor")]
+    if others:
+        against = [routed, *(make(n, shape, batch, experts, direction) for n in others)]
+        first, *rest = _medians(against, max(3, repeats // 2), 2e-3)
+        ratios |= {f"{name}/routed": seconds / first for name, seconds in zip(others, rest, strict=True)}
     return {
-        "shape": str(shape), "batch": batch, "direction": direction, "seconds": seconds, "a_a": a_a, "tries": attempt,
-        "quiet": quiet,
+        "shape": str(shape), "batch": batch, "direction": direction, "floor_us": base * 1e6, "ratios": ratios, "a_a": a_a,
+        "tries": attempt, "quiet": LIMITS[0] <= a_a <= LIMITS[1],
     }  # fmt: skip
 
 
@@ -98,6 +104,7 @@ def main() -> None:
     names = [n for n in CONTENDERS if n in {*options.contenders, "routed", "floor"}]
     results = []
     rows = []
+    columns: list[str] = []
     for direction in options.direction:
         for batch in options.batch:
             here = [
@@ -107,13 +114,16 @@ def main() -> None:
             results += here
             if options.shapes:
                 for r in here:
-                    parts = ", ".join(f"{k} {1e6 * v:.0f} us" for k, v in r["seconds"].items())  # type: ignore[attr-defined]
-                    print(f"{direction} B={batch} {r['shape']}: {parts}; A/A {r['a_a']:.3f}")
-            rows.append([direction, str(batch), *_ratios(here, names, options.more_experts)])
-            print(f"{direction} B={batch}: routed/floor {rows[-1][2]}", file=sys.stderr, flush=True)
-    more = f"N={options.more_experts}/N={options.experts}"
-    others = [n for n in names if n not in ("routed", "floor")]
-    print(table(["direction", "batch", "routed/floor", *[f"{n}/routed" for n in others], more, "A/A"], rows))
+                    parts = ", ".join(f"{name} {value:.2f}" for name, value in r["ratios"].items())
+                    print(
+                        f"{direction} B={batch} {r['shape']}: floor {r['floor_us']:.0f} us; {parts}; A/A {r['a_a']:.3f}"
+                    )
+            means = {name: geometric_mean([r["ratios"][name] for r in here]) for name in here[0]["ratios"]}
+            columns = [*means, "A/A"]
+            a_a = geometric_mean([r["a_a"] for r in here])
+            rows.append([direction, str(batch), *[f"{m:.2f}" for m in means.values()], f"{a_a:.2f}"])
+            print(f"{direction} B={batch}: routed/floor {means['routed/floor']:.3f}", file=sys.stderr, flush=True)
+    print(table(["direction", "batch", *columns], rows))
     machine = describe()
     print(
         f"\n{machine['cpu']}, {machine['threads']} threads, {machine['isa']} (oneDNN: {machine['onednn_max_isa']}), "
@@ -126,19 +136,6 @@ def main() -> None:
     if options.json:
         record = {"machine": machine, "experts": options.experts, "repeats": options.repeats, "results": results}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _ratios(results: Sequence[dict], names: Sequence[str], more_experts: int) -> list[str]:  # type: ignore[type-arg]
-    def mean(over: str, under: str) -> str:
-        return f"{geometric_mean([r['seconds'][over] / r['seconds'][under] for r in results]):.2f}"
-
-    others = [n for n in names if n not in ("routed", "floor")]
-    return [
-        mean("routed", "floor"),
-        *[mean(n, "routed") for n in others],
-        mean(f"routed, N={more_experts}", "routed"),
-        f"{geometric_mean([r['a_a'] for r in results]):.2f}",
-    ]
 
 
 if __name__ == "__main__":
