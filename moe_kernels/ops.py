@@ -184,7 +184,7 @@ def _watched(x: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
+        or torch.autograd._profiler_enabled()
         or x.is_meta
     )
 
@@ -270,7 +270,7 @@ class _Conv2dGradWeight(_Function):
         return dg, dx, *[None] * (_G + 4)
 
 
-def _differentiable(function: type[_Function], op: Any, required: int, **defaults: Any) -> Any:
+def _differentiable(function: Any, op: Any, required: int, **defaults: Any) -> Any:
     def call(*args: Any, **kwargs: Any) -> Tensor:
         # torch leaves out arguments that equal their defaults; the Function wants them all, in order
         rest = list(defaults.items())[len(args) - required :]
@@ -362,7 +362,7 @@ def _autocast(op: Any, device: str, key: torch._C.DispatchKey) -> Any:
 
 def _register() -> None:
     packed = {"packed": None, "packed_grad": None}
-    implementations = {
+    implementations: dict[str, tuple[Any, Any, Any]] = {
         "conv2d": (_conv2d, _conv2d_fake, _differentiable(_Conv2d, conv2d, _G + 4, **packed)),
         "conv2d_grad_input": (
             _conv2d_grad_input,

@@ -249,12 +249,12 @@ def _flatten_with_keys(routing: Routing) -> tuple[list[Any], tuple[int, bool, in
 
 pytree.register_pytree_node(
     Routing,
-    _flatten,  # type: ignore[arg-type]
+    _flatten,
     _unflatten,
     serialized_type_name="moe_kernels.Routing",
     to_dumpable_context=lambda context: list(context),
     from_dumpable_context=lambda context: tuple(context),
-    flatten_with_keys_fn=_flatten_with_keys,  # type: ignore[arg-type]
+    flatten_with_keys_fn=_flatten_with_keys,
 )
-# A file of torch.export holds example inputs, and torch loads it with weights_only; a Routing is no more than its tensors.
+# A file of torch.export holds example inputs, and torch loads it with weights_only; a Routing is only tensors.
 torch.serialization.add_safe_globals([Routing])

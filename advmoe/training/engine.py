@@ -53,7 +53,8 @@ class Trainer:
         self.quiet = quiet
         self.device = torch.device("cpu" if config.device == "auto" else config.device)
         torch.manual_seed(config.seed)
-        self.model: nn.Module = build_model(config.model).to(self.device, memory_format=torch.channels_last)
+        model = build_model(config.model).to(self.device)
+        self.model: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         a = config.attack
         assert a.epsilon is not None and a.step_size is not None
         attack = PGD(a.epsilon, a.step_size, a.steps, loss=a.loss, random_start=a.random_start)

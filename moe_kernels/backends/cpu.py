@@ -36,8 +36,8 @@ class CpuBackend:
     def unavailable(self) -> str | None:
         if _import_error is not None:
             return (
-                f"the native module moe_kernels._C cannot be imported ({_import_error}); build it with `pip install -e .` "
-                "(needs a C++17 compiler)"
+                f"the native module moe_kernels._C cannot be imported ({_import_error}); build it with "
+                "`pip install -e .`, which needs a C++17 compiler"
             )
         return None
 

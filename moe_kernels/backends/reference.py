@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from ..geometry import output_size
 from ..layout import memory_format_of
@@ -85,7 +86,7 @@ class ReferenceBackend:
         for v, (o, c) in enumerate(_slices(out_expert, in_expert, g, samples)):
             w = _slice(weight, o, c, g).to(wide)
             shape = [1, g.in_width, *size]
-            dx = torch.nn.grad.conv2d_input(shape, w, grad[v : v + 1].to(wide), g.stride, g.padding, g.dilation, g.groups)
+            dx = conv2d_input(shape, w, grad[v : v + 1].to(wide), g.stride, g.padding, g.dilation, g.groups)
             out[v // g.samples_per_input] += dx[0]
         return _as(out.to(grad.dtype), grad)
 
@@ -106,7 +107,7 @@ class ReferenceBackend:
             part = _slice(out, o, c, g)
             x = input[v // g.samples_per_input].unsqueeze(0).to(wide)
             dy = grad[v : v + 1].to(wide)
-            part += torch.nn.grad.conv2d_weight(x, list(part.shape), dy, g.stride, g.padding, g.dilation, g.groups)
+            part += conv2d_weight(x, list(part.shape), dy, g.stride, g.padding, g.dilation, g.groups)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         return out.to(grad.dtype).contiguous(memory_format=layout)
 
