@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from moe_kernels import RoutedConv2d
 
 from ..attacks import PGD
+from ..attacks.pgd import undisturbed
 from ..config import MethodConfig, OptimConfig
 from ..models import backbone_parameters, router_parameters
 from ..objectives import cross_entropy, kl_divergence, router_pseudo_label_loss, trades_loss
@@ -186,11 +187,8 @@ def _result(losses: dict[str, float], logits: Tensor, labels: Tensor) -> StepRes
 
 def _router_divergence(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
     """The released attack's second term: KL between the routers' scores of the clean and the attacked images, summed."""
-    with torch.no_grad(), record_scores(model) as scores:
-        training = model.training
-        model.eval()
+    with torch.no_grad(), undisturbed(model), record_scores(model) as scores:
         model(images)
-        model.train(training)
         clean = dict(scores)
 
     def divergence(attacked: Tensor) -> Tensor:

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Objectives against their formulas in float64, and where the released form fails."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from advmoe.objectives import cross_entropy, kl_divergence, margin_loss, router_pseudo_label_loss, trades_loss
+
+
+def logits(seed: int, scale: float = 1.0, classes: int = 10) -> torch.Tensor:
+    return scale * torch.randn(8, classes, generator=torch.Generator().manual_seed(seed))
+
+
+def test_kl_is_the_formula() -> None:
+    p, q = logits(0), logits(1)
+    pp, qq = p.double().softmax(1), q.double().softmax(1)
+    each = (pp * (pp / qq).log()).sum(1)
+    torch.testing.assert_close(kl_divergence(p, q, "none").double(), each, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(kl_divergence(p, q).double(), each.mean(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(kl_divergence(p, q, "sum").double(), each.sum(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="reduction"):
+        kl_divergence(p, q, "mean")
+
+
+@given(st.integers(0, 10_000), st.floats(0.01, 1e4))
+def test_kl_is_finite_and_not_negative(seed: int, scale: float) -> None:
+    p, q = logits(seed, scale).requires_grad_(), logits(seed + 1, scale).requires_grad_()
+    value = kl_divergence(p, q, "none")
+    assert torch.isfinite(value).all() and (value > -1e-6 * (1 + scale)).all()
+    value.sum().backward()
+    assert torch.isfinite(p.grad).all() and torch.isfinite(q.grad).all()
+
+
+def test_the_released_form_is_nan_where_ours_is_not() -> None:
+    p, q = logits(0, 1e4).requires_grad_(), logits(1, 1e4)
+    F.kl_div(F.log_softmax(q, 1), F.softmax(p, 1), reduction="sum").backward()
+    assert torch.isnan(p.grad).any()
+    p.grad = None
+    kl_divergence(p, q, "sum").backward()
+    assert torch.isfinite(p.grad).all()
+
+
+def test_trades_is_its_two_terms() -> None:
+    clean, adversarial, labels = logits(0), logits(1), torch.arange(8)
+    expected = F.cross_entropy(clean, labels) + 6 * kl_divergence(clean, adversarial)
+    torch.testing.assert_close(trades_loss(clean, adversarial, labels, 6.0), expected)
+    torch.testing.assert_close(trades_loss(clean, clean, labels, 6.0), F.cross_entropy(clean, labels))
+
+
+def test_the_clean_prediction_is_not_detached() -> None:
+    clean, adversarial = logits(0).requires_grad_(), logits(1)
+    kl_divergence(clean, adversarial).backward()
+    assert clean.grad.abs().sum() > 0
+
+
+def test_margin_is_positive_exactly_where_wrong() -> None:
+    z = logits(3)
+    labels = torch.arange(8)
+    assert torch.equal(margin_loss(z, labels, "none") > 0, z.argmax(1) != labels)
+    assert margin_loss(z, labels).ndim == 0
+    assert margin_loss(torch.tensor([[3.0, 1.0, 2.5]]), torch.tensor([0])).item() == -0.5
+
+
+def test_pseudo_label_is_the_class_modulo_experts() -> None:
+    scores, labels = logits(0, classes=3), torch.arange(8)
+    expected = 6 * F.cross_entropy(scores, labels % 3)
+    torch.testing.assert_close(router_pseudo_label_loss(scores, scores, labels), expected)
+
+
+def test_cross_entropy_is_torchs() -> None:
+    torch.testing.assert_close(
+        cross_entropy(logits(0), torch.arange(8), "none"), F.cross_entropy(logits(0), torch.arange(8), reduction="none")
+    )
