@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets, augmentation and iterators."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from advmoe.data import Batches, DataError, augment, list_data, load, stream_generator
+
+NAMES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+
+
+@pytest.fixture()
+def archive(tmp_path: Path) -> Path:
+    """CIFAR-10's layout with 20 images a file, written as the official files are: bytes as keys."""
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for name in NAMES:
+        data = generator.integers(0, 256, (20, 3072), dtype=np.uint8)
+        content = {b"data": data, b"labels": [i % 10 for i in range(20)], b"batch_label": name.encode()}
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+    return tmp_path
+
+
+def test_digits() -> None:
+    data = load("digits")
+    assert (len(data.train), len(data.validation), len(data.test)) == (1294, 143, 360)
+    assert data.train.images.shape[1:] == (3, 8, 8) and data.image_size == 8 and data.num_classes == 10
+    images, labels = data.train.batch(torch.arange(4))
+    assert images.dtype == torch.float32 and images.min() >= 0 and images.max() <= 1 and labels.dtype == torch.int64
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_validation_is_held_out_by_the_seed(archive: Path) -> None:
+    first, again, other = (load("cifar10", archive, seed=s) for s in (0, 0, 1))
+    assert len(first.train) == 90 and len(first.validation) == 10
+    assert torch.equal(first.validation.images, again.validation.images)
+    assert not torch.equal(first.validation.images, other.validation.images)
+    train = {image.numpy().tobytes() for image in first.train.images}
+    held_out = {image.numpy().tobytes() for image in first.validation.images}
+    assert not train & held_out and len(train | held_out) == 100
+
+
+def test_cifar10_reads_the_official_layout(archive: Path) -> None:
+    for folder in (archive, archive / "cifar-10-batches-py"):
+        data = load("cifar10", folder, train_limit=50, test_limit=7)
+        assert (len(data.train), len(data.test), data.image_size, data.padding) == (50, 7, 32, 4)
+    raw = pickle.loads((archive / "cifar-10-batches-py" / "test_batch").read_bytes())
+    assert torch.equal(data.test.images[3], torch.from_numpy(raw[b"data"][3].reshape(3, 32, 32)))
+    assert data.epsilon == pytest.approx(8 / 255)
+
+
+def test_cifar10_missing(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no folder given; pass --data-dir"):
+        load("cifar10")
+    with pytest.raises(DataError, match=r"has no data_batch_1, .*test_batch; pass --data-dir"):
+        load("cifar10", tmp_path)
+
+
+class Malice:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("echo reached > reached",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x80\x02}", "cannot be read"),
+        (pickle.dumps({b"data": Malice()}), "cannot be read .*system, which no batch of images needs"),
+        (pickle.dumps([1, 2]), "has no images and labels"),
+        (pickle.dumps({b"data": np.zeros((2, 3), np.uint8), b"labels": [0, 1]}), "holds no uint8 array"),
+        (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 10]}), "not one label in 0 .. 9"),
+    ],
+    ids=["truncated", "malicious", "list", "shape", "label"],
+)
+def test_cifar10_damaged(archive: Path, content: bytes, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(archive)
+    (archive / "cifar-10-batches-py" / "data_batch_3").write_bytes(content)
+    with pytest.raises(DataError, match=f"data_batch_3 .*{message}.*unpack the archive again|data_batch_3 {message}"):
+        load("cifar10", archive)
+    assert not (archive / "reached").exists()
+
+
+def test_the_real_cifar10(tmp_path: Path) -> None:
+    folder = os.environ.get("ADVMOE_CIFAR10_DIR")
+    if folder is None:
+        script = Path(__file__).parents[3] / "shared" / "data" / "unpack.py"
+        if not script.exists():
+            pytest.skip("no CIFAR-10: ADVMOE_CIFAR10_DIR is not set and there is no ../shared/data")
+        done = subprocess.run(
+            [sys.executable, str(script), str(tmp_path), "--only", "cifar10"], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            pytest.skip(f"no CIFAR-10: ../shared/data/unpack.py failed: {done.stderr.strip().splitlines()[-1]}")
+        folder = str(tmp_path)
+    data = load("cifar10", folder)
+    assert (len(data.train), len(data.validation), len(data.test)) == (49_500, 500, 10_000)
+    assert torch.equal(torch.bincount(data.test.labels), torch.full((10,), 1000))
+    assert data.mean == pytest.approx((0.4914, 0.4822, 0.4465), abs=0.01)
+
+
+def test_limits_and_names(archive: Path) -> None:
+    with pytest.raises(ValueError, match="train_limit: cifar10 has 90 training images beside 10"):
+        load("cifar10", archive, train_limit=91)
+    with pytest.raises(ValueError, match="test_limit"):
+        load("digits", test_limit=0)
+    with pytest.raises(ValueError, match=r"data: .*did you mean cifar10"):
+        load("cifar")
+    assert list_data() == ["digits", "cifar10"]
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_augment_is_crop_and_mirror_of_each_image(flip: bool, channels_last: bool) -> None:
+    images = torch.rand(32, 3, 8, 8)
+    if channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    out = augment(images, stream_generator(0), padding=2, flip=flip)
+    assert torch.equal(out, augment(images, stream_generator(0), padding=2, flip=flip))
+    assert out.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    padded = F.pad(images, (2, 2, 2, 2))
+    mirrored = 0
+    for image, moved in zip(padded, out, strict=True):
+        crops = [image[:, t : t + 8, left : left + 8] for t in range(5) for left in range(5)]
+        plain = any(torch.equal(moved, crop) for crop in crops)
+        mirrored += not plain
+        assert plain or any(torch.equal(moved, crop.flip(2)) for crop in crops)
+    assert (6 <= mirrored <= 26) if flip else mirrored == 0
+
+
+def test_batches_visit_everything_once_an_epoch() -> None:
+    batches = Batches(10, 3, 0, "a")
+    epoch = [batches.next()[0] for _ in range(len(batches))]
+    assert len(batches) == 3 and torch.cat(epoch).unique().numel() == 9
+    following = [batches.next()[0] for _ in range(3)]
+    assert not torch.equal(torch.cat(epoch), torch.cat(following)) and batches.epoch == 2
+
+
+def test_batches_resume_where_they_were() -> None:
+    unbroken, broken = Batches(10, 3, 0, "a"), Batches(10, 3, 0, "a")
+    for _ in range(4):
+        unbroken.next()
+        broken.next()
+    resumed = Batches(10, 3, 0, "a")
+    resumed.load_state_dict(broken.state_dict())
+    for _ in range(5):
+        (first, g1), (second, g2) = unbroken.next(), resumed.next()
+        assert torch.equal(first, second)
+        assert torch.equal(torch.rand(3, generator=g1), torch.rand(3, generator=g2))
+
+
+def test_batches_of_other_names_are_independent() -> None:
+    first, second = (torch.cat([b.next()[0] for _ in range(9)]) for b in (Batches(27, 3, 0, n) for n in "ab"))
+    assert not torch.equal(first, second)
+    with pytest.raises(ValueError, match="batch_size: expected at most the 2"):
+        Batches(2, 3, 0, "a")
