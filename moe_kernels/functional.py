@@ -85,7 +85,7 @@ def routed_conv2d_fused(
             )
     if scale is not None and shift is not None and scale.shape != shift.shape:
         raise ValueError(f"shift: expected the shape of scale, {tuple(scale.shape)}, got {tuple(shift.shape)}")
-    if torch.is_autocast_enabled(input.device.type):
+    if not input.is_meta and torch.is_autocast_enabled(input.device.type):  # torch has no autocast for meta
         input, weight, bias, residual = _autocast(input, weight, bias, residual)
     checks.layer_input(input, weight, bias, routing, in_routing or routing, geometry)
     out_expert, in_expert, geometry = _experts(input, routing, in_routing, geometry)
@@ -144,7 +144,7 @@ def apply_geometry(
     packed: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
     """:func:`routed_conv2d` with its slices and sizes made a value before; the modules' way in."""
-    if torch.is_autocast_enabled(input.device.type):
+    if not input.is_meta and torch.is_autocast_enabled(input.device.type):  # torch has no autocast for meta
         input, weight, bias = _autocast(input, weight, bias)
     checks.layer_input(input, weight, bias, routing, in_routing or routing, geometry)
     out_expert, in_expert, geometry = _experts(input, routing, in_routing, geometry)

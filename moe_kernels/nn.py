@@ -117,6 +117,7 @@ class _RoutedLayer(nn.Module):
         if (
             self.training
             or torch.compiler.is_compiling()
+            or weight.is_meta
             or weight.is_inference()
             or torch.is_autocast_enabled(weight.device.type)
             or torch._C._are_functorch_transforms_active()
