@@ -39,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     try:
         options.run(options)
-    except Interrupted:
-        print(f"interrupted; go on with: advmoe train --resume {options.resume or options.out}", file=sys.stderr)
+    except Interrupted as error:
+        print(f"interrupted; go on with: advmoe train --resume {error.args[0]}", file=sys.stderr)
         return INTERRUPTED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     g.add_argument("--seed", type=int, default=r.seed)
     g.add_argument("--device", default=r.device)
-    g.add_argument("--threads", type=int, help="CPU threads; torch's own choice by default")
+    g.add_argument("--threads", type=_positive, help="CPU threads; torch's own choice by default")
     g.add_argument("--validation-attack", default=r.validation_attack, help="the attack of each epoch's validation")
     p.set_defaults(run=_train)
 
@@ -112,10 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=int, metavar="N", help="the first N test images")
     p.add_argument("--batch-size", type=int, default=128)
     p.add_argument("--epsilon", type=float, help="the run's training radius, or the data's, by default")
-    p.add_argument("--threads", type=int)
+    p.add_argument("--threads", type=_positive)
     p.add_argument("--seed", type=int, default=0)
     _data_options(p, default=None)
-    p.set_defaults(run=_evaluate, out=None, resume=None)
+    p.set_defaults(run=_evaluate)
 
     p = commands.add_parser("profile", help="multiply-accumulates and latency of a model", formatter_class=defaults)
     _model_options(p)
@@ -123,10 +123,16 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--num-classes", type=int, default=10)
     p.add_argument("--batch-size", type=int, nargs="+", default=[1, 32], help="batches to time")
     p.add_argument("--repeats", type=int, default=20)
-    p.add_argument("--threads", type=int)
+    p.add_argument("--threads", type=_positive)
     p.add_argument("--layers", action="store_true", help="a line for each layer")
-    p.set_defaults(run=_profile, out=None, resume=None)
+    p.set_defaults(run=_profile)
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
@@ -264,5 +270,4 @@ def _profile(o: argparse.Namespace) -> None:
 
 
 def _demo(o: argparse.Namespace) -> None:
-    o.resume = None
     demo.run(o.out, fast=o.fast, seed=o.seed)

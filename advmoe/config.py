@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeVar
 
 import yaml
@@ -119,9 +122,10 @@ class RunConfig:
     validation_attack: str = "pgd10"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("epochs", "batch_size", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
 
     def save(self, path: Path) -> None:
         path.write_text(yaml.safe_dump(_plain(self), sort_keys=False))
@@ -131,7 +135,7 @@ class RunConfig:
         """Reads a ``config.yaml``.
 
         Raises:
-            ValueError: if it is not YAML, or has a key that no setting has.
+            ValueError: if it is not YAML, has a key that no setting has, or a value of another type.
         """
         try:
             values = yaml.safe_load(path.read_text())
@@ -160,12 +164,26 @@ def _build(cls: type[T], values: Any, where: str) -> T:
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected a mapping of settings, got {type(values).__name__}")
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    types = typing.get_type_hints(cls)
     arguments = {}
     for key, value in values.items():
         if key not in known:
             raise unknown_name(f"{where}: setting", key, known)
         room = _ROOMS.get(key) if cls is RunConfig else None
-        if room is not None:
-            value = _build(room, value, f"{where}: {key}")
-        arguments[key] = tuple(value) if isinstance(value, list) else value
+        read = _typed if room is None else _build
+        arguments[key] = read(room or types[key], value, f"{where}: {key}")
     return cls(**arguments)
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """The value as the setting's type has it: a whole number where a float is meant, and the text "1e-4", which YAML 1.1
+    does not read as a number, become floats; a list becomes a tuple."""
+    for kind in typing.get_args(hint) if isinstance(hint, UnionType) else (hint,):
+        if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            with contextlib.suppress(ValueError):
+                return float(value)
+        elif typing.get_origin(kind) is tuple and isinstance(value, list):
+            return tuple(_typed(typing.get_args(kind)[0], each, where) for each in value)
+        elif isinstance(kind, type) and type(value) is kind:
+            return value
+    raise ValueError(f"{where}: expected {hint.__name__ if isinstance(hint, type) else hint}, got {value!r}")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -52,8 +53,9 @@ def profile(model: nn.Module, image_size: int = 32, channels: int = 3) -> Profil
             assert isinstance(weight, Tensor)
             each = weight[0].numel()
             if isinstance(module, (RoutedConv2d, RoutedLinear)):
-                each = each // module.in_slices.total * module.in_slices.width
-            layers.append(LayerCost(name, output.numel() // output.shape[0] * each, id(module) in routers))
+                each = each * module.in_slices.width // module.in_slices.total
+            # all of the output belongs to the one image, also where it has several experts' virtual samples
+            layers.append(LayerCost(name, output.numel() * each, id(module) in routers))
 
         return count
 
@@ -89,16 +91,21 @@ def measure_latency(
 ) -> list[Latency]:
     """Times the models in turn, A B A B, so that they share what else the machine does; after a warm-up.
 
-    The images are random, so that routed models use the experts that they would use.
+    The images are random, so that routed models use the experts that they would use. Modes are restored.
+
+    Raises:
+        ValueError: if there is nothing to time.
     """
+    for name, value in (("batch_size", batch_size), ("repeats", repeats)):
+        if value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
     generator = torch.Generator().manual_seed(0)
     images = torch.rand((batch_size, channels, image_size, image_size), generator=generator)
     images = images.contiguous(memory_format=torch.channels_last)
     times: list[list[float]] = [[] for _ in models]
-    was_training = [model.training for model in models]
-    try:
+    with contextlib.ExitStack() as stack:
         for model in models:
-            model.eval()
+            stack.enter_context(undisturbed(model))
         with torch.inference_mode():
             for repeat in range(repeats + 3):
                 for model, mine in zip(models, times, strict=True):
@@ -106,9 +113,6 @@ def measure_latency(
                     model(images)
                     if repeat >= 3:
                         mine.append((time.perf_counter() - start) * 1e3)
-    finally:
-        for model, mode in zip(models, was_training, strict=True):
-            model.train(mode)
     results = []
     for mine in times:
         low, middle, high = statistics.quantiles(mine, n=4) if len(mine) > 1 else (mine[0],) * 3

@@ -169,10 +169,13 @@ class PGD:
     def _noise(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         if self.random_start is False:
             return torch.zeros_like(images)
-        noise = torch.empty(images.shape, dtype=images.dtype, device=images.device)  # contiguous: one order of numbers
+        device = images.device if generator is None else generator.device  # a CPU generator serves any device
+        noise = torch.empty(images.shape, dtype=images.dtype, device=device)  # contiguous: one order of numbers
         if self.random_start == "gaussian":
-            return noise.normal_(generator=generator).mul_(0.001)
-        return noise.uniform_(-self.epsilon, self.epsilon, generator=generator)
+            noise.normal_(generator=generator).mul_(0.001)
+        else:
+            noise.uniform_(-self.epsilon, self.epsilon, generator=generator)
+        return noise.to(images.device)
 
 
 @contextmanager

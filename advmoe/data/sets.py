@@ -39,8 +39,15 @@ class Split:
         images = self.images[index].contiguous(memory_format=torch.channels_last)
         return images.float().div_(255), self.labels[index]
 
-    def first(self, count: int | None) -> Split:
-        return self if count is None else Split(self.images[:count], self.labels[:count])
+    def first(self, limit: int | None) -> Split:
+        """The first ``limit`` images; all for None.
+
+        Raises:
+            ValueError: if ``limit`` is below 1.
+        """
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit: expected at least 1, got {limit}")
+        return self if limit is None else Split(self.images[:limit], self.labels[:limit])
 
 
 @dataclass(frozen=True)
@@ -102,13 +109,15 @@ def load(
         seed: of the split.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or a size that does not fit.
         DataError: if files are missing or damaged.
     """
     source = _SETS[name](None if data_dir is None else Path(data_dir))
     for label, limit in (("train_limit", train_limit), ("test_limit", test_limit)):
         if limit is not None and limit < 1:
             raise ValueError(f"{label}: expected at least 1, got {limit}")
+    if validation < 0:
+        raise ValueError(f"validation: expected at least 0, got {validation}")
     total = len(source.train)
     order = torch.randperm(total, generator=stream_generator(seed, "split"))
     held_out = min(validation, total // 10)

@@ -67,14 +67,16 @@ def evaluate(
         seed: of the attacks' random starts; the result is a function of it, the model and the images.
 
     Raises:
-        ValueError: if there are no images.
+        ValueError: if there are no images, or ``limit`` or ``batch_size`` is below 1.
         NonFiniteGradientError: if an attack's gradient is NaN or infinite.
     """
     split = split.first(limit)
     total = len(split)
     if total == 0:
         raise ValueError("split: expected at least one image, got none")
-    device = next(model.parameters()).device
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     correct = 0

@@ -36,7 +36,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class Interrupted(Exception):
-    """Ctrl-C came; the state is saved and the run can be resumed."""
+    """Ctrl-C came; the state is saved and the run can be resumed. Its argument is the run's folder."""
 
 
 class Trainer:
@@ -51,13 +51,17 @@ class Trainer:
         self.run = run
         self.data = data
         self.quiet = quiet
-        self.device = torch.device("cpu" if config.device == "auto" else config.device)
+        self.device = _device(config.device)
         torch.manual_seed(config.seed)
         model = build_model(config.model).to(self.device)
         self.model: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         a = config.attack
         assert a.epsilon is not None and a.step_size is not None
         attack = PGD(a.epsilon, a.step_size, a.steps, loss=a.loss, random_start=a.random_start)
+        # what is wanted at an epoch's end must not fail only there
+        self.validation_attack = from_name(config.validation_attack, a.epsilon)
+        if not len(data.validation):
+            raise ValueError("validation: the best checkpoint is chosen on held-out images, of which there are none")
         self.method: Method = build_method(self.model, config.method, config.optim, attack)
         names = ("upper",) if self.method.batches_per_step == 1 else ("lower", "upper")
         self.batches = [Batches(len(data.train), config.batch_size, config.seed, name) for name in names]
@@ -129,7 +133,7 @@ class Trainer:
                 )
                 if interrupted():
                     self.run.save(self.state_dict())
-                    raise Interrupted
+                    raise Interrupted(self.run.folder)
 
     def _batch(self, batches: Batches) -> Batch:
         position = (batches.epoch, batches.index)
@@ -175,10 +179,10 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         held_out = self.data.validation
-        attack = self._validation_attack()
+        attack = self.config.validation_attack
         seed = self.config.seed
-        result = evaluate(self.model, held_out, {attack[0]: attack[1]}, self.config.batch_size, seed=seed)
-        robust = result.attacks[attack[0]]
+        result = evaluate(self.model, held_out, {attack: self.validation_attack}, self.config.batch_size, seed=seed)
+        robust = result.attacks[attack]
         line: dict[str, Any] = {
             "epoch": self.epoch + 1,
             **{key.removeprefix("sum_"): self._mean(key.removeprefix("sum_")) for key in self.sums if key[:4] == "sum_"},
@@ -195,7 +199,7 @@ class Trainer:
             line["router_entropy"] = {name: round(_entropy(usage), 4) for name, usage in result.usage.items()}
         logger.info(
             "epoch %d/%d: loss %.3f, validation SA %.1f %%, RA %.1f %% (%s), %.0f images/s",
-            self.epoch + 1, self.config.epochs, self._mean("loss"), 100 * result.sa, 100 * robust.ra, attack[0],
+            self.epoch + 1, self.config.epochs, self._mean("loss"), 100 * result.sa, 100 * robust.ra, attack,
             self._speed(),
         )  # fmt: skip
         collapsed = [name for name, usage in result.usage.items() if len(usage) > 1 and max(usage) >= _COLLAPSED]
@@ -211,11 +215,15 @@ class Trainer:
         self.run.add_metrics(line)
         self.run.save(state)
 
-    def _validation_attack(self) -> tuple[str, PGD]:
-        epsilon = self.config.attack.epsilon
-        assert epsilon is not None
-        name = self.config.validation_attack
-        return name, from_name(name, epsilon)
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device("cpu" if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises the latter
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: expected auto or a device that torch can use here, got {name!r} ({reason})") from error
+    return device
 
 
 def _entropy(usage: list[float]) -> float:
@@ -275,7 +283,7 @@ def resume(folder: str | Path, quiet: bool = False) -> Run:
         state = load_checkpoint(run.checkpoint())
         try:
             trainer.load_state_dict(state)
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, RuntimeError, ValueError) as error:
             raise RunError(f"{run.checkpoint()} does not fit {run.config_path}: {error}") from error
     run.cut_metrics(trainer.epoch)
     with run.log(logger):

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_kernels import RoutedConv2d
+from moe_kernels import ExpertSlices, RoutedBatchNorm2d, RoutedConv2d
 
 from ..attacks import PGD
 from ..attacks.pgd import undisturbed
 from ..config import MethodConfig, OptimConfig
 from ..models import backbone_parameters, router_parameters
 from ..objectives import cross_entropy, kl_divergence, router_pseudo_label_loss, trades_loss
-from ..routers import record_scores
+from ..routers import Router, record_scores
 
 __all__ = ["AT", "AdvMoE", "Batch", "Method", "Standard", "StepResult", "build_method"]
 
@@ -121,6 +121,10 @@ class AdvMoE(Method):
     def __init__(self, model: nn.Module, config: MethodConfig, optim: OptimConfig, attack: PGD) -> None:
         if not router_parameters(model):
             raise ValueError("method: advmoe needs a model with trainable routers (kind moe); use at for this one")
+        if config.router_objective == "trades" and all(
+            router.gate == "none" for router in model.modules() if isinstance(router, Router)
+        ):
+            raise ValueError("gate: 'none' lets no gradient of TRADES reach the routers, which advmoe is to train")
         self.batches_per_step = 2 if config.batches == "two" else 1
         super().__init__(model, config, optim, attack)
 
@@ -215,22 +219,26 @@ def _only(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None
 
 @contextmanager
 def _unused_frozen(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Keeps the slices of experts that no sample of the step chose as they are: without it weight decay and momentum
-    still move them. Partition layout; their momentum is left to go on afterwards."""
+    """Keeps the slices of experts that no sample of the step chose as they are, BatchNorms of their own included: without
+    it weight decay and momentum still move them. Partition layout; their momentum is left to go on afterwards."""
     if not wanted:
         yield
         return
-    used: dict[RoutedConv2d, Tensor] = {}
-    layers = [m for m in model.modules() if isinstance(m, RoutedConv2d)]
+    used: dict[nn.Module, Tensor] = {}
+    layers: dict[nn.Module, ExpertSlices] = {}
+    for module in model.modules():
+        if isinstance(module, RoutedConv2d):
+            layers[module] = module.out_slices
+        elif isinstance(module, RoutedBatchNorm2d):
+            layers[module] = module.slices
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         routing = args[1] if len(args) > 1 else kwargs["routing"]
-        assert isinstance(module, RoutedConv2d)
         count = torch.bincount(routing.expert.reshape(-1), minlength=routing.num_experts)
         used[module] = used[module] + count if module in used else count
 
     handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in layers]
-    before = {m: m.weight.detach().clone() for m in layers}
+    before = {m: {name: p.detach().clone() for name, p in m.named_parameters(recurse=False)} for m in layers}
     try:
         yield
     finally:
@@ -239,6 +247,7 @@ def _unused_frozen(model: nn.Module, wanted: bool) -> Iterator[None]:
     with torch.no_grad():
         for module, count in used.items():
             for expert in (count == 0).nonzero().squeeze(1).tolist():
-                start = module.out_slices.starts[expert]
-                rows = slice(start, start + module.out_slices.width)
-                module.weight[rows] = before[module][rows]
+                start = layers[module].starts[expert]
+                rows = slice(start, start + layers[module].width)
+                for name, p in module.named_parameters(recurse=False):
+                    p[rows] = before[module][name][rows]

@@ -80,9 +80,10 @@ class Run:
 
     def cut_metrics(self, epochs: int) -> None:
         """Keeps the first epochs' lines: what a checkpoint knows of."""
-        lines = self.metrics()[:epochs]
+        # as text: a line behind the checkpoint may be torn, if the machine went down while it was written
+        lines = self.metrics_path.read_text().splitlines()[:epochs] if self.metrics_path.exists() else []
         temporary = self.metrics_path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        temporary.write_text("".join(line + "\n" for line in lines))
         temporary.replace(self.metrics_path)
 
     @contextlib.contextmanager
