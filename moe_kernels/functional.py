@@ -177,7 +177,7 @@ def apply_geometry(
                 packed[0],
             )
     else:
-        y = ops.conv2d(input, weight, out_expert, in_expert, *geometry, *packed)
+        y = ops.call(ops.conv2d, input, weight, out_expert, in_expert, *geometry, *packed)
         y = ops.add_bias(y, bias, out_expert, geometry)
         if gate is not None:
             y = apply_gate(y, gate.reshape(-1), routing.unit_gate)

@@ -206,8 +206,16 @@ def _in_function(op: Any, *args: Any) -> Tensor:
 
 
 def call(op: Any, *args: Any) -> Tensor:
-    """``op(*args)``, past the dispatcher where no gradient is enabled and nobody would notice."""
-    return op(*args) if torch.is_grad_enabled() or _watched(args[0]) else _RUN[op](*args)
+    """``op(*args)`` with every argument given, past the dispatcher where nobody would notice."""
+    if _watched(args[0]) or type(args[1]) not in (Tensor, torch.nn.Parameter):
+        return op(*args)
+    if not torch.is_grad_enabled():
+        return _RUN[op](*args)
+    if op is conv2d_fused:
+        return _fused_differentiable(*args)
+    if args[0].requires_grad or args[1].requires_grad:
+        return _FUNCTION[op].apply(*args)
+    return _RUN[op](*args)
 
 
 class _Conv2d(_Function):
@@ -264,14 +272,23 @@ class _Conv2dGradWeight(_Function):
         args = (out_expert, in_expert, *ctx.geometry)
         dg = dx = None
         if _wanted(ctx, 0):
-            dg = call(conv2d, input, u, *args)
+            dg = call(conv2d, input, u, *args, None, None)
         if _wanted(ctx, 1):
-            dx = call(conv2d_grad_input, grad, u, *args, input.shape[2:])
+            dx = call(conv2d_grad_input, grad, u, *args, input.shape[2:], None, None)
         return dg, dx, *[None] * (_G + 4)
 
 
-def _differentiable(function: Any, op: Any, required: int, **defaults: Any) -> Any:
-    def call(*args: Any, **kwargs: Any) -> Tensor:
+_FUNCTION: dict[Any, Any] = {
+    conv2d: _Conv2d,
+    conv2d_grad_input: _Conv2dGradInput,
+    conv2d_grad_weight: _Conv2dGradWeight,
+}
+
+
+def _differentiable(op: Any, required: int, **defaults: Any) -> Any:
+    function = _FUNCTION[op]
+
+    def differentiable(*args: Any, **kwargs: Any) -> Tensor:
         # torch leaves out arguments that equal their defaults; the Function wants them all, in order
         rest = list(defaults.items())[len(args) - required :]
         args = (*args, *(kwargs.get(name, value) for name, value in rest))
@@ -282,7 +299,7 @@ def _differentiable(function: Any, op: Any, required: int, **defaults: Any) -> A
                 return function.apply(*args)
         return function.apply(*args)
 
-    return call
+    return differentiable
 
 
 def _fused_differentiable(
@@ -363,16 +380,16 @@ def _autocast(op: Any, device: str, key: torch._C.DispatchKey) -> Any:
 def _register() -> None:
     packed = {"packed": None, "packed_grad": None}
     implementations: dict[str, tuple[Any, Any, Any]] = {
-        "conv2d": (_conv2d, _conv2d_fake, _differentiable(_Conv2d, conv2d, _G + 4, **packed)),
+        "conv2d": (_conv2d, _conv2d_fake, _differentiable(conv2d, _G + 4, **packed)),
         "conv2d_grad_input": (
             _conv2d_grad_input,
             _grad_input_fake,
-            _differentiable(_Conv2dGradInput, conv2d_grad_input, _G + 5, **packed),
+            _differentiable(conv2d_grad_input, _G + 5, **packed),
         ),
         "conv2d_grad_weight": (
             _conv2d_grad_weight,
             _grad_weight_fake,
-            _differentiable(_Conv2dGradWeight, conv2d_grad_weight, _G + 5, channels_last=False),
+            _differentiable(conv2d_grad_weight, _G + 5, channels_last=False),
         ),
         "conv2d_fused": (_conv2d_fused, _conv2d_fake, _fused_differentiable),
     }

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from advmoe.attacks import PGD, NonFiniteGradientError, from_name
 from advmoe.models import create_model
 from advmoe.objectives import cross_entropy
+from moe_kernels import use_backend
 from moe_kernels.backends.cpu import CpuBackend
 
 
@@ -35,8 +36,12 @@ def generator() -> torch.Generator:
 @pytest.mark.parametrize("start", [True, "gaussian", False])
 def test_images_are_in_the_ball_and_in_range(model: nn.Module, batch: Any, loss: str, start: bool | str) -> None:
     images, labels = batch
+    images = images.clone()
+    images[:2] = images[:2].round()  # black and white pixels: the ball reaches beyond [0, 1]
+    before = images.clone()
     attack = PGD(0.05, 0.02, 4, loss=loss, random_start=start)
     found = attack(model, images, labels, generator())
+    assert torch.equal(images, before)
     assert (found - images).abs().max() <= 0.05 + 1e-6
     assert found.min() >= 0 and found.max() <= 1
     assert not found.requires_grad
@@ -66,37 +71,120 @@ def test_the_same_generator_gives_the_same_bits(model: nn.Module, batch: Any) ->
     first, second = (attack(model, *batch, generator()) for _ in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(first, attack(model, *batch, torch.Generator().manual_seed(8)))
+    restarted = PGD(0.05, 0.02, 3, restarts=3)
+    assert torch.equal(restarted(model, *batch, generator()), restarted(model, *batch, generator()))
+
+
+def test_the_generator_decides_and_not_the_process_state(model: nn.Module, batch: Any) -> None:
+    attack = PGD(0.05, 0.02, 2)
+    state = torch.get_rng_state()
+    first = attack(model, *batch, generator())
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    assert torch.equal(attack(model, *batch, generator()), first)
+
+
+def test_the_memory_format_does_not_change_the_start(model: nn.Module, batch: Any) -> None:
+    images, labels = batch
+    attack = PGD(0.05, 0.0, 1)  # a step of 0: the start itself
+    last = attack(model, images.contiguous(memory_format=torch.channels_last), labels, generator())
+    assert torch.equal(last, attack(model, images, labels, generator()))
+
+
+def test_one_step_is_the_sign_of_the_gradient(model: nn.Module, batch: Any) -> None:
+    images, labels = batch
+    x = images.clone().requires_grad_()
+    model.eval()
+    (grad,) = torch.autograd.grad(cross_entropy(model(x), labels), x)
+    expected = (images + 0.03 * grad.sign()).clamp(0, 1)
+    assert torch.equal(PGD(0.05, 0.03, 1, random_start=False)(model, images, labels), expected)
+
+
+def test_kl_starts_from_one_clean_prediction() -> None:
+    forwards: list[int] = []
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    net.register_forward_pre_hook(lambda m, a: forwards.append(len(a[0])))
+    images, labels = torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)
+    PGD(0.1, 0.05, 3, loss="kl")(net, images, labels)
+    assert forwards == [4] * 4
+
+
+def test_an_extra_loss_is_ascended_too(batch: Any) -> None:
+    images, labels = batch
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    nn.init.zeros_(net[1].weight)  # the loss itself has no gradient
+    result = PGD(0.1, 0.05, 4).run(net, images, labels, generator(), extra_loss=lambda x: x.sum())
+    torch.testing.assert_close(result.images, (images + 0.1).clamp_max(1))
+    assert not result.zero_gradient.any()
 
 
 def test_the_loss_rises(model: nn.Module, batch: Any) -> None:
     images, labels = batch
     model.eval()
     found = PGD(0.1, 0.025, 10)(model, images, labels, generator())
+    start = PGD(0.1, 0.0, 1)(model, images, labels, generator())
     with torch.no_grad():
-        assert cross_entropy(model(found), labels) > cross_entropy(model(images), labels)
+        losses = [cross_entropy(model(x), labels) for x in (found, start, images)]
+    assert losses[0] > max(losses[1:])
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_model_is_left_as_it_was(batch: Any, fails: bool) -> None:
+@pytest.mark.parametrize("mode", ["eval", "keep"])
+@pytest.mark.parametrize("fails", ["", "nan", "raises"])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was(batch: Any, fails: str, mode: str, training: bool) -> None:
     torch.manual_seed(0)
-    model = create_model("resnet18", "moe", width=8, image_size=8).train()
-    model.bn1.eval()
+    model = create_model("resnet18", "moe", width=8, image_size=8).train(training)
+    model.bn1.train(not training)
     model.linear.weight.requires_grad_(False)
-    if fails:
+    for p in model.layer3.parameters():
+        p.grad = torch.randn_like(p)
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    if fails == "nan":
         model.linear.weight.fill_(float("nan"))
+    calls = 0
+
+    def fail(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if fails == "raises" and calls == 2:
+            raise KeyError("planted")
+
+    handle = model.layer2[0].register_forward_pre_hook(fail)
     modes = [m.training for m in model.modules()]
     flags = [p.requires_grad for p in model.parameters()]
     buffers = [b.clone() for b in model.buffers()]
-    attack = PGD(0.05, 0.02, 2, restarts=2)
-    if fails:
+    attack = PGD(0.05, 0.02, 2, restarts=2, mode=mode)
+    if fails == "nan":
         with pytest.raises(NonFiniteGradientError, match="8 of 8 samples"):
+            attack(model, *batch)
+    elif fails:
+        with pytest.raises(KeyError, match="planted"):
             attack(model, *batch)
     else:
         attack(model, *batch)
+    handle.remove()
+    assert calls >= 1
     assert [m.training for m in model.modules()] == modes
     assert [p.requires_grad for p in model.parameters()] == flags
-    assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
-    assert all(p.grad is None for p in model.parameters())
+    if mode == "eval":
+        assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
+    left = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert left.keys() == grads.keys() and all(torch.equal(left[n], g) for n, g in grads.items())
+
+
+def test_a_nan_in_one_sample_is_enough(batch: Any) -> None:
+    class Planted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(192, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits = self.linear(x.flatten(1))
+            # sqrt has an infinite derivative at 0: the value is finite and the gradient is not
+            return torch.cat([logits[:3], logits[3:4] + (x[3] * 0).sum().sqrt(), logits[4:]])
+
+    with pytest.raises(NonFiniteGradientError, match=r"1 of 8 samples is not finite \(PGD-2 \(ce\)"):
+        PGD(0.05, 0.02, 2)(Planted(), *batch)
 
 
 def test_mode_keep_attacks_the_model_as_it_is(batch: Any) -> None:
@@ -107,11 +195,25 @@ def test_mode_keep_attacks_the_model_as_it_is(batch: Any) -> None:
 
 
 def test_no_weight_gradient_is_computed(model: nn.Module, batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any) -> Tensor:
-        raise AssertionError("an attack asked for a weight gradient")
+    calls = {"grad_weight": 0, "grad_input": 0}
+    for name in calls:
+        original = getattr(CpuBackend, name)
 
-    monkeypatch.setattr(CpuBackend, "grad_weight", refuse)
-    PGD(0.05, 0.02, 2)(model, *batch)
+        def count(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Tensor:
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(CpuBackend, name, count)
+    frozen: list[bool] = []
+    handle = model.register_forward_pre_hook(lambda m, _: frozen.append(any(p.requires_grad for p in m.parameters())))
+    with use_backend("cpu"):
+        PGD(0.05, 0.02, 3)(model, *batch)
+        handle.remove()
+        assert frozen == [False] * 3
+        assert calls == {"grad_weight": 0, "grad_input": 3 * 16}
+        model(batch[0]).sum().backward()  # training does compute them, so that the count counts
+    model.zero_grad()
+    assert calls["grad_weight"] == 16
 
 
 def test_a_blind_attack_is_reported(batch: Any) -> None:
@@ -124,7 +226,30 @@ def test_a_blind_attack_is_reported(batch: Any) -> None:
             return self.linear((x * 255).round().flatten(1) / 255)  # the gradient of round is zero
 
     result = PGD(0.05, 0.02, 2).run(Rounded(), *batch)
-    assert result.zero_gradient.all()
+    assert result.zero_gradient.all() and result.zero_gradient.shape == (8,)
+
+
+def test_blindness_is_reported_for_each_sample(batch: Any) -> None:
+    images, labels = batch
+    blind = torch.arange(8) % 3 == 0
+    net = nn.Linear(192, 10)
+
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(torch.where(blind[:, None], x.flatten(1).detach(), x.flatten(1)))
+
+    assert torch.equal(PGD(0.05, 0.02, 2).run(Half(), images, labels).zero_gradient, blind)
+
+
+def test_kl_from_the_clean_image_is_blind(model: nn.Module, batch: Any) -> None:
+    """KL has its minimum there; with one step nothing moves, and the result says so."""
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    result = PGD(0.05, 0.02, 1, loss="kl", random_start=False).run(linear, *batch)
+    assert result.zero_gradient.float().mean() == 1 or (result.images - batch[0]).abs().max() <= 0.02 + 1e-6
 
 
 def test_a_seeing_attack_is_not(model: nn.Module, batch: Any) -> None:
@@ -143,6 +268,35 @@ def test_restarts_never_help_the_model(model: nn.Module, batch: Any) -> None:
     assert right[0] >= right[1] >= right[2]
 
 
+def test_only_samples_not_fooled_yet_are_started_again(batch: Any) -> None:
+    images, _ = batch
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    with torch.no_grad():
+        labels = net(images).argmax(1)
+        labels[::2] = (labels[::2] + 1) % 10  # wrong already: never attacked again
+    sizes: list[int] = []
+    handle = net.register_forward_pre_hook(lambda m, a: sizes.append(len(a[0])))
+    found = PGD(1e-6, 1e-6, 2, restarts=3)(net, images, labels, generator())  # too small a ball to fool the others
+    handle.remove()
+    assert sizes == [8] * 3 + [4] * 6
+    with torch.no_grad():
+        assert torch.equal(net(found).argmax(1) != labels, torch.arange(8) % 2 == 0)
+
+
+def test_of_several_starts_the_highest_loss_is_kept(model: nn.Module, batch: Any) -> None:
+    images, _ = batch
+    model.eval()
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+        losses = []
+        for restarts in (1, 5):
+            attack = PGD(0.002, 0.002, 1, restarts=restarts)  # small: nobody is fooled
+            logits = model(attack(model, images, labels, generator()))
+            losses.append(cross_entropy(logits, labels, reduction="none"))
+    assert (losses[1] >= losses[0] - 1e-6).all() and (losses[1] > losses[0]).any()
+
+
 def test_gradients_flow_although_the_caller_has_none(model: nn.Module, batch: Any) -> None:
     with torch.no_grad():
         found = PGD(0.05, 0.02, 2, random_start=False)(model, *batch)
@@ -158,8 +312,10 @@ def test_names() -> None:
     assert from_name("pgd50x2", 8 / 255) == PGD(8 / 255, 2 / 255, 50, restarts=2)
     assert from_name("pgd20-margin", 0.1) == PGD(0.1, 0.025, 20, loss="margin")
     assert from_name("pgd5", 0.1, 0.07).step_size == 0.07
+    assert from_name("pgd7x3-kl", 0.1) == PGD(0.1, 0.025, 7, restarts=3, loss="kl")
+    assert from_name("pgd1-ce", 0.1) == PGD(0.1, 0.025, 1)
     assert "PGD-50 (ce)" in from_name("pgd50x2", 0.1).describe() and "2 restarts" in from_name("pgd50x2", 0.1).describe()
-    for name in ("pgd", "pgd50x", "fgsm", "pgd10-l2"):
+    for name in ("pgd", "pgd50x", "fgsm", "pgd10-l2", "PGD10", "pgd10 ", "pgd-10", ""):
         with pytest.raises(ValueError, match="attack: expected pgd<steps>"):
             from_name(name, 0.1)
 
@@ -173,6 +329,7 @@ def test_names() -> None:
         ({"steps": 0}, "steps"),
         ({"restarts": 0}, "restarts"),
         ({"epsilon": -1.0}, "epsilon"),
+        ({"step_size": -1.0}, "step_size"),
     ],
 )
 def test_bad_settings_raise(options: dict[str, Any], message: str) -> None:
