@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+import yaml
 
 from advmoe.config import AttackConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
 
@@ -30,6 +32,30 @@ def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     config.save(path)
     assert RunConfig.load(path) == config
+    RunConfig().save(path)
+    assert RunConfig.load(path) == RunConfig()
+
+
+def test_every_setting_is_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    RunConfig().save(path)
+    values = yaml.safe_load(path.read_text())
+    for f in dataclasses.fields(RunConfig):
+        room = getattr(RunConfig(), f.name)
+        if dataclasses.is_dataclass(room):
+            assert list(values[f.name]) == [g.name for g in dataclasses.fields(room)]
+        else:
+            assert values[f.name] == room
+
+
+def test_numbers_as_people_write_them(tmp_path: Path) -> None:
+    """YAML 1.1 reads 5e-4 as text and 1 as a whole number."""
+    path = tmp_path / "config.yaml"
+    path.write_text("optim: {weight_decay: 5e-4, lr: 1}\nattack: {epsilon: 3e-2}\nmodel: {mean: [0, 5e-1, 0.5]}\n")
+    config = RunConfig.load(path)
+    assert (config.optim.weight_decay, config.optim.lr, config.attack.epsilon) == (5e-4, 1.0, 0.03)
+    assert config.model.mean == (0.0, 0.5, 0.5) and isinstance(config.optim.lr, float)
+    assert config.epochs == 100  # what is not said is the default
 
 
 @pytest.mark.parametrize(
@@ -42,6 +68,19 @@ def test_round_trip(tmp_path: Path) -> None:
         ("method: {name: advmo}", r"method: .*did you mean advmoe"),
         ("method: {order: both}", r"order: expected one of router_first, backbone_first"),
         ("epochs: 0", r"epochs: expected at least 1"),
+        ("batch_size: 0", r"batch_size: expected at least 1"),
+        ("threads: 0", r"threads: expected at least 1"),
+        ("epochs: two", r"epochs: expected int, got 'two'"),
+        ("epochs: 2.5", r"epochs: expected int, got 2.5"),
+        ("epochs: true", r"epochs: expected int, got True"),
+        ("optim: {lr: fast}", r"optim: lr: expected float, got 'fast'"),
+        ("optim: {lr: null}", r"optim: lr: expected float, got None"),
+        ("optim: {freeze_unused: 1}", r"optim: freeze_unused: expected bool, got 1"),
+        ("model: {width: eight}", r"model: width: expected int \| None, got 'eight'"),
+        ("model: {mean: [a, b]}", r"model: mean: expected float, got 'a'"),
+        ("model: {optim: {}}", r"model: setting: expected one of .*got 'optim'"),
+        ("method: {router_objective: pseudo}", r"router_objective: .*did you mean pseudo_label"),
+        ("", r"expected a mapping of settings, got NoneType"),
     ],
 )
 def test_bad_files_are_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -36,7 +36,11 @@ def test_digits() -> None:
     data = load("digits")
     assert (len(data.train), len(data.validation), len(data.test)) == (1294, 143, 360)
     assert data.train.images.shape[1:] == (3, 8, 8) and data.image_size == 8 and data.num_classes == 10
+    assert data.epsilon == 0.15 and not data.flip
+    everything = {i.numpy().tobytes() for s in (data.train, data.validation, data.test) for i in s.images}
+    assert len(everything) == 1797  # no image is in two splits
     images, labels = data.train.batch(torch.arange(4))
+    assert torch.equal((images * 255).round().to(torch.uint8), data.train.images[:4])
     assert images.dtype == torch.float32 and images.min() >= 0 and images.max() <= 1 and labels.dtype == torch.int64
     assert images.is_contiguous(memory_format=torch.channels_last)
 
@@ -75,45 +79,87 @@ class Malice:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (b"", "cannot be read"),
         (b"\x80\x02}", "cannot be read"),
         (pickle.dumps({b"data": Malice()}), "cannot be read .*system, which no batch of images needs"),
         (pickle.dumps([1, 2]), "has no images and labels"),
         (pickle.dumps({b"data": np.zeros((2, 3), np.uint8), b"labels": [0, 1]}), "holds no uint8 array"),
-        (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 10]}), "not one label in 0 .. 9"),
+        (pickle.dumps({b"data": np.zeros((2, 3072), np.float32), b"labels": [0, 1]}), "holds no uint8 array"),
+        (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 10]}), "has not one label in 0 .. 9"),
+        (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]}), "has not one label in 0 .. 9"),
     ],
-    ids=["truncated", "malicious", "list", "shape", "label"],
+    ids=["empty", "truncated", "malicious", "list", "shape", "dtype", "label", "labels"],
 )
 def test_cifar10_damaged(archive: Path, content: bytes, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(archive)
     (archive / "cifar-10-batches-py" / "data_batch_3").write_bytes(content)
-    with pytest.raises(DataError, match=f"data_batch_3 .*{message}.*unpack the archive again|data_batch_3 {message}"):
+    with pytest.raises(DataError, match=rf"cifar10: .*data_batch_3 {message}(?s:.*); unpack the archive again$"):
         load("cifar10", archive)
     assert not (archive / "reached").exists()
 
 
-def test_the_real_cifar10(tmp_path: Path) -> None:
-    folder = os.environ.get("ADVMOE_CIFAR10_DIR")
-    if folder is None:
-        script = Path(__file__).parents[3] / "shared" / "data" / "unpack.py"
-        if not script.exists():
-            pytest.skip("no CIFAR-10: ADVMOE_CIFAR10_DIR is not set and there is no ../shared/data")
-        done = subprocess.run(
-            [sys.executable, str(script), str(tmp_path), "--only", "cifar10"], capture_output=True, text=True, check=False
-        )
-        if done.returncode != 0:
-            pytest.skip(f"no CIFAR-10: ../shared/data/unpack.py failed: {done.stderr.strip().splitlines()[-1]}")
-        folder = str(tmp_path)
+def test_cifar10_reads_pickles_of_python_2(archive: Path) -> None:
+    """The official files are: byte strings, and numpy under its old module names."""
+    pixels = bytes(i % 251 for i in range(2 * 3072))
+    content = (
+        b"\x80\x02}(U\x06labels]K\x07aK\x02aU\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+        b"(K\x01K\x02M\x00\x0c\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+        b"T" + len(pixels).to_bytes(4, "little") + pixels + b"tbu."
+    )
+    content = content.replace(b"]K\x07aK\x02a", b"](K\x07K\x02e")
+    (archive / "cifar-10-batches-py" / "test_batch").write_bytes(content)
+    test = load("cifar10", archive).test
+    assert test.labels.tolist() == [7, 2]
+    assert test.images.flatten().tolist() == list(pixels)
+
+
+def test_a_torn_file_of_the_archive(archive: Path) -> None:
+    path = archive / "cifar-10-batches-py" / "test_batch"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(DataError, match=r"test_batch cannot be read .*; unpack the archive again$"):
+        load("cifar10", archive)
+    path.unlink()
+    with pytest.raises(DataError, match=r"cifar-10-batches-py has no test_batch; pass --data-dir with the CIFAR-10"):
+        load("cifar10", archive)
+
+
+def check_the_real_cifar10(folder: str | Path) -> None:
     data = load("cifar10", folder)
     assert (len(data.train), len(data.validation), len(data.test)) == (49_500, 500, 10_000)
     assert torch.equal(torch.bincount(data.test.labels), torch.full((10,), 1000))
+    assert torch.equal(torch.bincount(torch.cat([data.train.labels, data.validation.labels])), torch.full((10,), 5000))
     assert data.mean == pytest.approx((0.4914, 0.4822, 0.4465), abs=0.01)
+    assert data.std == pytest.approx((0.2470, 0.2435, 0.2616), abs=0.01)
+
+
+def test_the_real_cifar10() -> None:
+    folder = os.environ.get("ADVMOE_CIFAR10_DIR")
+    if folder is None:
+        pytest.skip("ADVMOE_CIFAR10_DIR, the folder of CIFAR-10, is not set")
+    check_the_real_cifar10(folder)
+
+
+@pytest.mark.nightly
+def test_the_real_cifar10_unpacked(tmp_path: Path) -> None:
+    script = Path(__file__).parents[3] / "shared" / "data" / "unpack.py"
+    if not script.exists():
+        pytest.skip("there is no ../shared/data/unpack.py beside the repository")
+    subprocess.run([sys.executable, str(script), str(tmp_path), "--only", "cifar10"], check=True)
+    check_the_real_cifar10(tmp_path)
 
 
 def test_limits_and_names(archive: Path) -> None:
     with pytest.raises(ValueError, match="train_limit: cifar10 has 90 training images beside 10"):
         load("cifar10", archive, train_limit=91)
-    with pytest.raises(ValueError, match="test_limit"):
+    with pytest.raises(ValueError, match="test_limit: expected at least 1, got 0"):
         load("digits", test_limit=0)
+    with pytest.raises(ValueError, match="train_limit: expected at least 1, got -3"):
+        load("digits", train_limit=-3)
+    with pytest.raises(ValueError, match="validation: expected at least 0, got -1"):
+        load("digits", validation=-1)
+    with pytest.raises(ValueError, match="limit: expected at least 1, got -5"):
+        load("digits").test.first(-5)
+    assert len(load("digits", validation=0).train) == 1437
     with pytest.raises(ValueError, match=r"data: .*did you mean cifar10"):
         load("cifar")
     assert list_data() == ["digits", "cifar10"]
@@ -138,6 +184,51 @@ def test_augment_is_crop_and_mirror_of_each_image(flip: bool, channels_last: boo
     assert (6 <= mirrored <= 26) if flip else mirrored == 0
 
 
+def test_every_offset_and_both_mirrorings_are_as_likely() -> None:
+    """Of an image whose pixels are all different; 3 x 2 pixels of padding make 25 offsets."""
+    image = torch.arange(1.0, 1 + 7 * 5).view(1, 1, 7, 5)
+    count = 5000
+    out = augment(image.expand(count, 1, 7, 5), stream_generator(3), padding=2)
+    assert out.shape == (count, 1, 7, 5)
+    padded = F.pad(image[0], (2, 2, 2, 2))
+    variants = [
+        crop.flip(2) if mirrored else crop
+        for top in range(5)
+        for left in range(5)
+        for crop in [padded[:, top : top + 7, left : left + 5]]
+        for mirrored in (False, True)
+    ]
+    found = (out[:, None] == torch.stack(variants)).flatten(2).all(2)
+    assert (found.sum(1) == 1).all()
+    expected = count / 50
+    assert ((found.sum(0) - expected).abs() < 5 * expected**0.5).all()
+
+
+def test_augment_equals_a_loop_over_images() -> None:
+    """The offsets and mirrorings drawn, applied to one image after the other."""
+    images = torch.rand(16, 3, 6, 9)
+    out = augment(images, stream_generator(1), padding=3)
+    generator = stream_generator(1)
+    top, left = torch.randint(0, 7, (2, 16, 1), generator=generator).squeeze(2).tolist()
+    mirrored = (torch.rand((16, 1), generator=generator) < 0.5).squeeze(1).tolist()
+    for i, image in enumerate(F.pad(images, (3, 3, 3, 3))):
+        crop = image[:, top[i] : top[i] + 6, left[i] : left[i] + 9]
+        assert torch.equal(out[i], crop.flip(2) if mirrored[i] else crop)
+
+
+def test_no_padding_and_no_mirror_is_no_change() -> None:
+    images = torch.rand(4, 3, 8, 8)
+    assert torch.equal(augment(images, stream_generator(0), padding=0, flip=False), images)
+
+
+def test_streams_are_functions_of_their_key() -> None:
+    draws = [
+        torch.rand(4, generator=stream_generator(*key)) for key in ((0, "a"), (0, "a"), (0, "b"), (1, "a"), (0, "a", 0))
+    ]
+    assert torch.equal(draws[0], draws[1])
+    assert len({tuple(d.tolist()) for d in draws}) == 4
+
+
 def test_batches_visit_everything_once_an_epoch() -> None:
     batches = Batches(10, 3, 0, "a")
     epoch = [batches.next()[0] for _ in range(len(batches))]
@@ -146,9 +237,10 @@ def test_batches_visit_everything_once_an_epoch() -> None:
     assert not torch.equal(torch.cat(epoch), torch.cat(following)) and batches.epoch == 2
 
 
-def test_batches_resume_where_they_were() -> None:
+@pytest.mark.parametrize("taken", [0, 1, 3, 4, 8])
+def test_batches_resume_where_they_were(taken: int) -> None:
     unbroken, broken = Batches(10, 3, 0, "a"), Batches(10, 3, 0, "a")
-    for _ in range(4):
+    for _ in range(taken):
         unbroken.next()
         broken.next()
     resumed = Batches(10, 3, 0, "a")
