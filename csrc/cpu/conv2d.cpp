@@ -135,6 +135,21 @@ int64_t packed_numel_of_pair(Direction direction, const Call& call) {
 
 int64_t acc_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
 
+// Whether each task should pack the panels that it uses: few images under heavy weights, where packing all of them first
+// would write and read them once more through the outer caches, and enough panels for all threads.
+bool packs_by_task(Direction direction, const Call& call, const Plan& plan) {
+    const Conv2dShape& s = call.shape;
+    const bool forward = direction == Direction::forward;
+    const int64_t out = (forward ? s.K : s.C) / s.groups;
+    const int64_t panels = kernels().packed_channels(call.dtype, out) / kernels().packed_channels(call.dtype, 1);
+    int64_t most = 0;
+    for (const Group& g : plan.groups) most = g.end - g.begin > most ? g.end - g.begin : most;
+    const int64_t image = forward ? s.C * s.H * s.W : s.K * s.P * s.Q;
+    const bool light = most * image * panels <= 2 * packed_numel_of_pair(direction, call);
+    const int64_t tasks = int64_t(plan.groups.size()) * s.groups * panels;
+    return light && (call.threads == 1 || tasks >= 2 * call.threads);
+}
+
 void require(Result result) {
     if (result == Result::out_of_memory) throw std::bad_alloc();
 }
@@ -151,7 +166,9 @@ std::string run(Direction direction, const Call& call, const void* src, const vo
     const bool forward = direction == Direction::forward;
     const Passes passes = passes_of(direction, s);
     const bool own = packed == nullptr;
-    if (own) {
+    const PackJob fresh = pack_job(direction, call, passes, plan.groups, weight, nullptr, true);
+    const bool by_task = own && packs_by_task(direction, call, plan);
+    if (own && !by_task) {
         const int64_t numel = int64_t(plan.groups.size()) * packed_numel_of_pair(direction, call);
         void* memory = scratch(Scratch::packed, size_t(numel * acc_size(call.dtype)));
         if (memory == nullptr) throw std::bad_alloc();
@@ -174,6 +191,7 @@ std::string run(Direction direction, const Call& call, const void* src, const vo
     job.order = plan.order.data();
     job.packed = packed;
     job.dense_index = own;
+    job.fresh = by_task ? &fresh : nullptr;
     job.epilogue = epilogue;
     job.threads = call.threads;
     require(kernels().conv(call.dtype, job));

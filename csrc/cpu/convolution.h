@@ -177,7 +177,8 @@ struct Walk {
     int64_t sample_count;
     int64_t row_begin, row_end;
     const A* buffer;          // [sample_count] windows
-    const A* weight;          // this group's packed weights of this pass
+    const A* weight;          // this group's packed weights of this pass, from first_panel on
+    int64_t first_panel;
     int64_t channel_begin;    // first destination channel of the convolution group
     int64_t slice_begin;      // first channel of the slice in the layer, with the convolution group's offset
 
@@ -205,7 +206,7 @@ struct Walk {
         Row all[NR];
         for (int r = 0; r < NR; ++r, row = next(row)) all[r] = row;
         const int64_t channel = p * panel<A>;
-        const A* panel_weight = weight + channel * pass.taps * job.red;
+        const A* panel_weight = weight + (channel - first_panel * panel<A>) * pass.taps * job.red;
         TapRange range;
         range.begin_h = -((row_begin + all[NR - 1].y) * pass.is_h + pass.org_h);
         range.end_h = job.src_h - ((row_begin + all[0].y) * pass.is_h + pass.org_h);
@@ -302,6 +303,11 @@ Cut cut_work(const ConvJob& job) {
         rows = larger(rows, job.passes[i].rows);
     }
     const int64_t panels = ceil_div(job.out, panel<A>);
+    if (job.fresh != nullptr) {  // a panel is packed once: all of a group's samples are one task's
+        int64_t most = 1;
+        for (int64_t g = 0; g < job.group_count; ++g) most = larger(most, job.groups[g].end - job.groups[g].begin);
+        return {most, 1, panels};
+    }
     Cut cut{larger(1, smaller(64, target / bytes)), smaller(rows, ceil_div(bytes, target)), 1};
     const int64_t wanted = job.threads > 1 ? 4 * int64_t(job.threads) : 1;
     auto tasks = [&] {
@@ -337,14 +343,31 @@ bool run_task(const ConvJob& job, const Cut& cut, int64_t g, int64_t chunk, int6
     const Group& group = job.groups[g];
     const int64_t panels = ceil_div(job.out, panel<A>);
     const int64_t all_taps = count_taps(job.passes, job.pass_count);
-    const int64_t pair_size = packed_size_of_pair<A>(job.out, job.red, all_taps, job.conv_groups);
-    const A* weight = static_cast<const A*>(job.packed) + (job.dense_index ? g : group.pair) * pair_size +
-                      conv_group * (pair_size / job.conv_groups);
     const int64_t begin = group.begin + chunk * cut.samples;
     const int64_t count = smaller(cut.samples, group.end - begin);
     const int64_t panel_begin = panels * panel_part / cut.panel_parts;
     const int64_t panel_end = panels * (panel_part + 1) / cut.panel_parts;
     if (panel_begin == panel_end) return true;
+
+    const A* weight = nullptr;
+    int64_t first_panel = 0, held = panels;
+    if (job.fresh == nullptr) {
+        const int64_t pair_size = packed_size_of_pair<A>(job.out, job.red, all_taps, job.conv_groups);
+        weight = static_cast<const A*>(job.packed) + (job.dense_index ? g : group.pair) * pair_size +
+                 conv_group * (pair_size / job.conv_groups);
+    } else {
+        first_panel = panel_begin, held = panel_end - panel_begin;
+        A* memory = static_cast<A*>(scratch(Scratch::packed, size_t(held * panel<A> * job.red * all_taps) * sizeof(A)));
+        if (memory == nullptr) return false;
+        for (int64_t p = panel_begin; p < panel_end; ++p) {
+            for (int64_t block = 0; block < ceil_div(job.red, kBlock); ++block) {
+                if (!pack_part<T, A>(*job.fresh, group, conv_group, p, block, all_taps, first_panel, held, memory)) {
+                    return false;
+                }
+            }
+        }
+        weight = memory;
+    }
 
     for (int64_t i = 0; i < job.pass_count; ++i) {
         const Pass& pass = job.passes[i];
@@ -372,7 +395,7 @@ bool run_task(const ConvJob& job, const Cut& cut, int64_t g, int64_t chunk, int6
         }
         const Walk<T, A> walk{job,     pass,    window, taps,
                               job.order + begin, count,   row_begin, row_end,
-                              buffer,  weight + pass.taps_before * panels * panel<A> * job.red,
+                              buffer,  weight + pass.taps_before * held * panel<A> * job.red, first_panel,
                               conv_group * job.out, group.out_start + conv_group * job.out};
         walk.dispatch(panel_begin, panel_end);
     }

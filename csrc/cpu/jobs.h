@@ -62,6 +62,7 @@ struct ConvJob {
     const int64_t* order;
     const void* packed;
     bool dense_index;
+    const PackJob* fresh;  // not null: each task packs its own panels of these weights, instead of `packed`
     Epilogue epilogue;
     int threads;
 };

@@ -80,10 +80,31 @@ void pack_block(const PackJob& job, const T* weight, int64_t taps, int64_t out_l
     }
 }
 
+// One block of reduced channels of panel p of a group, into a group's memory that holds `held` panels from `first` on.
+template <class T, class A>
+bool pack_part(const PackJob& job, const Group& group, int64_t cg, int64_t p, int64_t block, int64_t taps, int64_t first,
+               int64_t held, A* of_group) {
+    constexpr int width = panel<A>;
+    const int64_t red_begin = block * kBlock;
+    const int64_t red_count = smaller(kBlock, job.red - red_begin);
+    A** place = static_cast<A**>(scratch(Scratch::worker, size_t(taps) * sizeof(A*)));
+    if (place == nullptr) return false;
+    for (int64_t i = 0; i < job.pass_count; ++i) {
+        const Pass& pass = job.passes[i];
+        A* to = of_group + (pass.taps_before * held + (p - first) * pass.taps) * job.red * width +
+                red_begin * pass.taps * width;
+        for (int64_t t = 0; t < pass.taps; ++t) place[pass.tap_weight[t]] = to + t * red_count * width;
+    }
+    const T* weight = static_cast<const T*>(job.weight) + group.out_start * job.slice_out_stride +
+                      group.in_start * job.slice_in_stride + cg * job.group_stride + p * width * job.out_stride +
+                      red_begin * job.red_stride;
+    pack_block<T, A>(job, weight, taps, job.out - p * width, red_count, place);
+    return true;
+}
+
 template <class T, class A>
 Result pack(const PackJob& job) {
-    constexpr int width = panel<A>;
-    const int64_t panels = ceil_div(job.out, width);
+    const int64_t panels = ceil_div(job.out, panel<A>);
     const int64_t taps = count_taps(job.passes, job.pass_count);
     const int64_t pair_size = packed_size_of_pair<A>(job.out, job.red, taps, job.conv_groups);
     const int64_t blocks = ceil_div(job.red, kBlock);
@@ -96,26 +117,9 @@ Result pack(const PackJob& job) {
         const int64_t p = task / blocks % panels;
         const int64_t cg = task / blocks / panels % job.conv_groups;
         const int64_t g = task / blocks / panels / job.conv_groups;
-        const Group& group = job.groups[g];
-        A* of_group = static_cast<A*>(job.packed) + (job.dense_index ? g : group.pair) * pair_size +
+        A* of_group = static_cast<A*>(job.packed) + (job.dense_index ? g : job.groups[g].pair) * pair_size +
                       cg * (pair_size / job.conv_groups);
-        const int64_t red_begin = block * kBlock;
-        const int64_t red_count = smaller(kBlock, job.red - red_begin);
-        A** place = static_cast<A**>(scratch(Scratch::worker, size_t(taps) * sizeof(A*)));
-        if (place == nullptr) {
-            failed |= 1;
-            continue;
-        }
-        for (int64_t i = 0; i < job.pass_count; ++i) {
-            const Pass& pass = job.passes[i];
-            A* to = of_group + (pass.taps_before * panels + p * pass.taps) * job.red * width +
-                    red_begin * pass.taps * width;
-            for (int64_t t = 0; t < pass.taps; ++t) place[pass.tap_weight[t]] = to + t * red_count * width;
-        }
-        const T* weight = static_cast<const T*>(job.weight) + group.out_start * job.slice_out_stride +
-                          group.in_start * job.slice_in_stride + cg * job.group_stride + p * width * job.out_stride +
-                          red_begin * job.red_stride;
-        pack_block<T, A>(job, weight, taps, job.out - p * width, red_count, place);
+        failed |= !pack_part<T, A>(job, job.groups[g], cg, p, block, taps, 0, panels, of_group);
     }
     return failed != 0 ? Result::out_of_memory : Result::ok;
 }

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import logging
+import math
 import os
 import signal
 from collections.abc import Sequence
@@ -17,15 +17,16 @@ import pytest
 import torch
 
 from advmoe.attacks import PGD, from_name
-from advmoe.config import AttackConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
+from advmoe.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
 from advmoe.data import load, stream_generator
 from advmoe.evaluation import evaluate
 from advmoe.models import backbone_parameters, create_model, record_routing, router_parameters
-from advmoe.training import AT, AdvMoE, NonFiniteLossError, Run, RunError, Standard, load_model, resume, train
+from advmoe.objectives import trades_loss
+from advmoe.training import AT, AdvMoE, NonFiniteLossError, Run, RunError, Standard, engine, load_model, resume, train
 from advmoe.training.engine import Interrupted
 from advmoe.training.methods import Batch, Method, StepResult
-from advmoe.training.runs import load_checkpoint
-from moe_kernels import RoutedConv2d
+from advmoe.training.runs import build_model, load_checkpoint
+from moe_kernels import RoutedBatchNorm2d, RoutedConv2d
 
 ATTACK = PGD(0.15, 0.1, 2, loss="kl")
 
@@ -66,7 +67,8 @@ def test_router_phase_moves_the_routers_only() -> None:
     method = AdvMoE(m, MethodConfig(), OptimConfig(), ATTACK)
     routers, backbone = snapshot(router_parameters(m)), snapshot(backbone_parameters(m))
     method._router_phase(batch())
-    assert not same(routers, router_parameters(m)) and same(backbone, backbone_parameters(m))
+    assert not any(torch.equal(a, b) for a, b in zip(routers, router_parameters(m), strict=True) if b.ndim == 2)
+    assert same(backbone, backbone_parameters(m))
     assert all(p.requires_grad for p in m.parameters())
     assert all(p.grad is None for p in backbone_parameters(m))
 
@@ -76,8 +78,44 @@ def test_backbone_phase_moves_the_backbone_only() -> None:
     method = AdvMoE(m, MethodConfig(), OptimConfig(), ATTACK)
     routers, backbone = snapshot(router_parameters(m)), snapshot(backbone_parameters(m))
     method._backbone_phase(batch())
-    assert same(routers, router_parameters(m)) and not same(backbone, backbone_parameters(m))
+    assert same(routers, router_parameters(m))
+    assert not any(torch.equal(a, b) for a, b in zip(backbone, backbone_parameters(m), strict=True))
+    assert all(p.requires_grad for p in m.parameters())
     assert all(p.grad is None for p in router_parameters(m))
+
+
+def test_each_level_attacks_its_own_batch_under_the_routers_of_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = model()
+    method = AdvMoE(m, MethodConfig(), OptimConfig(), ATTACK)
+    before = snapshot(router_parameters(m))
+    seen: list[tuple[Batch, bool]] = []
+    two = [batch(0), batch(1)]
+    original = PGD.run
+
+    def run(self: PGD, net: torch.nn.Module, images: torch.Tensor, *rest: Any) -> Any:
+        (own,) = [b for b in two if b.images is images]
+        assert rest[0] is own.labels and rest[1] is own.generator
+        seen.append((own, same(before, router_parameters(m))))
+        return original(self, net, images, *rest)
+
+    monkeypatch.setattr(PGD, "run", run)
+    method.step(two)
+    assert [(b is two[0], b is two[1]) for b, _ in seen] == [(True, False), (False, True)]
+    assert [old for _, old in seen] == [True, False]  # the upper level sees the routers just trained
+
+
+def test_router_gradients_are_those_of_trades_through_the_network() -> None:
+    m = model().eval()  # so that the two calculations have the same statistics
+    method = AdvMoE(m, MethodConfig(), OptimConfig(lr=0.0), ATTACK)
+    b = batch()
+    other = copy.deepcopy(m)
+    adversarial = ATTACK(other, b.images, b.labels, stream_generator("same"))
+    loss = trades_loss(other(b.images), other(adversarial), b.labels, 6.0)
+    loss.backward()
+    result = method._router_phase(dataclasses.replace(b, generator=stream_generator("same")))
+    assert result.losses["router_loss"] == pytest.approx(loss.item(), rel=1e-6)
+    for p, expected in zip(router_parameters(m), router_parameters(other), strict=True):
+        torch.testing.assert_close(p.grad, expected.grad)
 
 
 def test_algorithm_1_goes_routers_first_on_a_batch_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,9 +182,10 @@ def test_pgd_at_is_cross_entropy_on_adversarial_images() -> None:
     assert result.losses["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_experts_nobody_chose_can_be_frozen() -> None:
+@pytest.mark.parametrize("bn", [False, True])
+def test_experts_nobody_chose_can_be_frozen(bn: bool) -> None:
     for freeze in (False, True):
-        m = model(num_experts=8)
+        m = model(num_experts=8, bn="per_expert" if bn else "shared")
         # weight decay alone moves weights that get no gradient
         method = Standard(m, MethodConfig("standard"), OptimConfig(weight_decay=0.1, freeze_unused=freeze), ATTACK)
         layers = {n: layer for n, layer in m.named_modules() if isinstance(layer, RoutedConv2d)}
@@ -162,12 +201,85 @@ def test_experts_nobody_chose_can_be_frozen() -> None:
                 unused_seen += expert not in used
                 assert moved == (expert in used or not freeze)
         assert unused_seen > 0
+        norms = [(n, norm) for n, norm in m.named_modules() if isinstance(norm, RoutedBatchNorm2d)]
+        assert len(norms) == (16 if bn else 0)
+        for name, norm in norms:  # the weight starts at 1, and decays
+            used = set(routings[name.replace("bn", "conv")].expert.tolist())
+            rows = norm.weight.detach().view(8, -1)
+            still = {e for e in range(8) if torch.equal(rows[e], torch.ones_like(rows[e]))}
+            assert still == ((set(range(8)) - used) if freeze else set())
+
+
+def test_freezing_holds_against_momentum_too() -> None:
+    m = model(num_experts=2, width=4)
+    method = AdvMoE(m, MethodConfig(), OptimConfig(lr=0.05, freeze_unused=True), ATTACK)
+    layer = m.layer3[0].conv2
+    for expert in (0, 1):  # the second step is taken with momentum for expert 0
+        with torch.no_grad():
+            layer.router.linear.weight.zero_()
+            layer.router.linear.bias.copy_(torch.eye(2)[expert] * 1000)
+        before = layer.weight.detach().clone().view(2, -1)
+        method.step([batch(2 * expert), batch(2 * expert + 1)])
+        after = layer.weight.detach().view(2, -1)
+        assert torch.equal(after[1 - expert], before[1 - expert]) and not torch.equal(after[expert], before[expert])
+    assert method.optimizers["backbone"].state[layer.weight]["momentum_buffer"].view(2, -1)[0].abs().sum() > 0
 
 
 def test_advmoe_needs_routers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="advmoe needs a model with trainable routers"):
         train(tiny("advmoe", "dense"), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_advmoe_needs_gates_that_let_gradients_through() -> None:
+    m = model(gate="none")
+    with pytest.raises(ValueError, match="gate: 'none' lets no gradient of TRADES reach the routers"):
+        AdvMoE(m, MethodConfig(), OptimConfig(), ATTACK)
+    routers = snapshot(router_parameters(m))
+    AdvMoE(m, MethodConfig(router_objective="pseudo_label"), OptimConfig(), ATTACK).step([batch(0), batch(1)])
+    assert not same(routers, router_parameters(m))  # that objective needs no gate
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"validation_attack": "fgsm"}, "attack: expected pgd<steps>"),
+        ({"data": DataConfig("digits", validation=0)}, "validation: the best checkpoint is chosen on held-out images"),
+        ({"device": "nonsense"}, "device: expected auto or a device that torch can use here, got 'nonsense'"),
+        ({"batch_size": 2000}, "batch_size: expected at most the 1294 training images, got 2000"),
+        ({"optim": OptimConfig(lr=-1.0)}, "learning rate"),
+    ],
+    ids=["attack", "validation", "device", "batch_size", "lr"],
+)
+def test_what_cannot_end_well_does_not_begin(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(tiny(**{"data": DataConfig("digits"), **changes}), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rates_follow_the_cosine_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[tuple[float, float]] = []
+
+    def step(self: AdvMoE, batches: Sequence[Batch]) -> StepResult:
+        rates.append(tuple(self.optimizers[n].param_groups[0]["lr"] for n in ("router", "backbone")))  # type: ignore[arg-type]
+        return StepResult({"loss": 1.0}, 0, 64)
+
+    monkeypatch.setattr(AdvMoE, "step", step)
+    train(tiny(optim=OptimConfig(lr=0.2, router_lr=0.02)), tmp_path / "run", quiet=True)
+    cosine = [0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]
+    assert [r for r, _ in rates] == pytest.approx([0.02 * c for c in cosine])
+    assert [b for _, b in rates] == pytest.approx([0.2 * c for c in cosine])
+
+
+def test_the_test_set_has_no_part_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_test(*args: Any) -> Any:
+        return dataclasses.replace(load(*args), test=None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine, "load", without_test)
+    run = train(tiny("at", "dense", epochs=6), tmp_path / "run", quiet=True)
+    accuracies = [line["validation_ra"] for line in run.metrics()]
+    best = load_checkpoint(run.checkpoint("best"))["epoch"]
+    assert best == 1 + accuracies.index(max(accuracies))
 
 
 def test_a_run_is_a_folder(tmp_path: Path) -> None:
@@ -210,25 +322,157 @@ def interrupt_at(step: int, method: type[Method], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(method, "step", interrupted)
 
 
-@pytest.mark.parametrize(("method", "kind", "step"), [("advmoe", "moe", 2), ("advmoe", "moe", 4), ("at", "dense", 5)])
+def assert_same_run(first: Run, second: Run) -> None:
+    """Weights, optimisers, positions and metrics, but for times."""
+    one, two = (torch.load(r.checkpoint(), weights_only=True) for r in (first, second))
+    for a, b in zip(one["model"].values(), two["model"].values(), strict=True):
+        assert torch.equal(a, b)
+    for name, state in one["optimizers"].items():
+        buffers = [[v["momentum_buffer"] for v in s["state"].values()] for s in (state, two["optimizers"][name])]
+        assert all(torch.equal(a, b) for a, b in zip(*buffers, strict=True)) and buffers[0]
+    assert one["batches"] == two["batches"]
+    assert torch.equal(one["torch_rng"], two["torch_rng"])
+    timing = ("images_per_second", "seconds")
+    strip = [[{k: v for k, v in line.items() if k not in timing} for line in r.metrics()] for r in (first, second)]
+    assert strip[0] == strip[1] and strip[0]
+    best = [torch.load(r.checkpoint("best"), weights_only=True) for r in (first, second)]
+    assert best[0]["epoch"] == best[1]["epoch"]
+    for r in (first, second):
+        assert not list(r.folder.glob("*.tmp"))
+
+
+RELEASED = MethodConfig(order="backbone_first", batches="one", router_objective="pseudo_label", attack_routers=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "step"),
+    [
+        (tiny(), 2),
+        (tiny(), 4),
+        (tiny("at", "dense"), 3),  # the last step of an epoch
+        (tiny("at", "dense"), 5),
+        (tiny("standard", "s_dense"), 1),
+        (
+            tiny(
+                method=RELEASED.name,
+                model=ModelConfig(width=8, router="global", bn="per_expert", gate_after="norm"),
+                optim=OptimConfig(lr=0.05, router_lr=0.01, freeze_unused=True),
+            ),
+            2,
+        ),
+    ],
+    ids=["advmoe-2", "advmoe-4", "at-3", "at-5", "standard-1", "released-2"],
+)
 def test_a_resumed_run_ends_with_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, kind: str, step: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: RunConfig, step: int
 ) -> None:
-    config = tiny(method, kind)
+    if config.model.router == "global":
+        config = dataclasses.replace(config, method=RELEASED)
+    method = {"advmoe": AdvMoE, "at": AT, "standard": Standard}[config.method.name]
     unbroken = train(config, tmp_path / "unbroken", quiet=True)
     with monkeypatch.context() as patch:
-        interrupt_at(step, AdvMoE if method == "advmoe" else AT, patch)
+        interrupt_at(step, method, patch)
         with pytest.raises(Interrupted):
             train(config, tmp_path / "broken", quiet=True)
+    state = load_checkpoint(tmp_path / "broken" / "last.pt")
+    assert 3 * state["epoch"] + state["step"] == step  # where it was broken
     torch.rand(5)  # the process' generator has moved on
-    broken = resume(tmp_path / "broken", quiet=True)
-    first, second = (torch.load(r.checkpoint(), weights_only=True) for r in (unbroken, broken))
-    for a, b in zip(first["model"].values(), second["model"].values(), strict=True):
-        assert torch.equal(a, b)
-    timing = ("images_per_second", "seconds")
-    strip = [[{k: v for k, v in line.items() if k not in timing} for line in r.metrics()] for r in (unbroken, broken)]
-    assert strip[0] == strip[1]
-    assert not list(broken.folder.glob("*.tmp"))
+    assert_same_run(unbroken, resume(tmp_path / "broken", quiet=True))
+
+
+def test_a_run_broken_twice_and_resumed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny("at", "dense")
+    unbroken = train(config, tmp_path / "unbroken", quiet=True)
+    for go in (lambda: train(config, tmp_path / "broken", quiet=True), lambda: resume(tmp_path / "broken", quiet=True)):
+        with monkeypatch.context() as patch:
+            interrupt_at(2, AT, patch)
+            with pytest.raises(Interrupted):
+                go()
+    assert_same_run(unbroken, resume(tmp_path / "broken", quiet=True))
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_broken_while_validating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
+    """Without a checkpoint of the epoch it is trained again, from the last one or from the start."""
+    config = tiny("at", "dense")
+    unbroken = train(config, tmp_path / "unbroken", quiet=True)
+    count = 0
+    original = engine.evaluate
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == epoch:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "broken", quiet=True)
+    assert (tmp_path / "broken" / "last.pt").exists() == (epoch == 2)
+    assert_same_run(unbroken, resume(tmp_path / "broken", quiet=True))
+
+
+def test_ctrl_c_twice_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def step(self: Method, batches: Sequence[Batch]) -> StepResult:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("a second Ctrl-C was not heard")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AT, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            train(tiny("at", "dense"), tmp_path / "run", quiet=True)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert len(resume(tmp_path / "run", quiet=True).metrics()) == 2
+
+
+def test_the_weights_are_a_function_of_the_seed(tmp_path: Path) -> None:
+    first, again, other = (
+        load_checkpoint(train(tiny("at", "dense", epochs=1, seed=s), tmp_path / n, quiet=True).checkpoint())["model"]
+        for s, n in ((0, "first"), (0, "again"), (1, "other"))
+    )
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert not torch.equal(first["linear.weight"], other["linear.weight"])
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path: Path) -> None:
+    run = train(tiny("standard", "dense"), tmp_path / "run", quiet=True)
+    before = {p.name: p.read_bytes() for p in run.folder.iterdir() if p.name != "log.txt"}
+    resume(run.folder, quiet=True)
+    assert {p.name: p.read_bytes() for p in run.folder.iterdir() if p.name != "log.txt"} == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": ModelConfig(kind="moe", width=4)},
+        {"method": MethodConfig("at")},
+        {"method": MethodConfig("advmoe", batches="one")},
+    ],
+    ids=["model", "optimizers", "batches"],
+)
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    run = train(tiny(epochs=1), tmp_path / "run", quiet=True)
+    config = RunConfig.load(run.config_path)
+    if "model" in changes:
+        changes = {"model": dataclasses.replace(config.model, width=4)}
+    dataclasses.replace(config, **changes).save(run.config_path)
+    with pytest.raises(RunError, match=r"last\.pt does not fit .*config\.yaml"):
+        resume(run.folder, quiet=True)
+
+
+@pytest.mark.parametrize("torn", ['{"epoch": 2, "lo', "", "\x00\x00"])
+def test_a_torn_line_of_metrics_does_not_stop_a_resume(tmp_path: Path, torn: str) -> None:
+    run = train(tiny("standard", "dense", epochs=1), tmp_path / "run", quiet=True)
+    with run.metrics_path.open("a") as file:
+        file.write(torn)
+    config = dataclasses.replace(RunConfig.load(run.config_path), epochs=2)
+    config.save(run.config_path)
+    assert [line["epoch"] for line in resume(run.folder, quiet=True).metrics()] == [1, 2]
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
@@ -248,6 +492,9 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch
         with pytest.raises(OSError, match="disk full"):
             run.save({"value": 2})
     assert load_checkpoint(run.checkpoint())["value"] == 1
+    run.save({"value": 3})
+    assert load_checkpoint(run.checkpoint())["value"] == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
 def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
@@ -266,19 +513,83 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     config = tiny("standard", "dense", optim=OptimConfig(lr=1e30))
-    with pytest.raises(NonFiniteLossError, match=r"loss is (nan|inf) at epoch 1, step [23]"):
+    with pytest.raises(NonFiniteLossError, match=r"loss is (nan|inf) at epoch 1, step [23].*A lower --lr"):
         train(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "last.pt").exists()  # such weights are not saved
 
 
-def test_a_collapsed_router_is_reported_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("method", "phase"), [("advmoe", "router_loss"), ("at", "loss")])
+def test_a_loss_that_is_not_finite_moves_nothing(monkeypatch: pytest.MonkeyPatch, method: str, phase: str) -> None:
+    m = model()
+    optim = OptimConfig(weight_decay=0.1)
+    trainer = {"advmoe": AdvMoE, "at": AT}[method](m, MethodConfig(method), optim, ATTACK)
+    before = snapshot(list(m.parameters()))
+    monkeypatch.setattr("advmoe.training.methods.trades_loss", lambda c, a, y, b: (c + a).sum() * float("nan"))
+    result = trainer.step([batch(0), batch(1)][: trainer.batches_per_step])
+    assert math.isnan(result.losses[phase])
+    assert same(before, list(m.parameters()))
+
+
+def test_the_engine_names_the_loss_and_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = AdvMoE.step
+    count = 0
+
+    def step(self: AdvMoE, batches: Sequence[Batch]) -> StepResult:
+        nonlocal count
+        count += 1
+        result = original(self, batches)
+        return dataclasses.replace(result, losses={**result.losses, "router_loss": math.inf}) if count == 5 else result
+
+    monkeypatch.setattr(AdvMoE, "step", step)
+    with pytest.raises(
+        NonFiniteLossError, match=r"^router_loss is inf at epoch 2, step 2; the last checkpoint is .*last\.pt"
+    ):
+        train(tiny(), tmp_path / "run", quiet=True)
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1
+
+
+def test_a_collapsed_router_is_reported_by_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = "layer2.0.conv1"
+
+    def build(config: ModelConfig) -> torch.nn.Module:
+        model = build_model(config)
+        with torch.no_grad():
+            model.get_submodule(f"{planted}.router").linear.bias[1] += 1000.0  # its softmax has no gradient any more
+        return model
+
+    monkeypatch.setattr("advmoe.training.engine.build_model", build)
     with caplog.at_level(logging.WARNING, logger="advmoe"):
-        run = train(tiny(model=ModelConfig(kind="moe", width=8, num_experts=2)), tmp_path / "run", quiet=True)
-    for line in run.metrics():
-        collapsed = {n for n, usage in line["expert_usage"].items() if max(usage) >= 0.999}
-        said = [r.getMessage() for r in caplog.records if r.getMessage().startswith(f"epoch {line['epoch']}: one expert")]
-        assert bool(said) == bool(collapsed)
-        assert all(name in said[0] for name in collapsed)
+        run = train(tiny(), tmp_path / "run", quiet=True)
+    warnings = [r.getMessage() for r in caplog.records if "one expert takes all samples in" in r.getMessage()]
+    lines = run.metrics()
+    assert len(warnings) == len(lines) == 2
+    for line, said in zip(lines, warnings, strict=True):
+        collapsed = [n for n, usage in line["expert_usage"].items() if max(usage) >= 0.999]
+        assert said == f"epoch {line['epoch']}: one expert takes all samples in {', '.join(collapsed)}"
+        assert planted in collapsed
+        assert line["expert_usage"][planted] == [0.0, 1.0] and line["router_entropy"][planted] == 0
         assert all(line["router_entropy"][n] < 0.01 for n in collapsed)
+    assert planted in (run.folder / "log.txt").read_text()
+
+
+def test_balanced_routers_are_not_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Usage just below the line, as evaluation would count it."""
+    original = engine.evaluate
+
+    def balanced(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        return dataclasses.replace(result, usage={n: [0.01, 0.99] for n in result.usage})
+
+    monkeypatch.setattr(engine, "evaluate", balanced)
+    with caplog.at_level(logging.WARNING, logger="advmoe"):
+        run = train(tiny(epochs=1), tmp_path / "run", quiet=True)
+    assert not caplog.records
+    entropy = run.metrics()[0]["router_entropy"].values()
+    assert all(e == pytest.approx(0.056, abs=1e-4) for e in entropy)
 
 
 def test_one_expert_is_never_a_collapse(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -287,26 +598,42 @@ def test_one_expert_is_never_a_collapse(tmp_path: Path, caplog: pytest.LogCaptur
     assert not caplog.records
 
 
+def learn(folder: Path, method: str, kind: str, epochs: int, seed: int = 0) -> tuple[float, float]:
+    """SA and RA (PGD-20) on digits' test images after that many epochs; PGD at the data's own radius of 0.15."""
+    config = RunConfig(
+        model=ModelConfig(kind=kind, width=16),
+        data=DataConfig("digits", validation=20, augment=False),
+        optim=OptimConfig(lr=0.05),
+        method=MethodConfig(method, beta=2.0),
+        epochs=epochs,
+        batch_size=32,
+        seed=seed,
+        validation_attack="pgd1",
+    )
+    run = train(config, folder, quiet=True)
+    lines = run.metrics()
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+    trained, _ = load_model(run.folder, "last")
+    result = evaluate(trained, load("digits").test, {"pgd20": from_name("pgd20", 0.15)})
+    assert result.attacks["pgd20"].zero_gradient < 0.01
+    return result.sa, result.attacks["pgd20"].ra
+
+
 def test_training_converges_on_digits(tmp_path: Path) -> None:
-    """Adversarial training keeps SA above 90 % and RA far above an undefended model's."""
-    found = {}
-    for method, epochs in (("standard", 4), ("at", 20)):
-        config = RunConfig(
-            model=ModelConfig(kind="dense", width=16),
-            data=DataConfig("digits", validation=50, augment=False),
-            attack=AttackConfig(),
-            optim=OptimConfig(lr=0.05),
-            method=MethodConfig(method, beta=1.5),
-            epochs=epochs,
-            batch_size=64,
-            validation_attack="pgd2",
-        )
-        run = train(config, tmp_path / method, quiet=True)
-        trained, _ = load_model(run.folder, "last")
-        test = load("digits").test.first(200)
-        result = evaluate(trained, test, {"pgd20": from_name("pgd20", 0.15)})
-        found[method] = (result.sa, result.attacks["pgd20"].ra)
-        assert all(json.dumps(line) for line in run.metrics())
-    (plain_sa, plain_ra), (sa, ra) = found["standard"], found["at"]
-    assert plain_sa > 0.9 and sa > 0.9, found
-    assert ra > plain_ra + 0.2, found
+    """Adversarial training keeps SA above 90 % and RA far above an undefended model's.
+
+    Seen: SA 97 to 98 %, RA 63 to 66 %, where the undefended model has SA 96 to 98 % and RA 8 to 18 %.
+    """
+    plain_sa, plain_ra = learn(tmp_path / "standard", "standard", "dense", 3)
+    sa, ra = learn(tmp_path / "at", "at", "dense", 6)
+    assert plain_sa > 0.9 and sa > 0.9, (plain_sa, sa)
+    assert ra > plain_ra + 0.3, (plain_ra, ra)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_method_converges_on_digits(tmp_path: Path, seed: int) -> None:
+    _, plain_ra = learn(tmp_path / "plain", "standard", "dense", 4, seed)
+    for method, kind in (("at", "dense"), ("at", "s_dense"), ("at", "moe"), ("advmoe", "moe")):
+        sa, ra = learn(tmp_path / f"{method}-{kind}", method, kind, 12, seed)
+        assert sa > 0.9 and ra > plain_ra + 0.3, (method, kind, sa, ra, plain_ra)
