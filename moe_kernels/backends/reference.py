@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,9 @@ class ReferenceBackend:
         out = input.new_empty((samples, g.out_width, *size))
         for v, (o, c) in enumerate(_slices(out_expert, in_expert, g, samples)):
             x = input[v // g.samples_per_input].unsqueeze(0).to(wide)
-            y = F.conv2d(x, _slice(weight, o, c, g).to(wide), None, g.stride, g.padding, g.dilation, g.groups)
+            w = _slice(weight, o, c, g).to(wide)
+            with _without_autocast(input.device):
+                y = F.conv2d(x, w, None, g.stride, g.padding, g.dilation, g.groups)
             channels = slice(o, o + g.out_width)
             if bias is not None:
                 y = y + bias[channels].to(wide)[:, None, None]
@@ -113,6 +116,13 @@ class ReferenceBackend:
 
     def pack(self, weight: Tensor, geometry: Conv2dGeometry) -> tuple[Tensor | None, Tensor | None]:
         return None, None
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The operators may be called past the dispatcher, where autocast is still on and would narrow what is wide here."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _slices(

@@ -211,6 +211,17 @@ def test_autocast_of_the_functional_form_takes_mixed_dtypes_as_conv2d(backend: s
     assert torch.equal(y, functional.routed_conv2d(x, w.bfloat16(), routing, b.bfloat16(), out_slices=partition(4, 2)))
 
 
+def test_backward_under_autocast_has_the_bits_of_one_outside(backend: str) -> None:
+    layer = RoutedConv2d(5, 6, 3, num_experts=3)
+    x, routing = torch.randn(4, 5, 6, 6, requires_grad=True), Routing(torch.tensor([0, 1, 2, 0]), num_experts=3)
+    leaves = [x, *layer.parameters()]
+    with torch.autocast("cpu"):
+        y = layer(x, routing)
+        inside = torch.autograd.grad(y, leaves, torch.ones_like(y), retain_graph=True)
+    outside = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
 def test_autocast_of_an_operator(backend: str) -> None:
     case = Case(partition(3, 2), whole(2), batch=2, dtype=torch.float32)
     values = numbers(case)
