@@ -88,13 +88,17 @@ class Run:
 
     @contextlib.contextmanager
     def log(self, logger: logging.Logger) -> Any:
-        """Copies the logger's messages to log.txt meanwhile."""
+        """Copies the logger's messages to log.txt meanwhile, also where nobody has configured logging."""
         handler = logging.FileHandler(self.folder / "log.txt")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
+        level = logger.level
+        if level == logging.NOTSET and not logger.isEnabledFor(logging.INFO):
+            logger.setLevel(logging.INFO)
         try:
             yield
         finally:
+            logger.setLevel(level)
             logger.removeHandler(handler)
             handler.close()
 

@@ -5,14 +5,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from advmoe.cli import main
-from advmoe.training.methods import AT, Batch, Method, StepResult
+from advmoe import __version__
+from advmoe.attacks import NonFiniteGradientError
+from advmoe.cli import _model_config, _parser, main
+from advmoe.config import AttackConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
+from advmoe.routers import NonFiniteRouterError
+from advmoe.training import engine
+from advmoe.training.methods import AT, Batch, Method, Standard, StepResult
 
 TINY = ["--width", "8", "--train-limit", "64", "--batch-size", "32", "--epochs", "1", "--validation-attack", "pgd2"]
 
@@ -35,6 +43,58 @@ def test_train_evaluate_profile(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["profile", "--width", "8", "--batch-size", "1", "--repeats", "2", "--layers"]) == 0
     out = capsys.readouterr().out
     assert "layer1.0.conv1.router.linear" in out and "multiply-accumulate as 1" in out
+
+
+def test_every_option_reaches_the_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = (
+        "--method advmoe --objective cross_entropy --beta 3 --order backbone_first --batches one "
+        "--router-objective pseudo_label --attack-routers --kind moe --experts 3 --ratio 0.25 --width 8 --router global "
+        "--bn shared --gate softmax --gate-after norm --data digits --test-limit 30 --train-limit 64 --no-augment "
+        "--epsilon 0.1 --step-size 0.05 --attack-steps 1 --attack-loss ce --epochs 1 --batch-size 32 --lr 0.03 "
+        "--router-lr 0.02 --momentum 0.8 --weight-decay 1e-4 --freeze-unused --seed 5 --device cpu --threads 1 "
+        "--validation-attack pgd1-margin"
+    )
+    assert main(["train", "--out", str(run), *arguments.split()]) == 0
+    config = RunConfig.load(run / "config.yaml")
+    assert config.method == MethodConfig(
+        "advmoe", "cross_entropy", 3.0, "backbone_first", "one", "pseudo_label", attack_routers=True
+    )
+    m = config.model
+    assert (m.kind, m.num_experts, m.ratio, m.width, m.router) == ("moe", 3, 0.25, 8, "global")
+    assert (m.bn, m.gate, m.gate_after, m.image_size, m.num_classes) == ("shared", "softmax", "norm", 8, 10)
+    assert config.data == DataConfig("digits", None, 64, 30, augment=False)
+    assert config.attack == AttackConfig(0.1, 0.05, 1, "ce")
+    assert config.optim == OptimConfig(0.03, 0.02, 0.8, 1e-4, True)
+    assert (config.epochs, config.batch_size, config.seed, config.device) == (1, 32, 5, "cpu")
+    assert (config.threads, config.validation_attack) == (1, "pgd1-margin")
+
+
+def test_the_defaults_are_those_of_the_settings() -> None:
+    options = _parser().parse_args(["train", "--out", "run"])
+    assert _model_config(options) == ModelConfig()
+    assert (options.epochs, options.batch_size, options.lr, options.momentum) == (100, 128, 0.1, 0.9)
+    assert (options.weight_decay, options.beta, options.attack_steps, options.method) == (5e-4, 6.0, 2, "advmoe")
+    assert options.epsilon is None and options.step_size is None  # the data's own
+
+
+def test_evaluate_takes_what_the_run_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert train(run, "--epsilon", "0.07", "--test-limit", "25", "--kind", "dense") == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--attack", "pgd2"]) == 0
+    out = capsys.readouterr().out
+    assert "epsilon 0.07, step 0.0175" in out and "25 test images" in out
+    first = (run / "evaluation.json").read_text()
+    assert main(["evaluate", str(run), "--attack", "pgd2"]) == 0  # the same again
+    assert (run / "evaluation.json").read_text() == first
+    assert main(["evaluate", str(run), "--attack", "pgd2", "--epsilon", "0.2", "--checkpoint", "last"]) == 0
+    record = json.loads((run / "evaluation.json").read_text())
+    assert record["epsilon"] == 0.2 and record["checkpoint"] == "last"
+    assert "flip_rate" in record["attacks"]["pgd2"] and record["attacks"]["pgd2"]["flip_rate"] is None
+    (run / "best.pt").write_bytes(b"damaged")
+    assert main(["evaluate", str(run), "--attack", "pgd2"]) == 2
+    assert "best.pt cannot be read as a checkpoint" in capsys.readouterr().err
 
 
 def test_evaluate_takes_any_module(
@@ -64,14 +124,72 @@ def test_interrupted_is_3_and_resumes(
     with monkeypatch.context() as patch:
         patch.setattr(AT, "step", step)
         assert train(run) == 3
+        assert f"advmoe train --resume {run}" in capsys.readouterr().err
+        assert main(["train", "--resume", str(run)]) == 3  # again, a step further
     assert f"advmoe train --resume {run}" in capsys.readouterr().err
     assert main(["train", "--resume", str(run)]) == 0
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_fault_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(tmp_path / "run", "--kind", "dense", "--lr", "1e30", "--train-limit", "256") == 1
-    assert "not finite" in (err := capsys.readouterr().err) or "loss is nan at epoch 1" in err
+def test_interrupted_between_steps_is_3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "evaluate", interrupted)
+        assert train(run) == 3
+    assert "interrupted" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run)]) == 0
+
+
+def test_an_interrupted_demo_names_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def step(self: Method, batches: Sequence[Batch]) -> StepResult:
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(self, batches)  # type: ignore[arg-type]
+
+    original = Standard.step
+    monkeypatch.setattr(Standard, "step", step)
+    assert main(["demo", "--fast", "--out", str(tmp_path / "demo")]) == 3
+    run = tmp_path / "demo" / "dense-standard"
+    assert f"advmoe train --resume {run}" in capsys.readouterr().err and (run / "last.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [("standard", r"loss is (nan|inf) at epoch 1, step \d"), ("at", "the gradient of 32 of 32 samples is not finite")],
+)
+def test_a_fault_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, message: str) -> None:
+    wild = ["--kind", "dense", "--lr", "1e30", "--train-limit", "256"]
+    assert train(tmp_path / "run", *wild, "--method", method) == 1
+    assert re.search(f"^advmoe: {message}", capsys.readouterr().err, re.M)
+
+
+@pytest.mark.parametrize(
+    "fault", [NonFiniteGradientError("planted"), NonFiniteRouterError("planted"), OSError("planted")], ids=repr
+)
+def test_faults_have_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: Exception
+) -> None:
+    def step(self: Method, batches: Sequence[Batch]) -> StepResult:
+        raise fault
+
+    monkeypatch.setattr(AT, "step", step)
+    assert train(tmp_path / "run") == 1
+    assert "advmoe: planted\n" in (err := capsys.readouterr().err) and "Traceback" not in err
+
+
+def test_a_fault_of_the_program_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(self: Method, batches: Sequence[Batch]) -> StepResult:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(AT, "step", step)
+    with pytest.raises(KeyError, match="a bug"):
+        train(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +201,20 @@ def test_a_fault_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["train", "--out", "RUN", "--data", "cifar10"], "no folder given"),
         (["train", "--out", "RUN", "--data", "cifar10", "--data-dir", "nowhere"], "nowhere has no data_batch_1"),
         (["train", "--out", "RUN", "--kind", "dense"], "advmoe needs a model with trainable routers"),
+        (["train", "--out", "RUN", "--gate", "none"], "gate: 'none' lets no gradient"),
+        (["train", "--out", "RUN", "--validation-attack", "fgsm"], "attack: expected pgd<steps>"),
+        (["train", "--out", "RUN", "--device", "nonsense"], "device: expected auto or a device"),
+        (["train", "--out", "RUN", "--train-limit", "0"], "train_limit: expected at least 1, got 0"),
+        (["train", "--out", "RUN", "--train-limit", "9999"], "train_limit: digits has 1294 training images"),
+        (["train", "--out", "RUN", "--batch-size", "5000"], "batch_size: expected at most the 1294"),
+        (["train", "--out", "RUN", "--epochs", "0"], "epochs: expected at least 1, got 0"),
+        (["train", "--out", "RUN", "--epsilon", "-1"], "epsilon and step_size: expected >= 0"),
         (["train", "--resume", "RUN"], "is no run"),
+        (["evaluate", "absent_module:function", "--data", "digits"], "absent_module:function cannot be loaded"),
+        (["evaluate", "json:JSONEncoder", "--data", "digits"], "returned JSONEncoder, expected an nn.Module"),
+        (["profile", "--repeats", "0"], "repeats: expected at least 1, got 0"),
+        (["profile", "--batch-size", "0"], "batch_size: expected at least 1, got 0"),
+        (["profile", "--image-size", "64"], "image_size: resnet18 has the stem for images of 8 to 32 pixels; got 64"),
         (["evaluate", "RUN"], "expected a run folder, a checkpoint file or module:function"),
         (["profile", "--ratio", "2"], "ratio: expected 0 < ratio <= 1"),
     ],
@@ -103,9 +234,36 @@ def test_help_and_unknown_options(capsys: pytest.CaptureFixture[str]) -> None:
             main([*command, "--help"])
         assert done.value.code == 0
     assert "pgd<steps>" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as done:
-        main(["train", "--epoch-count", "3"])
-    assert done.value.code == 2
+    for wrong in (
+        [],
+        ["trian"],
+        ["train", "--epoch-count", "3"],
+        ["train", "--kind", "mo"],
+        ["profile", "--threads", "0"],
+    ):
+        with pytest.raises(SystemExit) as done:
+            main(wrong)
+        assert done.value.code == 2
+    assert "expected a whole number of at least 1, got '0'" in capsys.readouterr().err
+
+
+def test_the_module_runs_as_a_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "advmoe", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"advmoe {__version__}\n"
+    done = subprocess.run([sys.executable, "-m", "advmoe", "train"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr == "advmoe: train: --out RUN is needed (or --resume RUN)\n"
+
+
+@pytest.mark.nightly
+def test_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "demo"
+    for _ in range(2):  # the second replaces the first
+        assert main(["demo", "--fast", "--out", str(folder)]) == 0
+    text = (folder / "table.md").read_text()
+    assert text in capsys.readouterr().out
+    for name in ("standard (Dense)", "AT (Dense)", "AT (S-Dense)", "AT (MoE)", "AdvMoE"):
+        assert f"| {name}" in text
+    assert len(list(folder.glob("*/last.pt"))) == 5
 
 
 def test_the_demo_refuses_a_folder_that_is_not_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,9 +44,9 @@ def tiny(method: str = "advmoe", kind: str = "moe", **changes: Any) -> RunConfig
     return dataclasses.replace(config, **changes)
 
 
-def batch(seed: int = 0, count: int = 16) -> Batch:
+def batch(seed: int = 0, count: int = 16, size: int = 8) -> Batch:
     g = stream_generator(seed)
-    return Batch(torch.rand(count, 3, 8, 8, generator=g), torch.randint(0, 10, (count,), generator=g), g)
+    return Batch(torch.rand(count, 3, size, size, generator=g), torch.randint(0, 10, (count,), generator=g), g)
 
 
 def model(**options: Any) -> torch.nn.Module:
@@ -185,13 +185,13 @@ def test_pgd_at_is_cross_entropy_on_adversarial_images() -> None:
 @pytest.mark.parametrize("bn", [False, True])
 def test_experts_nobody_chose_can_be_frozen(bn: bool) -> None:
     for freeze in (False, True):
-        m = model(num_experts=8, bn="per_expert" if bn else "shared")
+        m = model(num_experts=8, bn="per_expert" if bn else "shared", image_size=16)
         # weight decay alone moves weights that get no gradient
         method = Standard(m, MethodConfig("standard"), OptimConfig(weight_decay=0.1, freeze_unused=freeze), ATTACK)
         layers = {n: layer for n, layer in m.named_modules() if isinstance(layer, RoutedConv2d)}
         before = {n: layer.weight.detach().clone() for n, layer in layers.items()}
         with record_routing(m) as routings:
-            method.step([batch(count=4)])
+            method.step([batch(count=4, size=16)])
         unused_seen = 0
         for name, layer in layers.items():
             used = set(routings[name].expert.tolist())
@@ -282,7 +282,10 @@ def test_the_test_set_has_no_part_in_training(tmp_path: Path, monkeypatch: pytes
     assert best == 1 + accuracies.index(max(accuracies))
 
 
-def test_a_run_is_a_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("level", [logging.WARNING, logging.INFO])
+def test_a_run_is_a_folder(tmp_path: Path, level: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger(), "level", level)  # log.txt does not depend on how logging is configured
+    logging.getLogger("advmoe").manager._clear_cache()  # type: ignore[attr-defined]
     run = train(tiny(), tmp_path / "run", quiet=True)
     assert sorted(p.name for p in run.folder.iterdir()) == [
         "best.pt",
@@ -300,7 +303,9 @@ def test_a_run_is_a_folder(tmp_path: Path) -> None:
     assert len(lines[0]["expert_usage"]) == 16
     state = torch.load(run.checkpoint(), weights_only=True)
     assert state["format"] == 1 and set(state["optimizers"]) == {"router", "backbone"} and len(state["batches"]) == 2
-    assert "epoch 2/2" in (run.folder / "log.txt").read_text()
+    log = (run.folder / "log.txt").read_text()
+    assert [line.split()[4] for line in log.splitlines() if ": loss " in line] == ["1/2:", "2/2:"]
+    assert not logging.getLogger("advmoe").handlers
     restored, _ = load_model(run.folder, "last")
     assert all(torch.equal(a, b) for a, b in zip(restored.state_dict().values(), state["model"].values(), strict=True))
     with pytest.raises(RunError, match="holds a run already"):
@@ -355,7 +360,7 @@ RELEASED = MethodConfig(order="backbone_first", batches="one", router_objective=
         (
             tiny(
                 method=RELEASED.name,
-                model=ModelConfig(width=8, router="global", bn="per_expert", gate_after="norm"),
+                model=ModelConfig(width=8, router="global", gate_after="norm"),
                 optim=OptimConfig(lr=0.05, router_lr=0.01, freeze_unused=True),
             ),
             2,
