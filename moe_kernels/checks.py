@@ -14,7 +14,19 @@ if TYPE_CHECKING:
     from .geometry import Conv2dGeometry
     from .routing import Routing
 
-__all__ = ["DTYPES", "experts", "layer_input", "no_nan", "routing", "scores", "sides", "weight"]
+__all__ = [
+    "DTYPES",
+    "choices",
+    "epilogue",
+    "experts",
+    "image",
+    "layer_input",
+    "no_nan",
+    "routing",
+    "scores",
+    "sides",
+    "weight",
+]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -82,6 +94,17 @@ def experts(name: str, expert: Tensor, num_experts: int) -> None:
         )
 
 
+def choices(out_expert: Tensor | None, in_expert: Tensor | None, geometry: Conv2dGeometry, samples: int) -> None:
+    """That a sliced side has one choice for each sample: kernels would read past the end of fewer."""
+    for name, expert, count in (
+        ("out_expert", out_expert, geometry.num_out),
+        ("in_expert", in_expert, geometry.num_in),
+    ):
+        if count and (expert is None or expert.numel() != samples):
+            got = "None" if expert is None else str(expert.numel())
+            raise ValueError(f"{name}: expected {samples} choices, one a sample, got {got}")
+
+
 def sides(out_slices: Any, in_slices: Any, groups: Any) -> None:
     for name, value in (("out_slices", out_slices), ("in_slices", in_slices)):
         if not isinstance(value, ExpertSlices):
@@ -116,6 +139,44 @@ def positive_pair(name: str, value: tuple[int, int], minimum: int) -> None:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
 
 
+def image(value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"input: expected a tensor, got {type(value).__name__}")
+    if value.dim() != 4:
+        raise ValueError(f"input: expected shape [B, C, H, W], got {tuple(value.shape)}")
+
+
+def epilogue(
+    input: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    out_slices: ExpertSlices,
+    top_k: int,
+    output_shape: tuple[int, ...],
+) -> None:
+    width, total = out_slices.width, out_slices.total
+    for name, value in (("scale", scale), ("shift", shift)):
+        if value is None:
+            continue
+        if tuple(value.shape) not in ((width,), (total,)):
+            raise ValueError(f"{name}: expected shape [{width}] or [{total}], got {tuple(value.shape)}")
+        if top_k > 1 and value.shape[0] != width:
+            raise ValueError(
+                f"{name}: expected shape [{width}] where choices are summed (k = {top_k}), got {tuple(value.shape)}"
+            )
+    if scale is not None and shift is not None and scale.shape != shift.shape:
+        raise ValueError(f"shift: expected the shape of scale, {tuple(scale.shape)}, got {tuple(shift.shape)}")
+    if residual is not None:
+        if tuple(residual.shape) != output_shape:
+            raise ValueError(f"residual: expected the output's shape {output_shape}, got {tuple(residual.shape)}")
+        if residual.dtype != input.dtype:
+            raise TypeError(f"residual: expected the input's dtype {input.dtype}, got {residual.dtype}")
+    for name, value in (("scale", scale), ("shift", shift), ("residual", residual)):
+        if value is not None and value.device != input.device:
+            raise ValueError(f"{name}: expected the input's device {input.device}, got {value.device}")
+
+
 def layer_input(
     input: Tensor,
     weight: Tensor,
@@ -125,8 +186,7 @@ def layer_input(
     geometry: Conv2dGeometry,
 ) -> None:
     """The checks of each call; cheap, because they are paid at every layer."""
-    if input.dim() != 4:
-        raise ValueError(f"input: expected shape [B, C, H, W], got {tuple(input.shape)}")
+    image(input)
     if input.shape[1] != geometry.in_width:
         raise ValueError(
             f"input: expected {geometry.in_width} channels, got {input.shape[1]} in shape {tuple(input.shape)}"

@@ -44,8 +44,9 @@ def routed_conv2d(
         TypeError: for a wrong type or dtype, ValueError: for a wrong shape, device or index; both name the argument.
         BackendUnavailable: if no backend computes on the input's device.
     """
+    checks.image(input)
     if in_slices is None:
-        in_slices = ExpertSlices.whole(input.shape[1] if isinstance(input, Tensor) and input.dim() == 4 else 1)
+        in_slices = ExpertSlices.whole(input.shape[1])
     geometry = _checked_geometry(weight, bias, out_slices, in_slices, stride, padding, dilation, groups)
     return apply_geometry(input, weight, bias, routing, in_routing, geometry)
 
@@ -75,43 +76,29 @@ def routed_conv2d_fused(
     Raises:
         As :func:`routed_conv2d`; ValueError for ``scale``, ``shift`` or ``residual`` of another shape.
     """
+    checks.image(input)
     if in_slices is None:
-        in_slices = ExpertSlices.whole(input.shape[1] if isinstance(input, Tensor) and input.dim() == 4 else 1)
+        in_slices = ExpertSlices.whole(input.shape[1])
     geometry = _checked_geometry(weight, bias, out_slices, in_slices, stride, padding, dilation, groups)
-    for name, value in (("scale", scale), ("shift", shift)):
-        if value is not None and tuple(value.shape) not in ((out_slices.width,), (out_slices.total,)):
-            raise ValueError(
-                f"{name}: expected shape [{out_slices.width}] or [{out_slices.total}], got {tuple(value.shape)}"
-            )
-    if scale is not None and shift is not None and scale.shape != shift.shape:
-        raise ValueError(f"shift: expected the shape of scale, {tuple(scale.shape)}, got {tuple(shift.shape)}")
     if not input.is_meta and torch.is_autocast_enabled(input.device.type):  # torch has no autocast for meta
         input, weight, bias, residual = _autocast(input, weight, bias, residual)
-    checks.layer_input(input, weight, bias, routing, in_routing or routing, geometry)
+    checks.layer_input(input, weight, bias, routing, routing if in_routing is None else in_routing, geometry)
     out_expert, in_expert, geometry = _experts(input, routing, in_routing, geometry)
     k = routing.top_k
+    rows, columns = ops.output_shape(input, weight, geometry)[2:]
+    samples = input.shape[0] * geometry.samples_per_input // k
+    expected = (samples, out_slices.width, rows, columns)
+    checks.epilogue(input, scale, shift, residual, out_slices, k, expected)
     one_pass = k == 1 and (routing.gate is None or routing.unit_gate or not routing.gate.requires_grad)
     if one_pass:
-        if residual is not None:
-            _check_residual(residual, input, weight, geometry)
-        gate = None if routing.gate is None or routing.unit_gate else routing.gate
+        gate = None if routing.gate is None or routing.unit_gate else routing.gate.reshape(-1)
         if not (routing.unit_gate and routing.gate is not None and routing.gate.requires_grad):
             return ops.conv2d_fused(
                 input, weight, out_expert, in_expert, *geometry, bias, gate, scale, shift, residual, relu
             )
     y = apply_geometry(input, weight, bias, routing, in_routing, geometry._replace(samples_per_input=1))
-    if residual is not None and residual.shape != y.shape:
-        raise ValueError(f"residual: expected the output's shape {tuple(y.shape)}, got {tuple(residual.shape)}")
     choice = out_expert if k == 1 else None
     return ops.epilogue(y, choice, geometry, scale, shift, residual, relu)
-
-
-def _check_residual(residual: Tensor, input: Tensor, weight: Tensor, geometry: Conv2dGeometry) -> None:
-    expected = ops.output_shape(input, weight, geometry)
-    if tuple(residual.shape) != expected:
-        raise ValueError(f"residual: expected the output's shape {expected}, got {tuple(residual.shape)}")
-    if residual.dtype != input.dtype:
-        raise TypeError(f"residual: expected the input's dtype {input.dtype}, got {residual.dtype}")
 
 
 def _checked_geometry(
@@ -146,7 +133,7 @@ def apply_geometry(
     """:func:`routed_conv2d` with its slices and sizes made a value before; the modules' way in."""
     if not input.is_meta and torch.is_autocast_enabled(input.device.type):  # torch has no autocast for meta
         input, weight, bias = _autocast(input, weight, bias)
-    checks.layer_input(input, weight, bias, routing, in_routing or routing, geometry)
+    checks.layer_input(input, weight, bias, routing, routing if in_routing is None else in_routing, geometry)
     out_expert, in_expert, geometry = _experts(input, routing, in_routing, geometry)
     gate = routing.gate
     if not torch.is_grad_enabled() or not (
@@ -211,5 +198,10 @@ def _experts(
         made_by = routing if in_routing is None else in_routing
         in_expert = made_by.expert.reshape(-1)
         if in_expert.shape[0] != expert.shape[0]:
-            in_expert = in_expert.repeat_interleave(expert.shape[0] // in_expert.shape[0])
+            if in_expert.shape[0] != batch:
+                raise ValueError(
+                    f"in_routing: expected {expert.shape[0]} choices as the routing's, or one a sample, got "
+                    f"{in_expert.shape[0]}"
+                )
+            in_expert = in_expert.repeat_interleave(expert.shape[0] // batch)
     return (expert if geometry.num_out else None), in_expert, geometry

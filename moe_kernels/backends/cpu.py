@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch  # first: it brings the OpenMP runtime that the native module's symbols resolve to
 from torch import Tensor
 
+from .. import checks
 from ..geometry import output_size
 from ..layout import is_channels_last
 
@@ -35,10 +37,14 @@ class CpuBackend:
 
     def unavailable(self) -> str | None:
         if _import_error is not None:
-            return (
-                f"the native module moe_kernels._C cannot be imported ({_import_error}); build it with "
-                "`pip install -e .`, which needs a C++17 compiler"
-            )
+            where = Path(__file__).parents[2]
+            hint = "build it with `pip install -e .`, which needs a C++17 compiler"
+            if (where / "setup.py").exists():
+                hint = (
+                    f"this is the source tree {where}, which hides an installed package and is not built itself: "
+                    "`pip install -e .` builds it in place; or run from another folder"
+                )
+            return f"the native module moe_kernels._C cannot be imported ({_import_error}); {hint}"
         return None
 
     def unsupported(self, device: torch.device) -> str | None:
@@ -76,7 +82,7 @@ class CpuBackend:
         x = input.contiguous(memory_format=torch.channels_last)
         y = torch.empty((samples, g.out_width, rows, columns), dtype=input.dtype, memory_format=torch.channels_last)
         shape = _shape(samples, g, channels, height, width, rows, columns, kh, kw)
-        slices, keep = _slices(out_expert, in_expert, g)
+        slices, keep = _slices(out_expert, in_expert, g, samples)
         acc = torch.float64 if input.dtype == torch.float64 else torch.float32
         bias, gate, scale, shift = (_acc(t, acc) for t in (bias, gate, scale, shift))
         if residual is not None:
@@ -105,7 +111,7 @@ class CpuBackend:
         dy = grad.contiguous(memory_format=torch.channels_last)
         dx = torch.empty((samples, g.in_width, *size), dtype=grad.dtype, memory_format=torch.channels_last)
         shape = _shape(samples, g, g.in_width, *size, rows, columns, weight.shape[2], weight.shape[3])
-        slices, keep = _slices(out_expert, in_expert, g)
+        slices, keep = _slices(out_expert, in_expert, g, samples)
         _C.conv2d_grad_input(
             _DTYPE[grad.dtype], torch.get_num_threads(), shape, slices, weight.stride(), dy.data_ptr(),
             weight.data_ptr(), _pointer(packed), dx.data_ptr(),
@@ -140,7 +146,7 @@ class CpuBackend:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         dw = torch.empty(weight_shape, dtype=grad.dtype, memory_format=layout)
         shape = _shape(samples, g, channels, height, width, rows, columns, weight_shape[2], weight_shape[3])
-        slices, keep = _slices(out_expert, in_expert, g)
+        slices, keep = _slices(out_expert, in_expert, g, samples)
         _C.conv2d_grad_weight(
             _DTYPE[grad.dtype], torch.get_num_threads(), shape, slices, dw.stride(), weight_shape[0], weight_shape[1],
             dy.data_ptr(), x.data_ptr(), dw.data_ptr(),
@@ -179,8 +185,11 @@ def _shape(
     )  # fmt: skip
 
 
-def _slices(out_expert: Tensor | None, in_expert: Tensor | None, g: Conv2dGeometry) -> tuple[tuple[Any, ...], Any]:
+def _slices(
+    out_expert: Tensor | None, in_expert: Tensor | None, g: Conv2dGeometry, samples: int
+) -> tuple[tuple[Any, ...], Any]:
     """The native form of both sides, and the tensors that must outlive the call."""
+    checks.choices(out_expert, in_expert, g, samples)
     out = out_expert.contiguous() if g.num_out and out_expert is not None else None
     inner = in_expert.contiguous() if g.num_in and in_expert is not None else None
     slices = (_pointer(out), g.num_out, g.out_starts, _pointer(inner), g.num_in, g.in_starts)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from .. import checks
 from ..geometry import output_size
 from ..layout import memory_format_of
 
@@ -112,7 +113,8 @@ class ReferenceBackend:
             dy = grad[v : v + 1].to(wide)
             part += conv2d_weight(x, list(part.shape), dy, g.stride, g.padding, g.dilation, g.groups)
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        return out.to(grad.dtype).contiguous(memory_format=layout)
+        # not contiguous(): that leaves the strides alone where both formats fit, as for a kernel of one pixel
+        return torch.empty(weight_shape, dtype=grad.dtype, device=grad.device, memory_format=layout).copy_(out)
 
     def pack(self, weight: Tensor, geometry: Conv2dGeometry) -> tuple[Tensor | None, Tensor | None]:
         return None, None
@@ -129,6 +131,7 @@ def _slices(
     out_expert: Tensor | None, in_expert: Tensor | None, g: Conv2dGeometry, samples: int
 ) -> list[tuple[int, int]]:
     """The first output and input channel of each sample's slice."""
+    checks.choices(out_expert, in_expert, g, samples)
     outs = _starts("routing", out_expert, g.num_out, g.out_starts, g.out_width, samples)
     ins = _starts("in_routing", in_expert, g.num_in, g.in_starts, g.in_width, samples)
     return list(zip(outs, ins, strict=True))

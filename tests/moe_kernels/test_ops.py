@@ -51,6 +51,7 @@ def _operator_calls(case: Case, requires_grad: bool) -> list[tuple[Any, tuple[An
         (ops.conv2d_grad_weight, (dy, x, *rest, list(w.shape))),
         (ops.conv2d_fused, (x, w, *rest, b, gate, scale, shift, residual, True)),
         (ops.conv2d_fused, (x, w, *rest, None, None, None, None, None, False)),
+        (ops.conv2d_grad_weight, (dy, x, *rest, list(w.shape), True)),
     ]
 
 
@@ -115,6 +116,39 @@ def test_fake_outputs_are_as_the_real_ones(backend: str, case: Case, layout: str
         with torch._subclasses.FakeTensorMode() as mode:
             fake = op(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args))
         assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride()), str(op)
+
+
+def test_the_weights_gradient_has_the_weights_memory_format(backend: str) -> None:
+    """As nn.Conv2d's: an optimizer would otherwise work on mixed strides."""
+    layer = RoutedConv2d(4, 6, 3, num_experts=2)
+    x, routing = torch.randn(3, 4, 5, 5), Routing(torch.tensor([0, 1, 0]), num_experts=2)
+    (plain,) = torch.autograd.grad(layer(x, routing).square().sum(), layer.weight)
+    assert plain.is_contiguous()
+    layer.to(memory_format=torch.channels_last)
+    (grad,) = torch.autograd.grad(layer(x, routing).square().sum(), layer.weight)
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(grad, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_the_way_past_the_dispatcher_has_the_bits_of_the_way_through(backend: str) -> None:
+    """Eager calls go straight to the backend; under the profiler, which must see the operators, they do not."""
+    layer = RoutedConv2d(4, 6, 3, num_experts=2)
+    x, scores = torch.randn(3, 4, 5, 5, requires_grad=True), torch.randn(3, 2, requires_grad=True)
+    leaves = [x, scores, *layer.parameters()]
+
+    def step() -> list[Tensor]:
+        y = layer(x, Routing.from_scores(scores))
+        grads = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+        with torch.no_grad():
+            return [y, *grads, *second, layer(x, Routing.from_scores(scores))]
+
+    direct = step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        through = step()
+    assert all(torch.equal(a, b) for a, b in zip(direct, through, strict=True))
+    seen = {event.key for event in profile.key_averages()}
+    assert {"moe_kernels::conv2d", "moe_kernels::conv2d_grad_input", "moe_kernels::conv2d_grad_weight"} <= seen
 
 
 # --- FLOPs ---
