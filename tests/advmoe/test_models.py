@@ -192,6 +192,25 @@ def test_record_routing_names_layers_in_order_and_forgets_the_last_forward() -> 
     assert all(r.expert.shape == (2,) for r in routings.values())
 
 
+def test_a_layer_that_the_last_forward_left_out_is_not_recorded() -> None:
+    model = small()
+
+    class Sometimes(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.model(x) if len(x) > 2 else x
+
+    net = Sometimes()
+    with record_routing(net) as routings:
+        net(images(6))
+        assert len(routings) == 16
+        net(images(2))
+        assert not routings
+
+
 def test_router_and_backbone_parameters_are_a_partition() -> None:
     for router in ("light", "global"):
         model = small(router=router)

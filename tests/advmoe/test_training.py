@@ -21,7 +21,8 @@ from advmoe.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, Ru
 from advmoe.data import load, stream_generator
 from advmoe.evaluation import evaluate
 from advmoe.models import backbone_parameters, create_model, record_routing, router_parameters
-from advmoe.objectives import trades_loss
+from advmoe.objectives import kl_divergence, trades_loss
+from advmoe.routers import Router, record_scores
 from advmoe.training import AT, AdvMoE, NonFiniteLossError, Run, RunError, Standard, engine, load_model, resume, train
 from advmoe.training.engine import Interrupted
 from advmoe.training.methods import Batch, Method, StepResult
@@ -162,6 +163,26 @@ def test_the_released_codes_variants_run(router: str, objective: str, attack_rou
     assert set(result.losses) == {"router_loss", "loss"} and result.count == 32
     assert not same(routers, router_parameters(m))
     assert all(module.training for module in m.modules())
+
+
+@pytest.mark.parametrize("router", ["light", "global"])
+def test_an_attack_on_the_routers_diverges_them_further(router: str) -> None:
+    """The released code's second term: with it the routers' scores come to lie further apart."""
+    m = model(router=router, num_experts=4).eval()
+    with torch.no_grad():
+        for r in (r for r in m.modules() if isinstance(r, Router)):
+            r.linear.weight.mul_(5)
+    apart = []
+    for attack_routers in (False, True):
+        b = batch(3)
+        method = AdvMoE(m, MethodConfig(attack_routers=attack_routers), OptimConfig(), PGD(0.15, 0.05, 8, loss="kl"))
+        found = method._adversarial(b)
+        with record_scores(m) as scores, torch.no_grad():
+            m(b.images)
+            clean = dict(scores)
+            m(found)
+        apart.append(sum(kl_divergence(s, scores[n], "sum").item() for n, s in clean.items()))
+    assert apart[1] > 1.1 * apart[0] > 0, apart
 
 
 def test_at_trains_router_and_backbone_together() -> None:
@@ -394,6 +415,26 @@ def test_a_run_broken_twice_and_resumed_twice(tmp_path: Path, monkeypatch: pytes
             with pytest.raises(Interrupted):
                 go()
     assert_same_run(unbroken, resume(tmp_path / "broken", quiet=True))
+
+
+def test_a_resumed_run_remembers_its_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracies = iter((0.5, 0.9, 0.2, 0.4))
+    original = engine.evaluate
+
+    def scripted(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        ra = next(accuracies)
+        return dataclasses.replace(result, attacks={n: dataclasses.replace(a, ra=ra) for n, a in result.attacks.items()})
+
+    monkeypatch.setattr(engine, "evaluate", scripted)
+    with monkeypatch.context() as patch:
+        interrupt_at(8, Standard, patch)  # in the third epoch
+        with pytest.raises(Interrupted):
+            train(tiny("standard", "dense", epochs=4), tmp_path / "run", quiet=True)
+    run = resume(tmp_path / "run", quiet=True)
+    assert [line["validation_ra"] for line in run.metrics()] == [0.5, 0.9, 0.2, 0.4]
+    assert load_checkpoint(run.checkpoint("best"))["epoch"] == 2
+    assert load_checkpoint(run.checkpoint())["best"] == 0.9
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
