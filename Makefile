@@ -23,8 +23,9 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -m "not nightly"
 
+# More examples for each property too.
 nightly: install
-	$(BIN)/python -m pytest -m "nightly or not nightly"
+	MOE_KERNELS_HYPOTHESIS=nightly $(BIN)/python -m pytest -m "nightly or not nightly"
 
 lint: install
 	$(BIN)/ruff check .

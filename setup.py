@@ -42,22 +42,7 @@ class CMakeBuild(build_ext):
         self.spawn([cmake, "--build", str(work), "--target", "_C", "--parallel", jobs])
         if not target.exists():
             raise RuntimeError(f"CMake finished but did not write {target}")
-        info = [line for line in (work / "build.ninja").read_text().splitlines() if "MOE_BUILD_INFO" in line]
-        print(f"moe_kernels: built {target.name}: {_build_info(info)}", flush=True)
-
-
-def _build_info(lines: list[str]) -> str:
-    """The MOE_BUILD_INFO that CMake wrote into the build file, without its quoting."""
-    for line in lines:
-        return (
-            line.split("MOE_BUILD_INFO=", 1)[1]
-            .split("-D", 1)[0]
-            .strip()
-            .strip("\\\"' ")
-            .replace("\\", "")
-            .replace('"', "")
-        )
-    return "no build information found"
+        print(f"moe_kernels: built {target.name}: {(work / 'build_info.txt').read_text()}", flush=True)
 
 
 def _tool(name: str) -> str:

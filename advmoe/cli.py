@@ -165,6 +165,11 @@ def _model_config(o: argparse.Namespace) -> ModelConfig:
 
 def _train(o: argparse.Namespace) -> None:
     if o.resume is not None:
+        given = vars(o)
+        plain = vars(_parser().parse_args(["train", "--resume", str(o.resume)]))
+        changed = [f"--{name.replace('_', '-')}" for name in given if given[name] != plain[name]]
+        if changed:
+            raise ValueError(f"train: --resume takes all settings from the run; got {', '.join(changed)} too")
         run = resume(o.resume)
     else:
         if o.out is None:
@@ -223,9 +228,11 @@ def _evaluate(o: argparse.Namespace) -> None:
     )
     source = Path(o.source)
     if source.exists():
-        path = (source if source.is_dir() else source.parent) / "evaluation.json"
+        checkpoint = o.checkpoint if source.is_dir() else source.stem
+        name_of_file = "evaluation.json" if checkpoint == "best" else f"evaluation-{checkpoint}.json"
+        path = (source if source.is_dir() else source.parent) / name_of_file
         record = {
-            "checkpoint": o.checkpoint if source.is_dir() else source.name,
+            "checkpoint": checkpoint,
             "data": name,
             "seed": o.seed,
             "epsilon": epsilon,

@@ -40,7 +40,7 @@ def _config(kind: str, method: str, fast: bool, seed: int) -> RunConfig:
         attack=AttackConfig(),
         optim=OptimConfig(lr=0.05),
         method=MethodConfig(name=method),
-        epochs=4 if fast else 15,
+        epochs=4 if fast else 12,
         batch_size=64,
         seed=seed,
         validation_attack="pgd5" if fast else "pgd10",

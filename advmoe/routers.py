@@ -58,9 +58,11 @@ class Router(nn.Module):
         """
         scores = self(x)
         if scores.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(torch.isfinite(scores).all()):
+            hint = "a lower learning rate usually helps"
+            if self.gate == "raw_straight_through":
+                hint = "the gate 'raw_straight_through' is known to diverge: 'straight_through' does not"
             raise NonFiniteRouterError(
-                f"the router of {self.routes or 'all layers'} gave scores that are not finite; a lower learning rate or "
-                "the gate 'straight_through' (instead of 'raw_straight_through') usually helps"
+                f"the router of {self.routes or 'all layers'} gave scores that are not finite; {hint}"
             )
         return Routing.from_scores(scores, gate=self.gate)
 

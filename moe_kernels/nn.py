@@ -52,7 +52,7 @@ class _RoutedLayer(nn.Module):
 
     The cache exists in eval mode only and belongs to one value of the weight: it is dropped by ``train()``, ``eval()``,
     ``load_state_dict``, ``to()`` and its kin, by every step of a torch.optim optimizer, and by every in-place change that
-    torch counts. Writes through ``.data`` are not counted: call :meth:`clear_cache` after them.
+    torch counts. Writes through ``.data`` or a numpy view are not counted: call :meth:`clear_cache` after them.
     """
 
     weight: nn.Parameter
@@ -391,6 +391,8 @@ class RoutedBatchNorm2d(nn.Module):
     def forward(self, input: Tensor, routing: Routing) -> Tensor:
         if input.dim() != 4 or input.shape[1] != self.num_features:
             raise ValueError(f"input: expected shape [V, {self.num_features}, H, W], got {tuple(input.shape)}")
+        if not isinstance(routing, Routing):
+            raise TypeError(f"routing: expected a Routing, got {type(routing).__name__}")
         expert = routing.expert.reshape(-1)
         if expert.shape[0] != input.shape[0]:
             raise ValueError(
@@ -437,7 +439,7 @@ class RoutedBatchNorm2d(nn.Module):
             names = [e for e, s in enumerate(self.slices.starts) if s <= channel < s + self.slices.width]
             raise ValueError(
                 f"input: expected more than one value per channel in training, got one for expert {names[0]} "
-                f"(input shape {tuple(x.shape)})"
+                f"(input shape {tuple(x.shape)}); a larger batch, fewer experts or a shared BatchNorm avoid it"
             )
         safe = count.clamp_min(1)
         mean = self._sum(x.sum(3).sum(2), expert) / safe

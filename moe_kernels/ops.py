@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 # The Function as the engine sees it, without functorch's layer: at the Autograd key functorch has already peeled its own
 # level off, and torch.autograd.Function would look for it again. It is also cheaper to call.
@@ -192,6 +193,18 @@ def _watched(x: Tensor) -> bool:
     )
 
 
+def _refuse_tangents(args: Sequence[Any]) -> None:
+    """Raises for dual tensors: dropping a tangent would give a wrong derivative without a word.
+
+    Raises:
+        NotImplementedError: under forward-mode differentiation, if the first or second argument carries a tangent.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(a).tangent is not None for a in args[:2]):
+        raise NotImplementedError("routed operators have no forward-mode derivative; use reverse mode (torch.func.vjp)")
+
+
 def _below_autograd(op: Any, *args: Any) -> Tensor:
     if not _watched(args[0]):
         return _RUN[op](*args)
@@ -210,6 +223,7 @@ def _in_function(op: Any, *args: Any) -> Tensor:
 
 def call(op: Any, *args: Any) -> Tensor:
     """``op(*args)`` with every argument given, past the dispatcher where nobody would notice."""
+    _refuse_tangents(args)
     if _watched(args[0]) or type(args[1]) not in (Tensor, torch.nn.Parameter):
         return op(*args)
     if not torch.is_grad_enabled():
@@ -295,6 +309,7 @@ def _differentiable(op: Any, required: int, **defaults: Any) -> Any:
         # torch leaves out arguments that equal their defaults; the Function wants them all, in order
         rest = list(defaults.items())[len(args) - required :]
         args = (*args, *(kwargs.get(name, value) for name, value in rest))
+        _refuse_tangents(args)
         if not (torch.is_grad_enabled() and (args[0].requires_grad or args[1].requires_grad)):
             return _below_autograd(op, *args)
         if torch._C._are_functorch_transforms_active():

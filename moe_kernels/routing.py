@@ -108,6 +108,8 @@ class Routing:
         if gate == "softmax":
             value = scores.softmax(1).gather(1, index) if top_k == 1 else scores.gather(1, index).softmax(1)
             return cls._make(expert, value.squeeze(1) if top_k == 1 else value, num_experts)
+        if not torch.is_grad_enabled():
+            return cls._make(expert, None, num_experts)  # a gate of 1 whose gradient nobody can ask for
         chosen = (scores if gate == "raw_straight_through" else scores.softmax(1)).gather(1, index).squeeze(1)
         return cls._make(expert, _StraightThrough.apply(chosen), num_experts, True)
 

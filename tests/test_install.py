@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -35,6 +36,10 @@ def test_the_advmoe_command_is_installed() -> None:
     command = Path(sys.executable).with_name("advmoe")
     done = subprocess.run([str(command), "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"advmoe {moe_kernels.__version__}"
+
+
+def test_the_installed_version_is_that_of_the_source() -> None:
+    assert importlib.metadata.version("moe-kernels") == moe_kernels.__version__
 
 
 def test_no_file_names_a_place_on_somebodys_machine() -> None:

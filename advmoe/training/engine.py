@@ -108,6 +108,7 @@ class Trainer:
         """
         while self.epoch < self.config.epochs:
             self._train_epoch()
+            self.run.save(self.state_dict())  # an epoch's work is not lost to a Ctrl-C during its validation
             self._finish_epoch()
         return self.run.metrics()
 
@@ -159,7 +160,7 @@ class Trainer:
             if not math.isfinite(value):
                 raise NonFiniteLossError(
                     f"{name} is {value} at epoch {self.epoch + 1}, step {self.step + 1}; the last checkpoint is "
-                    f"{self.run.checkpoint()}. A lower --lr, or the gate straight_through, usually helps"
+                    f"{self.run.checkpoint()}. A lower --lr usually helps"
                 )
 
     def _add(self, result: StepResult) -> None:
@@ -217,6 +218,7 @@ class Trainer:
 
 
 def _device(name: str) -> torch.device:
+    """``auto`` is the CPU as long as the routed layers have no GPU backend."""
     try:
         device = torch.device("cpu" if name == "auto" else name)
         torch.empty(0, device=device)

@@ -20,7 +20,7 @@ struct Window {
 template <class T, class A>
 void copy_window(const T* image, int64_t height, int64_t width, int64_t pixel_stride, int64_t channels, int64_t top,
                  int64_t left, const Window& window, A* buffer) {
-    const int64_t col_begin = larger(0, -left);
+    const int64_t col_begin = smaller(window.cols, larger(0, -left));
     const int64_t col_end = larger(col_begin, smaller(window.cols, width - left));
     const int64_t blocks = ceil_div(channels, kBlock);
     for (int64_t row = 0; row < window.rows; ++row) {

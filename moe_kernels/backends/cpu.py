@@ -28,6 +28,7 @@ __all__ = ["CpuBackend"]
 
 _DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _FORWARD, _GRAD_INPUT = 0, 1
+_NHWC = torch.channels_last
 # Two sliced sides have a packed block for each pair of slices; more than this many times the weight is not worth keeping.
 _MAX_PACKED_RATIO = 8
 
@@ -79,14 +80,19 @@ class CpuBackend:
         rows = output_size(height, kh, g.stride[0], g.padding[0], g.dilation[0])
         columns = output_size(width, kw, g.stride[1], g.padding[1], g.dilation[1])
         samples = batch * g.samples_per_input
-        x = input.contiguous(memory_format=torch.channels_last)
-        y = torch.empty((samples, g.out_width, rows, columns), dtype=input.dtype, memory_format=torch.channels_last)
+        x = input.contiguous(memory_format=_NHWC)
+        y = torch.empty(
+            (samples, g.out_width, rows, columns),
+            dtype=input.dtype,
+            device=input.device,
+            memory_format=torch.channels_last,
+        )
         shape = _shape(samples, g, channels, height, width, rows, columns, kh, kw)
         slices, keep = _slices(out_expert, in_expert, g, samples)
         acc = torch.float64 if input.dtype == torch.float64 else torch.float32
         bias, gate, scale, shift = (_acc(t, acc) for t in (bias, gate, scale, shift))
         if residual is not None:
-            residual = residual.contiguous(memory_format=torch.channels_last)
+            residual = residual.contiguous(memory_format=_NHWC)
         affine = scale if scale is not None else shift
         _C.conv2d_forward(
             _DTYPE[input.dtype], torch.get_num_threads(), shape, slices, weight.stride(), x.data_ptr(),
@@ -108,8 +114,8 @@ class CpuBackend:
     ) -> Tensor:
         g = geometry
         samples, _, rows, columns = grad.shape
-        dy = grad.contiguous(memory_format=torch.channels_last)
-        dx = torch.empty((samples, g.in_width, *size), dtype=grad.dtype, memory_format=torch.channels_last)
+        dy = grad.contiguous(memory_format=_NHWC)
+        dx = torch.empty((samples, g.in_width, *size), dtype=grad.dtype, device=grad.device, memory_format=_NHWC)
         shape = _shape(samples, g, g.in_width, *size, rows, columns, weight.shape[2], weight.shape[3])
         slices, keep = _slices(out_expert, in_expert, g, samples)
         _C.conv2d_grad_input(
@@ -141,10 +147,10 @@ class CpuBackend:
         g = geometry
         samples, _, rows, columns = grad.shape
         _, channels, height, width = input.shape
-        dy = grad.contiguous(memory_format=torch.channels_last)
-        x = input.contiguous(memory_format=torch.channels_last)
+        dy = grad.contiguous(memory_format=_NHWC)
+        x = input.contiguous(memory_format=_NHWC)
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        dw = torch.empty(weight_shape, dtype=grad.dtype, memory_format=layout)
+        dw = torch.empty(weight_shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
         shape = _shape(samples, g, channels, height, width, rows, columns, weight_shape[2], weight_shape[3])
         slices, keep = _slices(out_expert, in_expert, g, samples)
         _C.conv2d_grad_weight(
@@ -169,7 +175,7 @@ class CpuBackend:
             if numel > _MAX_PACKED_RATIO * weight.numel():
                 blocks.append(None)
                 continue
-            block = torch.empty(numel, dtype=acc)
+            block = torch.empty(numel, dtype=acc, device=weight.device)
             threads = torch.get_num_threads()
             _C.pack(direction, dtype, threads, shape, slices, weight.stride(), weight.data_ptr(), block.data_ptr())
             blocks.append(block)

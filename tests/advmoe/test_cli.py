@@ -89,7 +89,7 @@ def test_evaluate_takes_what_the_run_was(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["evaluate", str(run), "--attack", "pgd2"]) == 0  # the same again
     assert (run / "evaluation.json").read_text() == first
     assert main(["evaluate", str(run), "--attack", "pgd2", "--epsilon", "0.2", "--checkpoint", "last"]) == 0
-    record = json.loads((run / "evaluation.json").read_text())
+    record = json.loads((run / "evaluation-last.json").read_text())
     assert record["epsilon"] == 0.2 and record["checkpoint"] == "last"
     assert "flip_rate" in record["attacks"]["pgd2"] and record["attacks"]["pgd2"]["flip_rate"] is None
     (run / "best.pt").write_bytes(b"damaged")

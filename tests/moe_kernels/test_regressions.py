@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults that were found once, by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moe_kernels import RoutedConv2d, Routing, functional
+
+ROUTING = Routing(torch.tensor([1, 0]), num_experts=2)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "padding", "dilation"),
+    [((1, 1), (1, 1), (1, 5), (0, 2), 1), ((7, 7), (3, 3), (3, 3), (50, 50), 50), ((2, 2), (1, 1), (4, 4), (9, 9), 1)],
+)
+def test_tiles_that_lie_in_the_padding_alone(
+    size: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int], dilation: int
+) -> None:
+    """Once wrote past the end of the copied rows."""
+    torch.manual_seed(0)
+    layer = RoutedConv2d(3, 4, kernel, stride, padding, dilation, num_experts=2)
+    x = torch.randn(2, 3, *size, requires_grad=True)
+    y = layer(x, ROUTING)
+    weights = layer.weight.unflatten(0, (2, 4))[ROUTING.expert]
+    biases = layer.bias.unflatten(0, (2, 4))[ROUTING.expert]
+    each = [F.conv2d(x[i : i + 1], weights[i], biases[i], stride, padding, dilation) for i in range(2)]
+    expected = torch.cat(each)
+    torch.testing.assert_close(y, expected)
+    ours = torch.autograd.grad(y.square().sum(), (x, layer.weight))
+    theirs = torch.autograd.grad(expected.square().sum(), (x, layer.weight))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_another_default_device_does_not_move_the_output() -> None:
+    """Once allocated outputs on the default device, and wrote through a pointer of another."""
+    layer = RoutedConv2d(3, 4, 3, num_experts=2)
+    x = torch.randn(2, 3, 5, 5, requires_grad=True)
+    expected = layer(x, ROUTING)
+    with torch.device("meta"):
+        y = layer(x, ROUTING)
+        y.sum().backward()
+        layer.eval()
+        packed = layer(x, ROUTING)
+    assert y.device.type == "cpu" and torch.equal(y, expected)
+    torch.testing.assert_close(packed, expected)
+
+
+def test_forward_mode_raises_instead_of_dropping_the_tangent() -> None:
+    layer = RoutedConv2d(3, 4, 3, num_experts=2, bias=False).requires_grad_(False)
+    x = torch.randn(2, 3, 5, 5)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return functional.routed_conv2d(x, layer.weight, ROUTING, out_slices=layer.out_slices)
+
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(run, (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            run(dual)
