@@ -19,8 +19,13 @@ hypothesis.settings.load_profile(os.environ.get("MOE_KERNELS_HYPOTHESIS", "quick
 
 
 @pytest.fixture(autouse=True)
-def _same_start() -> None:
+def _same_start() -> Iterator[None]:
+    """The same random numbers, and one thread: threads are the subject of test_determinism, elsewhere they only wait."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -329,7 +329,11 @@ def _side(draw: st.DrawFn, kind: str, num_experts: int) -> ExpertSlices:
     return ExpertSlices(total, width, tuple(draw(starts)))
 
 
-_PAIRS = {name: st.tuples(v, v) for name, v in (("stride", st.integers(1, 3)), ("dilation", st.integers(1, 2)))}
+_STRIDES = st.sampled_from((1, 2, 3, 5))
+_DILATIONS = st.sampled_from((1, 2, 7))
+    name: st.tuples(v, v)
+    for name, v in (("stride", st.sampled_from((1, 2, 3, 5))), ("dilation", st.sampled_from((1, 2, 7))))
+}
 
 
 @st.composite
@@ -351,8 +355,9 @@ def cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...] = DTYPES, top_k: tupl
         in_slices = _side(draw, draw(kinds), draw(st.integers(1, 4)) if own_in_routing else num_experts)
         own_in_routing = own_in_routing and not in_slices.is_whole
     kernel = draw(st.sampled_from(((1, 1), (3, 3), (5, 5), (7, 7), (1, 3), (3, 1), (2, 3), (5, 2))))
-    stride, dilation = draw(_PAIRS["stride"]), draw(_PAIRS["dilation"])
-    padding = draw(st.tuples(st.integers(0, 3), st.integers(0, 3)))
+    stride, dilation = draw(st.tuples(_STRIDES, _STRIDES)), draw(st.tuples(_DILATIONS, _DILATIONS))
+    borders = st.sampled_from((0, 1, 2, 3, 9))  # 9: outputs that see nothing but padding
+    padding = draw(st.tuples(borders, borders))
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
     size = tuple(draw(st.integers(max(1, r - 2 * p), max(1, r - 2 * p) + 8)) for r, p in zip(reach, padding, strict=True))
     return Case(
