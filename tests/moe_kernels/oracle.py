@@ -331,9 +331,6 @@ def _side(draw: st.DrawFn, kind: str, num_experts: int) -> ExpertSlices:
 
 _STRIDES = st.sampled_from((1, 2, 3, 5))
 _DILATIONS = st.sampled_from((1, 2, 7))
-    name: st.tuples(v, v)
-    for name, v in (("stride", st.sampled_from((1, 2, 3, 5))), ("dilation", st.sampled_from((1, 2, 7))))
-}
 
 
 @st.composite
