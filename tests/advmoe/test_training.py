@@ -439,7 +439,7 @@ def test_a_resumed_run_remembers_its_best(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_broken_while_validating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epoch: int) -> None:
-    """Without a checkpoint of the epoch it is trained again, from the last one or from the start."""
+    """The epoch's training is in the checkpoint, and is not done again."""
     config = tiny("at", "dense")
     unbroken = train(config, tmp_path / "unbroken", quiet=True)
     count = 0
@@ -456,7 +456,8 @@ def test_broken_while_validating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         patch.setattr(engine, "evaluate", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(config, tmp_path / "broken", quiet=True)
-    assert (tmp_path / "broken" / "last.pt").exists() == (epoch == 2)
+    state = load_checkpoint(tmp_path / "broken" / "last.pt")
+    assert (state["epoch"], state["step"]) == (epoch - 1, 3)
     assert_same_run(unbroken, resume(tmp_path / "broken", quiet=True))
 
 
