@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 import shutil
 import time
@@ -75,7 +74,7 @@ def run(folder: Path, fast: bool = False, seed: int = 0) -> str:
         done = train(config, out)
         model, resolved = load_model(done.folder, "best")
         assert resolved is not None and resolved.attack.epsilon is not None
-        attack = dataclasses.replace(from_name(attack_name, resolved.attack.epsilon))
+        attack = from_name(attack_name, resolved.attack.epsilon)
         outcome = evaluate(model, test, {attack_name: attack}, seed=seed)
         results.append((name, outcome.sa, outcome.attacks[attack_name], profile(model, test.images.shape[-1])))
         models.append(model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]

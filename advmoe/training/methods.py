@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class StepResult:
     count: int
 
 
-class Method:
+class Method(ABC):
     """What the methods share: the attack, the objective, and a step of one optimiser."""
 
     batches_per_step = 1
@@ -59,8 +60,9 @@ class Method:
     def _sgd(self, parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         return torch.optim.SGD(parameters, lr=lr, momentum=self.optim.momentum, weight_decay=self.optim.weight_decay)
 
+    @abstractmethod
     def step(self, batches: Sequence[Batch]) -> StepResult:
-        raise NotImplementedError(f"{type(self).__name__} has no step")
+        """One step of training on ``batches_per_step`` batches."""
 
     def _adversarial(self, batch: Batch) -> Tensor:
         extra = _router_divergence(self.model, batch.images) if self.config.attack_routers else None
