@@ -184,7 +184,8 @@ def build_method(model: nn.Module, config: MethodConfig, optim: OptimConfig, att
     Raises:
         ValueError: if the method does not go with the model.
     """
-    return {"standard": Standard, "at": AT, "advmoe": AdvMoE}[config.name](model, config, optim, attack)
+    methods: dict[str, type[Standard] | type[AT] | type[AdvMoE]] = {"standard": Standard, "at": AT, "advmoe": AdvMoE}
+    return methods[config.name](model, config, optim, attack)
 
 
 def _result(losses: dict[str, float], logits: Tensor, labels: Tensor) -> StepResult:
