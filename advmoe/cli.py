@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``advmoe`` command. Exit codes: 0 done, 1 fault, 2 usage or input, 3 interrupted and resumable."""
+"""The ``advmoe`` command. Exit codes: 0 done, 1 fault, 2 usage or input, 3 interrupted and resumable, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_kernels.routing import GATES
 
 from . import demo
 from .attacks import NonFiniteGradientError, from_name
-from .config import METHODS, AttackConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
+from .config import METHODS, AttackConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig, write_text
 from .data import Split, list_data, load
 from .evaluation import evaluate
 from .models import create_model, list_models
@@ -25,12 +25,13 @@ from .models.base import KINDS
 from .profiling import measure_latency, profile
 from .routers import NonFiniteRouterError, list_routers
 from .tables import percent, table
-from .training import NonFiniteLossError, load_model, resume, train
-from .training.engine import Interrupted
+from .training import Interrupted, NonFiniteLossError, StepError, load_model, resume, train
 
 __all__ = ["main"]
 
-DONE, FAULT, USAGE, INTERRUPTED = 0, 1, 2, 3
+DONE, FAULT, USAGE, RESUMABLE, INTERRUPTED = 0, 1, 2, 3, 130
+
+_FAULTS = (StepError, NonFiniteLossError, NonFiniteGradientError, NonFiniteRouterError, BackendUnavailable)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,14 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except Interrupted as error:
         print(f"interrupted; go on with: advmoe train --resume {error.args[0]}", file=sys.stderr)
-        return INTERRUPTED
+        return RESUMABLE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except ValueError as error:  # RunError and DataError are such
         print(f"advmoe: {error}", file=sys.stderr)
         return USAGE
-    except (NonFiniteLossError, NonFiniteGradientError, NonFiniteRouterError, BackendUnavailable, OSError) as error:
+    except (*_FAULTS, OSError) as error:
         print(f"advmoe: {error}", file=sys.stderr)
         return FAULT
     return DONE
@@ -201,7 +202,8 @@ def _evaluate(o: argparse.Namespace) -> None:
     if name is None:
         raise ValueError("evaluate: --data is needed for a model that is not a run's")
     folder = o.data_dir or (config.data.folder if config and name == config.data.name else None)
-    data = load(name, folder, test_limit=o.test_limit or (config.data.test_limit if config else None))
+    test_limit = o.test_limit if o.test_limit is not None or config is None else config.data.test_limit
+    data = load(name, folder, test_limit=test_limit)
     epsilon = o.epsilon
     if epsilon is None:
         epsilon = config.attack.epsilon if config is not None and name == config.data.name else data.epsilon
@@ -241,7 +243,7 @@ def _evaluate(o: argparse.Namespace) -> None:
             "threads": torch.get_num_threads(),
             **result.as_dict(),
         }
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        write_text(path, json.dumps(record, indent=1) + "\n")
         print(f"written to {path}")
 
 

@@ -128,7 +128,7 @@ class RunConfig:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
 
     def save(self, path: Path) -> None:
-        path.write_text(yaml.safe_dump(_plain(self), sort_keys=False))
+        write_text(path, yaml.safe_dump(_plain(self), sort_keys=False))
 
     @classmethod
     def load(cls, path: Path) -> RunConfig:
@@ -142,6 +142,13 @@ class RunConfig:
         except yaml.YAMLError as error:
             raise ValueError(f"{path}: not YAML: {error}") from error
         return _build(cls, values, str(path))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole, or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 T = TypeVar("T")

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .geometry import output_size
 from .slices import ExpertSlices
 
 if TYPE_CHECKING:
+    from .backends.interface import Epilogue, Experts
     from .geometry import Conv2dGeometry
     from .routing import Routing
 
@@ -22,6 +25,7 @@ __all__ = [
     "image",
     "layer_input",
     "no_nan",
+    "operands",
     "routing",
     "scores",
     "sides",
@@ -94,15 +98,45 @@ def experts(name: str, expert: Tensor, num_experts: int) -> None:
         )
 
 
-def choices(out_expert: Tensor | None, in_expert: Tensor | None, geometry: Conv2dGeometry, samples: int) -> None:
+def choices(experts: Experts, geometry: Conv2dGeometry, samples: int) -> None:
     """That a sliced side has one choice for each sample: kernels would read past the end of fewer."""
     for name, expert, count in (
-        ("out_expert", out_expert, geometry.num_out),
-        ("in_expert", in_expert, geometry.num_in),
+        ("out_expert", experts.out, geometry.num_out),
+        ("in_expert", experts.inner, geometry.num_in),
     ):
         if count and (expert is None or expert.numel() != samples):
             got = "None" if expert is None else str(expert.numel())
             raise ValueError(f"{name}: expected {samples} choices, one a sample, got {got}")
+
+
+def operands(
+    input: tuple[torch.dtype, tuple[int, ...]],
+    weight: tuple[torch.dtype, tuple[int, ...]],
+    grad: tuple[torch.dtype, tuple[int, ...]],
+    geometry: Conv2dGeometry,
+) -> None:
+    """That a convolution's three tensors, each given as dtype and shape, fit each other and the geometry; for operators
+    that are called by themselves. Kernels are handed pointers, and would read past the end of less."""
+    g = geometry
+    for name, (dtype, shape) in (("input", input), ("weight", weight), ("grad", grad)):
+        if len(shape) != 4:
+            raise ValueError(f"{name}: expected four dimensions, got shape {shape}")
+        if dtype not in DTYPES or dtype != weight[0]:
+            raise TypeError(f"{name}: expected one of {', '.join(map(str, DTYPES))}, all alike; got {dtype}")
+    (batch, channels, *size), (total_out, total_in, *kernel) = input[1], weight[1]
+    if channels != g.in_width:
+        raise ValueError(f"input: expected {g.in_width} channels, got shape {input[1]}")
+    reach = (_reach(g.num_out, g.out_starts, g.out_width), _reach(g.num_in, g.in_starts, g.in_width) // g.groups)
+    if total_out < reach[0] or total_in < reach[1] or min(kernel) < 1:
+        raise ValueError(f"weight: expected at least [{reach[0]}, {reach[1]}, 1, 1] as the slices need, got {weight[1]}")
+    out = (output_size(*of) for of in zip(size, kernel, g.stride, g.padding, g.dilation, strict=True))
+    expected = (batch * g.samples_per_input, g.out_width, *out)
+    if grad[1] != expected or min(expected[2:]) < 1:
+        raise ValueError(f"grad: expected the output's shape {expected}, got {grad[1]}")
+
+
+def _reach(count: int, starts: Sequence[int], width: int) -> int:
+    return width if not count else max(starts) + width if starts else count * width
 
 
 def sides(out_slices: Any, in_slices: Any, groups: Any) -> None:
@@ -146,16 +180,12 @@ def image(value: Any) -> None:
         raise ValueError(f"input: expected shape [B, C, H, W], got {tuple(value.shape)}")
 
 
-def epilogue(
-    input: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    out_slices: ExpertSlices,
-    top_k: int,
-    output_shape: tuple[int, ...],
-) -> None:
-    width, total = out_slices.width, out_slices.total
+def epilogue(input: Tensor, values: Epilogue, width: int, total: int, top_k: int, output_shape: tuple[int, ...]) -> None:
+    bias, gate, scale, shift, residual, _ = values
+    if bias is not None and tuple(bias.shape) != (total,):
+        raise ValueError(f"bias: expected shape [{total}], got {tuple(bias.shape)}")
+    if gate is not None and tuple(gate.shape) != output_shape[:1]:
+        raise ValueError(f"gate: expected shape [{output_shape[0]}], got {tuple(gate.shape)}")
     for name, value in (("scale", scale), ("shift", shift)):
         if value is None:
             continue

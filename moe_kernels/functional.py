@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from . import checks, ops
+from .backends import Epilogue
 from .geometry import Conv2dGeometry, pair
-from .routing import Routing, apply_gate, sum_choices
+from .routing import Routing, apply_gate
+from .rows import sum_choices
 from .slices import ExpertSlices
 
 __all__ = ["apply_geometry", "routed_conv2d", "routed_conv2d_fused"]
@@ -87,15 +89,12 @@ def routed_conv2d_fused(
     k = routing.top_k
     rows, columns = ops.output_shape(input, weight, geometry)[2:]
     samples = input.shape[0] * geometry.samples_per_input // k
-    expected = (samples, out_slices.width, rows, columns)
-    checks.epilogue(input, scale, shift, residual, out_slices, k, expected)
-    one_pass = k == 1 and (routing.gate is None or routing.unit_gate or not routing.gate.requires_grad)
-    if one_pass:
-        gate = None if routing.gate is None or routing.unit_gate else routing.gate.reshape(-1)
-        if not (routing.unit_gate and routing.gate is not None and routing.gate.requires_grad):
-            return ops.conv2d_fused(
-                input, weight, out_expert, in_expert, *geometry, bias, gate, scale, shift, residual, relu
-            )
+    values = Epilogue(None, None, scale, shift, residual, relu)  # bias and gate are checked already
+    checks.epilogue(input, values, out_slices.width, out_slices.total, k, (samples, out_slices.width, rows, columns))
+    gate = routing.gate
+    if k == 1 and not (torch.is_grad_enabled() and gate is not None and gate.requires_grad):
+        values = values._replace(bias=bias, gate=None if gate is None or routing.unit_gate else gate.reshape(-1))
+        return ops.conv2d_fused(input, weight, out_expert, in_expert, *geometry, *values)
     y = apply_geometry(input, weight, bias, routing, in_routing, geometry._replace(samples_per_input=1))
     choice = out_expert if k == 1 else None
     return ops.epilogue(y, choice, geometry, scale, shift, residual, relu)
@@ -148,21 +147,8 @@ def apply_geometry(
         if bias is None and gate is None:
             y = ops.call(ops.conv2d, input, weight, out_expert, in_expert, *geometry, *packed)
         else:
-            y = ops.call(
-                ops.conv2d_fused,
-                input,
-                weight,
-                out_expert,
-                in_expert,
-                *geometry,
-                bias,
-                gate,
-                None,
-                None,
-                None,
-                False,
-                packed[0],
-            )
+            epilogue = Epilogue(bias, gate)
+            y = ops.call(ops.conv2d_fused, input, weight, out_expert, in_expert, *geometry, *epilogue, packed[0])
     else:
         y = ops.call(ops.conv2d, input, weight, out_expert, in_expert, *geometry, *packed)
         y = ops.add_bias(y, bias, out_expert, geometry)

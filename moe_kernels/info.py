@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, available_backends
-from .backends.cpu import CpuBackend
+from . import __version__
+from .backends import describe
 
 __all__ = ["main", "openmp_runtimes"]
 
@@ -30,11 +30,8 @@ def main() -> None:
     print(
         f"moe_kernels {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
     )
-    for name, reason in available_backends().items():
-        print(f"backend {name}: {'available' if reason is None else 'not available: ' + reason}")
-    cpu = CpuBackend()
-    if cpu.unavailable() is None:
-        print(f"cpu instruction set: {cpu.isa()}; {cpu.build_info()}")
+    for name, state in describe().items():
+        print(f"backend {name}: {state}")
     print(f"threads: {torch.get_num_threads()}; OpenMP runtimes: {', '.join(openmp_runtimes()) or 'none found'}")
 
 

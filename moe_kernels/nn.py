@@ -44,7 +44,9 @@ class _Packed(NamedTuple):
     version: int
     steps: int
     backend: str
-    blocks: tuple[Tensor | None, Tensor | None]  # for forward, for grad_input
+    forward: Tensor | None
+    grad_input: Tensor | None
+    backward: bool  # grad_input has been asked for; until then it is None
 
 
 class _RoutedLayer(nn.Module):
@@ -125,8 +127,9 @@ class _RoutedLayer(nn.Module):
         ):
             return None, None
         backend = backends.choose(weight.device)
+        wanted = torch.is_grad_enabled()  # an attack or a saliency map; serving keeps one form only
         cache = self._cache
-        if (
+        if not (
             cache is not None
             and cache.weight() is weight
             and cache.pointer == weight.data_ptr()
@@ -134,12 +137,17 @@ class _RoutedLayer(nn.Module):
             and cache.steps == _steps[0]
             and cache.backend == backend.name
         ):
-            return cache.blocks
-        # outside inference mode, so that what is packed under it also serves a later backward
-        with torch.inference_mode(False), torch.no_grad():
-            blocks = backend.pack(self._weight4d(weight.detach()), self.geometry)
-        self._cache = _Packed(weakref.ref(weight), weight.data_ptr(), weight._version, _steps[0], backend.name, blocks)
-        return blocks
+            cache = None
+        if cache is None or (wanted and not cache.backward):
+            # outside inference mode, so that what is packed under it also serves a later backward
+            with torch.inference_mode(False), torch.no_grad():
+                value = self._weight4d(weight.detach())
+                forward = backend.pack(value, self.geometry, False) if cache is None else cache.forward
+                grad_input = backend.pack(value, self.geometry, True) if wanted else None
+            pointer, version = weight.data_ptr(), weight._version
+            cache = _Packed(weakref.ref(weight), pointer, version, _steps[0], backend.name, forward, grad_input, wanted)
+            self._cache = cache
+        return cache.forward, cache.grad_input
 
     def _weight4d(self, weight: Tensor) -> Tensor:
         return weight
@@ -237,6 +245,7 @@ class RoutedConv2d(_RoutedLayer):
 
     def forward(self, input: Tensor, routing: Routing, in_routing: Routing | None = None) -> Tensor:
         if self._pad_before is not None:
+            checks.image(input)
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = F.pad(input, self._pad_before, mode=mode)
         weight, bias = self.weight, self.bias
@@ -327,8 +336,8 @@ class RoutedBatchNorm2d(nn.Module):
     An expert without samples keeps its running statistics.
 
     Raises:
-        ValueError: in training, if an expert has one value per channel, as nn.BatchNorm2d (looked at on the CPU,
-            outside a trace); or for a wrong shape or routing.
+        ValueError: if an expert has one value per channel where the batch's own statistics are used (in training, or
+            without running ones), as nn.BatchNorm2d; looked at on the CPU, outside a trace. For a wrong shape or routing.
     """
 
     running_mean: Tensor | None
@@ -434,12 +443,13 @@ class RoutedBatchNorm2d(nn.Module):
         """Mean, biased variance and number of values of each channel of the whole side: ``[total]`` each."""
         pixels = x.shape[2] * x.shape[3]
         count = self._sum(x.new_full((x.shape[0], x.shape[1]), float(pixels)), expert)
-        if self.training and x.device.type == "cpu" and not torch.compiler.is_compiling() and bool((count == 1).any()):
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and bool((count == 1).any()):
             channel = int((count == 1).nonzero()[0])
-            names = [e for e, s in enumerate(self.slices.starts) if s <= channel < s + self.slices.width]
+            names = [str(e) for e, s in enumerate(self.slices.starts) if s <= channel < s + self.slices.width]
             raise ValueError(
-                f"input: expected more than one value per channel in training, got one for expert {names[0]} "
-                f"(input shape {tuple(x.shape)}); a larger batch, fewer experts or a shared BatchNorm avoid it"
+                "input: expected more than one value per channel where the batch's own statistics are used, got one for "
+                f"expert {' and '.join(names)} (input shape {tuple(x.shape)}); a larger batch, fewer experts or a shared "
+                "BatchNorm avoid it"
             )
         safe = count.clamp_min(1)
         mean = self._sum(x.sum(3).sum(2), expert) / safe

@@ -17,6 +17,7 @@ P, Q the output's rows and columns.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,8 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as _Function
 from torch.utils.flop_counter import register_flop_formula
 
-from . import backends
+from . import backends, checks
+from .backends import Epilogue, Experts
 from .geometry import Conv2dGeometry, output_size
 from .layout import is_channels_last, memory_format_of
 from .rows import gather_rows
@@ -53,6 +55,7 @@ _GEOMETRY = (
 )
 _PACKED = "Tensor? packed=None, Tensor? packed_grad=None"
 _G = len(Conv2dGeometry._fields)
+_NO_EPILOGUE = Epilogue()
 
 _lib = torch.library.Library("moe_kernels", "DEF")
 _lib.define(f"conv2d(Tensor input, Tensor weight, {_EXPERTS}, {_GEOMETRY}, {_PACKED}) -> Tensor")
@@ -82,38 +85,58 @@ def _geometry(args: Sequence[Any]) -> Conv2dGeometry:
 # --- the backends' calls ------------------------------------------------------------------------------------------------
 
 
-def _conv2d(input: Tensor, weight: Tensor, out_expert: Tensor | None, in_expert: Tensor | None, *rest: Any) -> Tensor:
+def _conv2d(input: Tensor, weight: Tensor, out: Tensor | None, inner: Tensor | None, *rest: Any) -> Tensor:
     packed = rest[_G] if len(rest) > _G else None
     backend = backends.choose(input.device)
-    return backend.forward(input, weight, out_expert, in_expert, _geometry(rest[:_G]), packed=packed)
+    return backend.forward(input, weight, Experts(out, inner), _geometry(rest[:_G]), _NO_EPILOGUE, packed)
 
 
-def _conv2d_grad_input(
-    grad: Tensor, weight: Tensor, out_expert: Tensor | None, in_expert: Tensor | None, *rest: Any
-) -> Tensor:
+def _conv2d_grad_input(grad: Tensor, weight: Tensor, out: Tensor | None, inner: Tensor | None, *rest: Any) -> Tensor:
     height, width = rest[_G]
     packed_grad = rest[_G + 2] if len(rest) > _G + 2 else None
     backend = backends.choose(grad.device)
-    return backend.grad_input(grad, weight, out_expert, in_expert, _geometry(rest[:_G]), (height, width), packed_grad)
+    return backend.grad_input(grad, weight, Experts(out, inner), _geometry(rest[:_G]), (height, width), packed_grad)
 
 
-def _conv2d_grad_weight(
-    grad: Tensor, input: Tensor, out_expert: Tensor | None, in_expert: Tensor | None, *rest: Any
-) -> Tensor:
+def _conv2d_grad_weight(grad: Tensor, input: Tensor, out: Tensor | None, inner: Tensor | None, *rest: Any) -> Tensor:
     backend = backends.choose(grad.device)
     channels_last = len(rest) > _G + 1 and rest[_G + 1]
-    return backend.grad_weight(grad, input, out_expert, in_expert, _geometry(rest[:_G]), tuple(rest[_G]), channels_last)
+    shape = tuple(rest[_G])
+    return backend.grad_weight(grad, input, Experts(out, inner), _geometry(rest[:_G]), shape, channels_last)
 
 
-def _conv2d_fused(
-    input: Tensor, weight: Tensor, out_expert: Tensor | None, in_expert: Tensor | None, *rest: Any
-) -> Tensor:
-    bias, gate, scale, shift, residual, relu = rest[_G : _G + 6]
+def _conv2d_fused(input: Tensor, weight: Tensor, out: Tensor | None, inner: Tensor | None, *rest: Any) -> Tensor:
     packed = rest[_G + 6] if len(rest) > _G + 6 else None
-    return backends.choose(input.device).forward(
-        input, weight, out_expert, in_expert, _geometry(rest[:_G]),
-        bias=bias, gate=gate, scale=scale, shift=shift, residual=residual, relu=relu, packed=packed,
-    )  # fmt: skip
+    backend = backends.choose(input.device)
+    epilogue = Epilogue._make(rest[_G : _G + 6])
+    return backend.forward(input, weight, Experts(out, inner), _geometry(rest[:_G]), epilogue, packed)
+
+
+def _checked(op: Any, *args: Any) -> Tensor:
+    """:data:`_RUN` for calls through the dispatcher, which may be anybody's. ``packed`` is taken on trust: it is what the
+    backend's ``pack`` made of this weight."""
+    first, second, out, inner, *rest = args
+    g = _geometry(rest[:_G])
+    if op is conv2d_grad_weight:
+        grad, input, weight = _kind(first), _kind(second), (first.dtype, tuple(rest[_G]))
+    elif op is conv2d_grad_input:
+        grad, weight = _kind(first), _kind(second)
+        input = (first.dtype, (first.shape[0] // g.samples_per_input, g.in_width, *rest[_G]))
+    else:
+        input, weight = _kind(first), _kind(second)
+        checks.image(first)
+        grad = (first.dtype, output_shape(first, second, g))
+    checks.operands(input, weight, grad, g)
+    for name, expert in (("out_expert", out), ("in_expert", inner)):
+        if expert is not None and expert.dtype != torch.int64:
+            raise TypeError(f"{name}: expected int64, got {expert.dtype}")
+    if op is conv2d_fused:
+        checks.epilogue(first, Epilogue._make(rest[_G : _G + 6]), g.out_width, second.shape[0], 1, grad[1])
+    return _RUN[op](*args)
+
+
+def _kind(x: Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
+    return x.dtype, tuple(x.shape)
 
 
 _RUN = {
@@ -398,21 +421,21 @@ def _autocast(op: Any, device: str, key: torch._C.DispatchKey) -> Any:
 def _register() -> None:
     packed = {"packed": None, "packed_grad": None}
     implementations: dict[str, tuple[Any, Any, Any]] = {
-        "conv2d": (_conv2d, _conv2d_fake, _differentiable(conv2d, _G + 4, **packed)),
+        "conv2d": (conv2d, _conv2d_fake, _differentiable(conv2d, _G + 4, **packed)),
         "conv2d_grad_input": (
-            _conv2d_grad_input,
+            conv2d_grad_input,
             _grad_input_fake,
             _differentiable(conv2d_grad_input, _G + 5, **packed),
         ),
         "conv2d_grad_weight": (
-            _conv2d_grad_weight,
+            conv2d_grad_weight,
             _grad_weight_fake,
             _differentiable(conv2d_grad_weight, _G + 5, channels_last=False),
         ),
-        "conv2d_fused": (_conv2d_fused, _conv2d_fake, _fused_differentiable),
+        "conv2d_fused": (conv2d_fused, _conv2d_fake, _fused_differentiable),
     }
-    for name, (run, fake, differentiable) in implementations.items():
-        _lib.impl(name, run, "CompositeExplicitAutograd")
+    for name, (op, fake, differentiable) in implementations.items():
+        _lib.impl(name, functools.partial(_checked, op), "CompositeExplicitAutograd")
         _lib.impl(name, differentiable, "Autograd")
         torch.library.register_fake(f"moe_kernels::{name}", fake, lib=_lib)
     for device, key in (("cpu", torch._C.DispatchKey.AutocastCPU), ("cuda", torch._C.DispatchKey.AutocastCUDA)):

@@ -11,6 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from . import checks
+from .rows import sum_choices
 
 __all__ = ["GATES", "Routing"]
 
@@ -102,16 +103,16 @@ class Routing:
             expert = _first_argmax(scores.detach())
         else:
             expert = torch.argsort(scores.detach(), dim=1, descending=True, stable=True)[:, :top_k].contiguous()
-        if gate == "none":
-            return cls._make(expert, None, num_experts)
         index = expert.unsqueeze(1) if top_k == 1 else expert
+        value, unit = None, False
         if gate == "softmax":
             value = scores.softmax(1).gather(1, index) if top_k == 1 else scores.gather(1, index).softmax(1)
-            return cls._make(expert, value.squeeze(1) if top_k == 1 else value, num_experts)
-        if not torch.is_grad_enabled():
-            return cls._make(expert, None, num_experts)  # a gate of 1 whose gradient nobody can ask for
-        chosen = (scores if gate == "raw_straight_through" else scores.softmax(1)).gather(1, index).squeeze(1)
-        return cls._make(expert, _StraightThrough.apply(chosen), num_experts, True)
+            value = value.squeeze(1) if top_k == 1 else value
+        elif gate != "none" and torch.is_grad_enabled():  # elsewhere a gate of 1 whose gradient nobody can ask for
+            chosen = scores if gate == "raw_straight_through" else scores.softmax(1)
+            value, unit = _StraightThrough.apply(chosen.gather(1, index).squeeze(1)), True
+        routing = cls._make(expert, value, num_experts, unit)
+        return routing.validate() if _debug() else routing
 
     @property
     def top_k(self) -> int:
@@ -204,7 +205,7 @@ class _Gate(torch.autograd.Function):
 
 def apply_gate(y: Tensor, gate: Tensor, unit: bool) -> Tensor:
     """``y [V, ...]`` times ``gate [V]``; ``unit`` says that the gate's value is 1 and costs no multiplication."""
-    if torch.is_grad_enabled() and (y.requires_grad or gate.requires_grad):
+    if torch.is_grad_enabled() and gate.requires_grad:
         return _Gate.apply(y, gate, unit)
     return y if unit else y * gate.to(y.dtype).view(-1, *[1] * (y.dim() - 1))
 
@@ -222,17 +223,6 @@ def sample_dot(a: Tensor, b: Tensor) -> Tensor:
     while total.dim() > 1:
         total = total.sum(-1)
     return total
-
-
-def sum_choices(y: Tensor, k: int) -> Tensor:
-    """``[B * k, ...]`` to ``[B, ...]``, summed over the k choices in order, in float32 at least."""
-    if k == 1:
-        return y
-    parts = y.to(torch.promote_types(y.dtype, torch.float32)).unflatten(0, (y.shape[0] // k, k)).unbind(1)
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total.to(y.dtype)
 
 
 def _flatten(routing: Routing) -> tuple[list[Tensor | None], tuple[int, bool, int]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Per-channel values of a layer as rows of each sample's slice, and back: bias, affine parameters, statistics."""
+"""Per-channel values of a layer as rows of each sample's slice, and back; sums over the choices of one input."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["gather_rows", "scatter_rows"]
+__all__ = ["gather_rows", "scatter_rows", "sum_choices"]
 
 
 def gather_rows(value: Tensor, expert: Tensor | None, count: int, starts: Sequence[int], width: int) -> Tensor:
@@ -32,6 +32,17 @@ def scatter_rows(
     if not starts:
         return rows.new_zeros(count, width).index_add(0, expert, rows).view(-1)
     return rows.new_zeros(total).index_put((_channels(expert, starts, width),), rows, accumulate=True)
+
+
+def sum_choices(y: Tensor, k: int) -> Tensor:
+    """``[B * k, ...]`` to ``[B, ...]``, summed over the k choices in order, in float32 at least."""
+    if k == 1:
+        return y
+    parts = y.to(torch.promote_types(y.dtype, torch.float32)).unflatten(0, (y.shape[0] // k, k)).unbind(1)
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total.to(y.dtype)
 
 
 def _channels(expert: Tensor, starts: Sequence[int], width: int) -> Tensor:

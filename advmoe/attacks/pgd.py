@@ -4,16 +4,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from ..modes import undisturbed
 from ..objectives import cross_entropy, kl_divergence, margin_loss
 
-__all__ = ["PGD", "AttackResult", "NonFiniteGradientError", "from_name", "undisturbed"]
+__all__ = ["PGD", "AttackResult", "NonFiniteGradientError", "from_name"]
 
 _NAME = re.compile(r"pgd(?P<steps>\d+)(?:x(?P<restarts>\d+))?(?:-(?P<loss>ce|kl|margin))?")
 
@@ -46,6 +46,10 @@ class PGD:
             Every start is projected onto the ball and [0, 1] before the first gradient.
         mode: ``"eval"``: the model is attacked in eval mode, and every module's mode is restored; ``"keep"``: as it is.
 
+    Raises:
+        ValueError: for a setting that is unknown or out of range, and for ``loss="kl"`` without a random start: at the
+            clean image itself KL from the clean prediction has no gradient.
+
     A call leaves modes, ``requires_grad``, BatchNorm statistics and ``.grad`` as they were, also when it raises. It
     computes no gradient of any parameter.
     """
@@ -67,6 +71,10 @@ class PGD:
             raise ValueError(f"mode: expected eval or keep, got {self.mode!r}")
         if self.epsilon < 0 or self.step_size < 0:
             raise ValueError(f"epsilon and step_size: expected >= 0, got {self.epsilon} and {self.step_size}")
+        if self.loss == "kl" and self.random_start is False:
+            raise ValueError(
+                "random_start: expected True or 'gaussian' with loss 'kl', which is flat at the clean image; got False"
+            )
         if self.steps < 1 or self.restarts < 1:
             raise ValueError(f"steps and restarts: expected at least 1, got {self.steps} and {self.restarts}")
 
@@ -95,11 +103,15 @@ class PGD:
 
         Args:
             generator: for the random start; the same state gives the same images.
-            extra_loss: of the images, to ``[]``; added to the summed loss that the attack ascends.
+            extra_loss: of the images, to ``[]``; added to the summed loss that the attack ascends. With one start only:
+                later ones attack fewer images.
 
         Raises:
+            ValueError: if ``extra_loss`` comes with several restarts.
             NonFiniteGradientError: if a gradient is NaN or infinite.
         """
+        if extra_loss is not None and self.restarts > 1:
+            raise ValueError(f"extra_loss: expected restarts=1 with it, got restarts={self.restarts}")
         images, labels = images.detach(), labels.detach()
         with undisturbed(model, eval_mode=self.mode == "eval"), torch.enable_grad():
             clean_logits = None
@@ -176,30 +188,6 @@ class PGD:
         else:
             noise.uniform_(-self.epsilon, self.epsilon, generator=generator)
         return noise.to(images.device)
-
-
-@contextmanager
-def undisturbed(model: nn.Module, eval_mode: bool = True) -> Iterator[None]:
-    """Freezes all parameters and, if asked for, puts every module in eval mode; restores each exactly, also on errors."""
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        if eval_mode:
-            model.eval()
-        for p, _ in wanted:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p, flag in wanted:
-            p.requires_grad_(flag)
-        if eval_mode:
-            if all(mode for _, mode in modes):
-                model.train()
-            else:
-                # children keep modes of their own, such as a frozen BatchNorm
-                model.train(modes[0][1])
-                for module, mode in modes:
-                    module.training = mode
 
 
 def from_name(name: str, epsilon: float, step_size: float | None = None) -> PGD:

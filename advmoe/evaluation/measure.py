@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from moe_kernels import Routing
+
 from ..attacks import PGD
 from ..data import Split, stream_generator
 from ..models import record_routing
+from ..modes import undisturbed
 
 __all__ = ["AttackOutcome", "Evaluation", "evaluate"]
 
@@ -77,31 +80,25 @@ def evaluate(
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     correct = 0
     used: dict[str, Tensor] = {}
     tallies = {name: _Tally() for name in attacks}
     starts = range(0, total, batch_size)
-    try:
-        with record_routing(model) as routings:
-            for start in tqdm(starts, desc="evaluate", unit="batch", disable=None if progress else True, leave=False):
-                images, labels = split.batch(torch.arange(start, min(start + batch_size, total)))
-                images, labels = images.to(device), labels.to(device)
-                right = _right(model, images, labels)
-                correct += int(right.sum())
-                clean = {name: r.expert for name, r in routings.items()}
-                for name, routing in routings.items():
-                    count = torch.bincount(routing.expert.reshape(-1), minlength=routing.num_experts)
-                    used[name] = used[name] + count if name in used else count
-                for name, attack in attacks.items():
-                    found = attack.run(model, images, labels, stream_generator(seed, "evaluate", name, start))
-                    robust = right & _right(model, found.images, labels)
-                    flips = {n: (r.expert != clean[n]).reshape(len(images), -1).any(1) for n, r in routings.items()}
-                    tallies[name].add(robust, flips, found.zero_gradient)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with undisturbed(model), record_routing(model) as routings:
+        for start in tqdm(starts, desc="evaluate", unit="batch", disable=None if progress else True, leave=False):
+            images, labels = split.batch(torch.arange(start, min(start + batch_size, total)))
+            images, labels = images.to(device), labels.to(device)
+            right = _right(model, images, labels)
+            correct += int(right.sum())
+            clean = {name: _chosen(r) for name, r in routings.items()}
+            for name, routing in routings.items():
+                count = torch.bincount(routing.expert.reshape(-1), minlength=routing.num_experts)
+                used[name] = used[name] + count if name in used else count
+            for name, attack in attacks.items():
+                found = attack.run(model, images, labels, stream_generator(seed, "evaluate", name, start))
+                robust = right & _right(model, found.images, labels)
+                flips = {n: (_chosen(r) != clean[n]).any(1) for n, r in routings.items()}
+                tallies[name].add(robust, flips, found.zero_gradient)
     outcomes = {name: tallies[name].outcome(attack.describe(), total) for name, attack in attacks.items()}
     usage = {name: (count.double() / count.sum()).tolist() for name, count in used.items()}
     return Evaluation(total, correct / total, outcomes, usage)
@@ -110,6 +107,11 @@ def evaluate(
 def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
         return model(images).argmax(1) == labels
+
+
+def _chosen(routing: Routing) -> Tensor:
+    """The experts of each image, ``[B, k]``, in order of their numbers: another order of the same is no flip."""
+    return routing.expert.reshape(routing.batch_size // routing.choices, -1).sort(1).values
 
 
 class _Tally:

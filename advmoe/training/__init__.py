@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training: one engine, a small class for each method, runs as folders."""
 
-from .engine import NonFiniteLossError, Trainer, resume, train
-from .methods import AT, AdvMoE, Method, Standard, StepResult, build_method
+from .engine import Interrupted, StepError, Trainer, resume, train
+from .methods import AT, AdvMoE, Method, NonFiniteLossError, Standard, StepResult, build_method
 from .runs import Run, RunError, load_checkpoint, load_model
 
 __all__ = [
     "AT",
     "AdvMoE",
+    "Interrupted",
     "Method",
     "NonFiniteLossError",
     "Run",
     "RunError",
     "Standard",
+    "StepError",
     "StepResult",
     "Trainer",
     "build_method",

@@ -18,21 +18,22 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..attacks import PGD, from_name
+from ..attacks import PGD, NonFiniteGradientError, from_name
 from ..config import RunConfig
 from ..data import Batches, DataSet, augment, load, stream_generator
 from ..evaluation.measure import evaluate
-from .methods import Batch, Method, StepResult, build_method
+from ..routers import NonFiniteRouterError
+from .methods import Batch, Method, NonFiniteLossError, StepResult, build_method
 from .runs import Run, RunError, build_model, load_checkpoint
 
-__all__ = ["Interrupted", "NonFiniteLossError", "Trainer", "resume", "train"]
+__all__ = ["Interrupted", "StepError", "Trainer", "resume", "train"]
 
 logger = logging.getLogger("advmoe")
 _COLLAPSED = 0.999  # share of one expert from which on a router is reported
 
 
-class NonFiniteLossError(RuntimeError):
-    """A training loss is NaN or infinite; the message names the loss, the epoch and the step."""
+class StepError(RuntimeError):
+    """A step could not be made with the images and choices of its batch; the message names the epoch and the step."""
 
 
 class Interrupted(Exception):
@@ -104,12 +105,17 @@ class Trainer:
 
         Raises:
             Interrupted: after Ctrl-C, with the state saved.
-            NonFiniteLossError: if a loss is not finite.
+            NonFiniteLossError, NonFiniteGradientError, NonFiniteRouterError: if a loss, the gradient of an attack or a
+                router's scores are not finite; the message names the epoch and the step.
+            StepError: if a step could not be made otherwise.
         """
         while self.epoch < self.config.epochs:
             self._train_epoch()
             self.run.save(self.state_dict())  # an epoch's work is not lost to a Ctrl-C during its validation
-            self._finish_epoch()
+            try:
+                self._finish_epoch()
+            except KeyboardInterrupt as error:
+                raise Interrupted(self.run.folder) from error
         return self.run.metrics()
 
     def _train_epoch(self) -> None:
@@ -122,14 +128,14 @@ class Trainer:
             while self.step < self.steps_per_epoch:
                 start = time.perf_counter()
                 self._set_rates()
-                result = self.method.step([self._batch(b) for b in self.batches])
-                self._check(result)
+                result = self._step([self._batch(b) for b in self.batches])
                 self.step += 1
                 self.seconds += time.perf_counter() - start
                 self._add(result)
                 bar.update()
                 bar.set_postfix_str(
-                    f"loss {self._mean('loss'):.3f}, SA {self._accuracy():.1%}, {self._speed():.0f} images/s",
+                    f"loss {self._mean('loss'):.3f}, {self.method.accuracy.upper()} {self._accuracy():.1%}, "
+                    f"{self._speed():.0f} images/s",
                     refresh=False,
                 )
                 if interrupted():
@@ -155,13 +161,20 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = base * factor
 
-    def _check(self, result: StepResult) -> None:
-        for name, value in result.losses.items():
-            if not math.isfinite(value):
-                raise NonFiniteLossError(
-                    f"{name} is {value} at epoch {self.epoch + 1}, step {self.step + 1}; the last checkpoint is "
-                    f"{self.run.checkpoint()}. A lower --lr usually helps"
-                )
+    def _step(self, batches: list[Batch]) -> StepResult:
+        try:
+            return self.method.step(batches)
+        except (NonFiniteLossError, NonFiniteGradientError, NonFiniteRouterError) as error:
+            raise type(error)(f"{self._here()}: {error}; {self._checkpointed()}. A lower --lr usually helps") from error
+        except ValueError as error:  # one sample for an expert with a BatchNorm of its own, say
+            raise StepError(f"{self._here()}: {error}; {self._checkpointed()}") from error
+
+    def _here(self) -> str:
+        return f"epoch {self.epoch + 1}, step {self.step + 1}"
+
+    def _checkpointed(self) -> str:
+        path = self.run.checkpoint()
+        return f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
 
     def _add(self, result: StepResult) -> None:
         totals = {**{f"sum_{k}": v for k, v in result.losses.items()}, "correct": result.correct, "count": result.count}
@@ -187,7 +200,7 @@ class Trainer:
         line: dict[str, Any] = {
             "epoch": self.epoch + 1,
             **{key.removeprefix("sum_"): self._mean(key.removeprefix("sum_")) for key in self.sums if key[:4] == "sum_"},
-            "train_sa": self._accuracy(),
+            f"train_{self.method.accuracy}": self._accuracy(),
             "validation_sa": result.sa,
             "validation_ra": robust.ra,
             "images_per_second": round(self._speed(), 1),
@@ -256,7 +269,7 @@ def train(config: RunConfig, folder: str | Path, quiet: bool = False) -> Run:
 
     Raises:
         ValueError: for settings or data that do not fit (RunError, DataError among them).
-        Interrupted, NonFiniteLossError: see :meth:`Trainer.fit`.
+        Interrupted, StepError, NonFiniteLossError and its kin: see :meth:`Trainer.fit`.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,13 +16,17 @@ from torch import Tensor, nn
 from moe_kernels import ExpertSlices, RoutedBatchNorm2d, RoutedConv2d
 
 from ..attacks import PGD
-from ..attacks.pgd import undisturbed
 from ..config import MethodConfig, OptimConfig
 from ..models import backbone_parameters, router_parameters
+from ..modes import undisturbed
 from ..objectives import cross_entropy, kl_divergence, router_pseudo_label_loss, trades_loss
 from ..routers import Router, record_scores
 
-__all__ = ["AT", "AdvMoE", "Batch", "Method", "Standard", "StepResult", "build_method"]
+__all__ = ["AT", "AdvMoE", "Batch", "Method", "NonFiniteLossError", "Standard", "StepResult", "build_method"]
+
+
+class NonFiniteLossError(RuntimeError):
+    """A training loss or its gradient is NaN or infinite; no parameter has been moved by it."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """loss: named scalars; correct: clean training images predicted rightly, of count."""
+    """losses: named scalars; correct: training images predicted rightly, of count: clean ones, but see
+    :attr:`Method.accuracy`."""
 
     losses: dict[str, float]
     correct: int
@@ -46,12 +52,16 @@ class Method(ABC):
     """What the methods share: the attack, the objective, and a step of one optimiser."""
 
     batches_per_step = 1
+    # of StepResult.correct: sa on clean images, ra on attacked ones where the loss sees no other
+    accuracy = "sa"
 
     def __init__(self, model: nn.Module, config: MethodConfig, optim: OptimConfig, attack: PGD) -> None:
         self.model = model
         self.config = config
         self.optim = optim
         self.attack = attack
+        if config.objective == "cross_entropy" and config.name != "standard":
+            self.accuracy = "ra"
         self.optimizers = self._optimizers()
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -80,13 +90,23 @@ class Method(ABC):
         clean = self.model(batch.images)
         return trades_loss(clean, self.model(adversarial), batch.labels, self.config.beta), clean
 
-    def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
+    def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor, name: str = "loss") -> float:
+        """One step down the loss.
+
+        Raises:
+            NonFiniteLossError: if the loss or its gradient is NaN or infinite.
+        """
         value = loss.item()
-        if value == value and abs(value) != float("inf"):
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-        return value  # the engine raises on NaN; the weights are still those that made it
+        if not math.isfinite(value):
+            raise NonFiniteLossError(f"{name} is {value}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not bool(torch.isfinite(norm)):
+            raise NonFiniteLossError(f"the gradient of {name} ({value:.4g}) has norm {norm.item()}")
+        optimizer.step()
+        return value
 
 
 class Standard(Method):
@@ -156,7 +176,7 @@ class AdvMoE(Method):
                 loss, logits = self._objective(batch, adversarial)
             else:
                 loss, logits = self._pseudo_label(batch, adversarial)
-            value = self._update(self.optimizers["router"], loss)
+            value = self._update(self.optimizers["router"], loss, "router_loss")
         return _result({"router_loss": value}, logits, batch.labels)
 
     def _pseudo_label(self, batch: Batch, adversarial: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,8 +202,18 @@ def build_method(model: nn.Module, config: MethodConfig, optim: OptimConfig, att
     """The method named by the config.
 
     Raises:
-        ValueError: if the method does not go with the model.
+        ValueError: if the method does not go with the model, or a setting is given that it does not look at.
     """
+    if config.name != "advmoe":
+        plain = MethodConfig(config.name)
+        names = ("order", "batches", "router_objective", "router_alpha")
+        given = [name for name in names if getattr(config, name) != getattr(plain, name)]
+        if optim.router_lr is not None:
+            given.append("router_lr")
+        if given:
+            raise ValueError(f"{given[0]}: a setting of the method advmoe, without effect on {config.name}")
+    if config.attack_routers and (config.name == "standard" or not router_parameters(model)):
+        raise ValueError("attack_routers: without effect on a method without attack or a model without routers")
     methods: dict[str, type[Standard] | type[AT] | type[AdvMoE]] = {"standard": Standard, "at": AT, "advmoe": AdvMoE}
     return methods[config.name](model, config, optim, attack)
 

@@ -8,13 +8,14 @@ import importlib
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..config import ModelConfig, RunConfig
+from ..config import ModelConfig, RunConfig, write_text
 from ..models import create_model
 
 __all__ = ["Run", "RunError", "build_model", "load_checkpoint", "load_model"]
@@ -52,7 +53,7 @@ class Run:
         if self.config_path.exists():
             raise RunError(f"{self.folder} holds a run already; choose another --out, or continue it with --resume")
         self.folder.mkdir(parents=True, exist_ok=True)
-        config.save(self.config_path)
+        config.save(self.config_path)  # first of all: a folder without it is no run
 
     def config(self) -> RunConfig:
         if not self.config_path.is_file():
@@ -82,9 +83,7 @@ class Run:
         """Keeps the first epochs' lines: what a checkpoint knows of."""
         # as text: a line behind the checkpoint may be torn, if the machine went down while it was written
         lines = self.metrics_path.read_text().splitlines()[:epochs] if self.metrics_path.exists() else []
-        temporary = self.metrics_path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(line + "\n" for line in lines))
-        temporary.replace(self.metrics_path)
+        write_text(self.metrics_path, "".join(line + "\n" for line in lines))
 
     @contextlib.contextmanager
     def log(self, logger: logging.Logger) -> Any:
@@ -143,7 +142,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_model(source: str | Path, checkpoint: str = "best") -> tuple[nn.Module, RunConfig | None]:
-    """A model from a run folder, a checkpoint file, or ``module:function`` returning an nn.Module (then without config).
+    """A model in eval mode from a run folder, a checkpoint file, or ``module:function`` returning an nn.Module (then
+    without config; modules of the working folder are found too).
 
     Raises:
         RunError: if there is nothing of the kind.
@@ -153,12 +153,12 @@ def load_model(source: str | Path, checkpoint: str = "best") -> tuple[nn.Module,
         run = Run(path)
         run.config()
         path = run.checkpoint(checkpoint)
-        if not path.exists() and checkpoint == "best":
-            path = run.checkpoint("last")
+        if not path.exists() and checkpoint == "best" and run.checkpoint("last").exists():
+            raise RunError(f"{path}: no epoch has been validated yet; evaluate the last state with --checkpoint last")
     if not path.is_file():
         module, _, function = str(source).partition(":")
         if function and "/" not in module:
-            return _from_function(module, function), None
+            return _from_function(module, function).eval(), None
         raise RunError(f"{source}: expected a run folder, a checkpoint file or module:function")
     config = Run(path.parent).config()
     model = build_model(config.model)
@@ -167,10 +167,12 @@ def load_model(source: str | Path, checkpoint: str = "best") -> tuple[nn.Module,
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError) as error:
         raise RunError(f"{path} does not fit the model of {path.parent / 'config.yaml'}: {error}") from error
-    return model, config
+    return model.eval(), config
 
 
 def _from_function(module: str, function: str) -> nn.Module:
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a console script's own folder stands there instead
     try:
         model = getattr(importlib.import_module(module), function)()
     except (ImportError, AttributeError) as error:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation computes a routed convolution, and why another one cannot.
 
-A backend has the attributes of :class:`Backend`. The operators ask :func:`choose` each time they run, so ``use_backend``
+A backend is a :class:`Backend`. The operators ask :func:`choose` each time they run, so ``use_backend``
 and ``MOE_KERNELS_BACKEND`` also govern the backward pass and compiled graphs.
 """
 
@@ -10,78 +10,22 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
 
 from . import cpu, reference
+from .interface import Backend, BackendUnavailable, Epilogue, Experts
 
-if TYPE_CHECKING:
-    from ..geometry import Conv2dGeometry
-
-__all__ = ["Backend", "BackendUnavailable", "available_backends", "choose", "use_backend"]
-
-
-class BackendUnavailable(RuntimeError):
-    """The backend asked for cannot run here; the message says why and what to do."""
-
-
-class Backend(Protocol):
-    """The three calls, forward with its epilogue, and what each backend says of itself."""
-
-    name: str
-
-    def unavailable(self) -> str | None:
-        """None, or why this backend cannot run in this process."""
-
-    def unsupported(self, device: torch.device) -> str | None:
-        """None, or why it cannot compute on this device."""
-
-    def forward(
-        self,
-        input: Tensor,  # [B, C, H, W]
-        weight: Tensor,  # [R_out, R_in / groups, kh, kw]
-        out_expert: Tensor | None,  # int64 [V], V = B * samples_per_input
-        in_expert: Tensor | None,  # int64 [V]
-        geometry: Conv2dGeometry,
-        *,
-        bias: Tensor | None = None,
-        gate: Tensor | None = None,
-        scale: Tensor | None = None,
-        shift: Tensor | None = None,
-        residual: Tensor | None = None,
-        relu: bool = False,
-        packed: Tensor | None = None,
-    ) -> Tensor:  # [V, w_out, P, Q]
-        ...
-
-    def grad_input(
-        self,
-        grad: Tensor,  # [V, w_out, P, Q]
-        weight: Tensor,
-        out_expert: Tensor | None,
-        in_expert: Tensor | None,
-        geometry: Conv2dGeometry,
-        size: tuple[int, int],  # H, W
-        packed: Tensor | None = None,
-    ) -> Tensor:  # [B, C, H, W]
-        ...
-
-    def grad_weight(
-        self,
-        grad: Tensor,
-        input: Tensor,
-        out_expert: Tensor | None,
-        in_expert: Tensor | None,
-        geometry: Conv2dGeometry,
-        weight_shape: tuple[int, ...],
-        channels_last: bool = False,
-    ) -> Tensor: ...
-
-    def pack(self, weight: Tensor, geometry: Conv2dGeometry) -> tuple[Tensor | None, Tensor | None]:
-        """The weight as forward and as grad_input want it, or None where keeping it would not pay."""
-
+__all__ = [
+    "Backend",
+    "BackendUnavailable",
+    "Epilogue",
+    "Experts",
+    "available_backends",
+    "choose",
+    "describe",
+    "use_backend",
+]
 
 _BACKENDS: dict[str, Backend] = {"reference": reference.ReferenceBackend(), "cpu": cpu.CpuBackend()}
 _AUTO = {"cpu": "cpu"}
@@ -92,6 +36,14 @@ _override: list[str] = []
 def available_backends() -> dict[str, str | None]:
     """Backend name to None where it can run, or to the reason why it cannot."""
     return {name: backend.unavailable() for name, backend in _BACKENDS.items()}
+
+
+def describe() -> dict[str, str]:
+    """Each backend's state in one line."""
+    return {
+        name: backend.describe() if (reason := backend.unavailable()) is None else f"not available: {reason}"
+        for name, backend in _BACKENDS.items()
+    }
 
 
 @contextlib.contextmanager

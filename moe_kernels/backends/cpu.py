@@ -12,9 +12,11 @@ from torch import Tensor
 from .. import checks
 from ..geometry import output_size
 from ..layout import is_channels_last
+from ..rows import sum_choices
 
 if TYPE_CHECKING:
     from ..geometry import Conv2dGeometry
+    from .interface import Epilogue, Experts
 
 try:
     from .. import _C  # type: ignore[attr-defined]
@@ -51,51 +53,51 @@ class CpuBackend:
     def unsupported(self, device: torch.device) -> str | None:
         return self.unavailable() or (None if device.type == "cpu" else f"computes on the CPU only, got {device}")
 
-    def isa(self) -> str:
-        """The instruction set chosen at run time: avx512, avx2 or generic."""
-        return _C.isa()
+    def describe(self) -> str:
+        try:
+            isa = _C.isa()
+        except ValueError as error:  # MOE_KERNELS_CPU_ISA names one that this CPU has not
+            return str(error)
+        return f"available; {isa}; {_C.build_info()}"
 
-    def build_info(self) -> str:
-        return _C.build_info()
+    def isa(self) -> str:
+        """The instruction set chosen at run time: avx512, avx2 or generic.
+
+        Raises:
+            ValueError: if MOE_KERNELS_CPU_ISA names one that cannot be used here.
+        """
+        return _C.isa()
 
     def forward(
         self,
         input: Tensor,
         weight: Tensor,
-        out_expert: Tensor | None,
-        in_expert: Tensor | None,
+        experts: Experts,
         geometry: Conv2dGeometry,
-        *,
-        bias: Tensor | None = None,
-        gate: Tensor | None = None,
-        scale: Tensor | None = None,
-        shift: Tensor | None = None,
-        residual: Tensor | None = None,
-        relu: bool = False,
-        packed: Tensor | None = None,
+        epilogue: Epilogue,
+        packed: Tensor | None,
     ) -> Tensor:
         g = geometry
+        dtype = input.dtype
         batch, channels, height, width = input.shape
         kh, kw = weight.shape[2], weight.shape[3]
         rows = output_size(height, kh, g.stride[0], g.padding[0], g.dilation[0])
         columns = output_size(width, kw, g.stride[1], g.padding[1], g.dilation[1])
         samples = batch * g.samples_per_input
         x = input.contiguous(memory_format=_NHWC)
-        y = torch.empty(
-            (samples, g.out_width, rows, columns),
-            dtype=input.dtype,
-            device=input.device,
-            memory_format=torch.channels_last,
-        )
+        y = torch.empty((samples, g.out_width, rows, columns), dtype=dtype, device=input.device, memory_format=_NHWC)
         shape = _shape(samples, g, channels, height, width, rows, columns, kh, kw)
-        slices, keep = _slices(out_expert, in_expert, g, samples)
-        acc = torch.float64 if input.dtype == torch.float64 else torch.float32
-        bias, gate, scale, shift = (_acc(t, acc) for t in (bias, gate, scale, shift))
+        slices, keep = _slices(experts, g, samples)
+        bias, gate, scale, shift, residual, relu = epilogue
+        acc = _accumulation(dtype)
+        bias, gate, scale, shift = (
+            None if t is None else t.detach().to(acc).contiguous() for t in (bias, gate, scale, shift)
+        )
         if residual is not None:
             residual = residual.contiguous(memory_format=_NHWC)
         affine = scale if scale is not None else shift
         _C.conv2d_forward(
-            _DTYPE[input.dtype], torch.get_num_threads(), shape, slices, weight.stride(), x.data_ptr(),
+            _DTYPE[dtype], torch.get_num_threads(), shape, slices, weight.stride(), x.data_ptr(),
             weight.data_ptr(), _pointer(packed), y.data_ptr(), _pointer(bias), _pointer(gate), _pointer(scale),
             _pointer(shift), affine is not None and affine.shape[0] != g.out_width, _pointer(residual), relu,
         )  # fmt: skip
@@ -106,80 +108,65 @@ class CpuBackend:
         self,
         grad: Tensor,
         weight: Tensor,
-        out_expert: Tensor | None,
-        in_expert: Tensor | None,
+        experts: Experts,
         geometry: Conv2dGeometry,
         size: tuple[int, int],
-        packed: Tensor | None = None,
+        packed: Tensor | None,
     ) -> Tensor:
         g = geometry
         samples, _, rows, columns = grad.shape
         dy = grad.contiguous(memory_format=_NHWC)
         dx = torch.empty((samples, g.in_width, *size), dtype=grad.dtype, device=grad.device, memory_format=_NHWC)
-        shape = _shape(samples, g, g.in_width, *size, rows, columns, weight.shape[2], weight.shape[3])
-        slices, keep = _slices(out_expert, in_expert, g, samples)
+        native_shape = _shape(samples, g, g.in_width, *size, rows, columns, weight.shape[2], weight.shape[3])
+        slices, keep = _slices(experts, g, samples)
         _C.conv2d_grad_input(
-            _DTYPE[grad.dtype], torch.get_num_threads(), shape, slices, weight.stride(), dy.data_ptr(),
+            _DTYPE[grad.dtype], torch.get_num_threads(), native_shape, slices, weight.stride(), dy.data_ptr(),
             weight.data_ptr(), _pointer(packed), dx.data_ptr(),
         )  # fmt: skip
         del keep
-        k = g.samples_per_input
-        if k > 1:
-            # the choices of one input, added in float32 at least and in order
-            wide = torch.promote_types(grad.dtype, torch.float32)
-            parts = dx.to(wide).unflatten(0, (samples // k, k)).unbind(1)
-            total = parts[0].clone(memory_format=torch.channels_last)
-            for part in parts[1:]:
-                total += part
-            dx = total.to(grad.dtype)
+        dx = sum_choices(dx, g.samples_per_input)
         return dx if is_channels_last(grad) else dx.contiguous()
 
     def grad_weight(
         self,
         grad: Tensor,
         input: Tensor,
-        out_expert: Tensor | None,
-        in_expert: Tensor | None,
+        experts: Experts,
         geometry: Conv2dGeometry,
-        weight_shape: tuple[int, ...],
-        channels_last: bool = False,
+        shape: tuple[int, ...],
+        channels_last: bool,
     ) -> Tensor:
         g = geometry
         samples, _, rows, columns = grad.shape
         _, channels, height, width = input.shape
         dy = grad.contiguous(memory_format=_NHWC)
         x = input.contiguous(memory_format=_NHWC)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        dw = torch.empty(weight_shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
-        shape = _shape(samples, g, channels, height, width, rows, columns, weight_shape[2], weight_shape[3])
-        slices, keep = _slices(out_expert, in_expert, g, samples)
+        layout = _NHWC if channels_last else torch.contiguous_format
+        dw = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+        native_shape = _shape(samples, g, channels, height, width, rows, columns, shape[2], shape[3])
+        slices, keep = _slices(experts, g, samples)
         _C.conv2d_grad_weight(
-            _DTYPE[grad.dtype], torch.get_num_threads(), shape, slices, dw.stride(), weight_shape[0], weight_shape[1],
+            _DTYPE[grad.dtype], torch.get_num_threads(), native_shape, slices, dw.stride(), shape[0], shape[1],
             dy.data_ptr(), x.data_ptr(), dw.data_ptr(),
         )  # fmt: skip
         del keep
         return dw
 
-    def pack(self, weight: Tensor, geometry: Conv2dGeometry) -> tuple[Tensor | None, Tensor | None]:
+    def pack(self, weight: Tensor, geometry: Conv2dGeometry, backward: bool) -> Tensor | None:
         g = geometry
         if weight.dtype not in _DTYPE or weight.device.type != "cpu":
-            return None, None
+            return None
         # Packed blocks do not depend on the image's size; one pixel stands for any.
         shape = _shape(0, g, g.in_width, 1, 1, 1, 1, weight.shape[2], weight.shape[3])
-        slices = (0, g.num_out, list(g.out_starts), 0, g.num_in, list(g.in_starts))
-        dtype = _DTYPE[weight.dtype]
-        acc = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        blocks: list[Tensor | None] = []
-        for direction in (_FORWARD, _GRAD_INPUT):
-            numel = _C.pack_numel(direction, dtype, shape, slices)
-            if numel > _MAX_PACKED_RATIO * weight.numel():
-                blocks.append(None)
-                continue
-            block = torch.empty(numel, dtype=acc, device=weight.device)
-            threads = torch.get_num_threads()
-            _C.pack(direction, dtype, threads, shape, slices, weight.stride(), weight.data_ptr(), block.data_ptr())
-            blocks.append(block)
-        return blocks[0], blocks[1]
+        slices = (0, g.num_out, g.out_starts, 0, g.num_in, g.in_starts)
+        direction, dtype = (_GRAD_INPUT if backward else _FORWARD), _DTYPE[weight.dtype]
+        numel = _C.pack_numel(direction, dtype, shape, slices)
+        if numel > _MAX_PACKED_RATIO * weight.numel():
+            return None
+        block = torch.empty(numel, dtype=_accumulation(weight.dtype), device=weight.device)
+        threads = torch.get_num_threads()
+        _C.pack(direction, dtype, threads, shape, slices, weight.stride(), weight.data_ptr(), block.data_ptr())
+        return block
 
 
 def _shape(
@@ -191,19 +178,17 @@ def _shape(
     )  # fmt: skip
 
 
-def _slices(
-    out_expert: Tensor | None, in_expert: Tensor | None, g: Conv2dGeometry, samples: int
-) -> tuple[tuple[Any, ...], Any]:
+def _slices(experts: Experts, g: Conv2dGeometry, samples: int) -> tuple[tuple[Any, ...], Any]:
     """The native form of both sides, and the tensors that must outlive the call."""
-    checks.choices(out_expert, in_expert, g, samples)
-    out = out_expert.contiguous() if g.num_out and out_expert is not None else None
-    inner = in_expert.contiguous() if g.num_in and in_expert is not None else None
+    checks.choices(experts, g, samples)
+    out = experts.out.contiguous() if g.num_out and experts.out is not None else None
+    inner = experts.inner.contiguous() if g.num_in and experts.inner is not None else None
     slices = (_pointer(out), g.num_out, g.out_starts, _pointer(inner), g.num_in, g.in_starts)
     return slices, (out, inner)
 
 
-def _acc(value: Tensor | None, acc: torch.dtype) -> Tensor | None:
-    return None if value is None else value.detach().to(acc).contiguous()
+def _accumulation(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _pointer(value: Tensor | None) -> int:

@@ -18,6 +18,7 @@ from ..layout import memory_format_of
 
 if TYPE_CHECKING:
     from ..geometry import Conv2dGeometry
+    from .interface import Epilogue, Experts
 
 __all__ = ["ReferenceBackend"]
 
@@ -31,30 +32,27 @@ class ReferenceBackend:
     def unsupported(self, device: torch.device) -> str | None:
         return None
 
+    def describe(self) -> str:
+        return "available; a loop over samples in torch, for any device"
+
     def forward(
         self,
         input: Tensor,
         weight: Tensor,
-        out_expert: Tensor | None,
-        in_expert: Tensor | None,
+        experts: Experts,
         geometry: Conv2dGeometry,
-        *,
-        bias: Tensor | None = None,
-        gate: Tensor | None = None,
-        scale: Tensor | None = None,
-        shift: Tensor | None = None,
-        residual: Tensor | None = None,
-        relu: bool = False,
-        packed: Tensor | None = None,
+        epilogue: Epilogue,
+        packed: Tensor | None,
     ) -> Tensor:
         g = geometry
+        bias, gate, scale, shift, residual, relu = epilogue
         wide = torch.promote_types(input.dtype, torch.float32)
         samples = input.shape[0] * g.samples_per_input
         size = [
             output_size(input.shape[2 + a], weight.shape[2 + a], g.stride[a], g.padding[a], g.dilation[a]) for a in (0, 1)
         ]
         out = input.new_empty((samples, g.out_width, *size))
-        for v, (o, c) in enumerate(_slices(out_expert, in_expert, g, samples)):
+        for v, (o, c) in enumerate(_slices(experts, g, samples)):
             x = input[v // g.samples_per_input].unsqueeze(0).to(wide)
             w = _slice(weight, o, c, g).to(wide)
             with _without_autocast(input.device):
@@ -77,20 +75,19 @@ class ReferenceBackend:
         self,
         grad: Tensor,
         weight: Tensor,
-        out_expert: Tensor | None,
-        in_expert: Tensor | None,
+        experts: Experts,
         geometry: Conv2dGeometry,
         size: tuple[int, int],
-        packed: Tensor | None = None,
+        packed: Tensor | None,
     ) -> Tensor:
         g = geometry
         wide = torch.promote_types(grad.dtype, torch.float32)
         samples = grad.shape[0]
         out = grad.new_zeros((samples // g.samples_per_input, g.in_width, *size), dtype=wide)
-        for v, (o, c) in enumerate(_slices(out_expert, in_expert, g, samples)):
+        for v, (o, c) in enumerate(_slices(experts, g, samples)):
             w = _slice(weight, o, c, g).to(wide)
-            shape = [1, g.in_width, *size]
-            dx = conv2d_input(shape, w, grad[v : v + 1].to(wide), g.stride, g.padding, g.dilation, g.groups)
+            one = [1, g.in_width, *size]
+            dx = conv2d_input(one, w, grad[v : v + 1].to(wide), g.stride, g.padding, g.dilation, g.groups)
             out[v // g.samples_per_input] += dx[0]
         return _as(out.to(grad.dtype), grad)
 
@@ -98,26 +95,25 @@ class ReferenceBackend:
         self,
         grad: Tensor,
         input: Tensor,
-        out_expert: Tensor | None,
-        in_expert: Tensor | None,
+        experts: Experts,
         geometry: Conv2dGeometry,
-        weight_shape: tuple[int, ...],
-        channels_last: bool = False,
+        shape: tuple[int, ...],
+        channels_last: bool,
     ) -> Tensor:
         g = geometry
         wide = torch.promote_types(grad.dtype, torch.float32)
-        out = grad.new_zeros(weight_shape, dtype=wide)
-        for v, (o, c) in enumerate(_slices(out_expert, in_expert, g, grad.shape[0])):
+        out = grad.new_zeros(shape, dtype=wide)
+        for v, (o, c) in enumerate(_slices(experts, g, grad.shape[0])):
             part = _slice(out, o, c, g)
             x = input[v // g.samples_per_input].unsqueeze(0).to(wide)
             dy = grad[v : v + 1].to(wide)
             part += conv2d_weight(x, list(part.shape), dy, g.stride, g.padding, g.dilation, g.groups)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         # not contiguous(): that leaves the strides alone where both formats fit, as for a kernel of one pixel
-        return torch.empty(weight_shape, dtype=grad.dtype, device=grad.device, memory_format=layout).copy_(out)
+        return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout).copy_(out)
 
-    def pack(self, weight: Tensor, geometry: Conv2dGeometry) -> tuple[Tensor | None, Tensor | None]:
-        return None, None
+    def pack(self, weight: Tensor, geometry: Conv2dGeometry, backward: bool) -> Tensor | None:
+        return None
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -127,13 +123,11 @@ def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager
     return torch.autocast(device.type, enabled=False)
 
 
-def _slices(
-    out_expert: Tensor | None, in_expert: Tensor | None, g: Conv2dGeometry, samples: int
-) -> list[tuple[int, int]]:
+def _slices(experts: Experts, g: Conv2dGeometry, samples: int) -> list[tuple[int, int]]:
     """The first output and input channel of each sample's slice."""
-    checks.choices(out_expert, in_expert, g, samples)
-    outs = _starts("routing", out_expert, g.num_out, g.out_starts, g.out_width, samples)
-    ins = _starts("in_routing", in_expert, g.num_in, g.in_starts, g.in_width, samples)
+    checks.choices(experts, g, samples)
+    outs = _starts("routing", experts.out, g.num_out, g.out_starts, g.out_width, samples)
+    ins = _starts("in_routing", experts.inner, g.num_in, g.in_starts, g.in_width, samples)
     return list(zip(outs, ins, strict=True))
 
 

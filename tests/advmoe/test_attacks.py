@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -39,14 +40,17 @@ def test_images_are_in_the_ball_and_in_range(model: nn.Module, batch: Any, loss:
     images = images.clone()
     images[:2] = images[:2].round()  # black and white pixels: the ball reaches beyond [0, 1]
     before = images.clone()
+    if loss == "kl" and start is False:
+        with pytest.raises(ValueError, match=r"random_start: .* loss 'kl', which is flat at the clean image"):
+            PGD(0.05, 0.02, 4, loss=loss, random_start=start)
+        return
     attack = PGD(0.05, 0.02, 4, loss=loss, random_start=start)
     found = attack(model, images, labels, generator())
     assert torch.equal(images, before)
     assert (found - images).abs().max() <= 0.05 + 1e-6
     assert found.min() >= 0 and found.max() <= 1
     assert not found.requires_grad
-    if loss != "kl" or start is not False:  # KL from the clean image itself has no gradient there
-        assert not torch.equal(found, images)
+    assert not torch.equal(found, images)
 
 
 def test_the_start_is_projected_before_the_first_gradient(batch: Any) -> None:
@@ -187,11 +191,20 @@ def test_a_nan_in_one_sample_is_enough(batch: Any) -> None:
         PGD(0.05, 0.02, 2)(Planted(), *batch)
 
 
-def test_mode_keep_attacks_the_model_as_it_is(batch: Any) -> None:
+def test_mode_keep_attacks_the_model_as_it_is_and_leaves_it_so(batch: Any) -> None:
     model = create_model("resnet18", "dense", width=8, image_size=8).train()
-    before = model.bn1.num_batches_tracked.item()
+    before = copy.deepcopy(model.state_dict())
+    modes: list[bool] = []
+    handle = model.register_forward_pre_hook(lambda m, _: modes.append(m.bn1.training))
     PGD(0.05, 0.02, 2, mode="keep")(model, *batch)
-    assert model.bn1.num_batches_tracked.item() == before + 2 and model.training
+    handle.remove()
+    assert modes == [True, True] and model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_extra_loss_goes_with_one_start(model: nn.Module, batch: Any) -> None:
+    with pytest.raises(ValueError, match="extra_loss: expected restarts=1"):
+        PGD(0.05, 0.02, 2, restarts=2).run(model, *batch, extra_loss=lambda x: x.sum())
 
 
 def test_no_weight_gradient_is_computed(model: nn.Module, batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:

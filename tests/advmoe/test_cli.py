@@ -145,6 +145,29 @@ def test_interrupted_between_steps_is_3(
     assert main(["train", "--resume", str(run)]) == 0
 
 
+def test_an_interrupted_command_that_cannot_go_on_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("advmoe.cli.measure_latency", interrupted)
+    assert main(["profile", "--width", "8"]) == 130
+
+
+def test_a_model_of_the_working_folder_is_found(tmp_path: Path) -> None:
+    """As a console script, whose own folder stands where the working folder does under python -m."""
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\nmodel = lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 10))\n"
+    )
+    script = f"import sys; sys.path[:] = [p for p in sys.path if p not in ('', {str(tmp_path)!r})]; from advmoe.cli import main"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{script}; sys.exit(main(sys.argv[1:]))", "evaluate", "mine:model", "--data", "digits"]
+        + ["--limit", "8", "--attack", "pgd1"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "8 test images" in done.stdout
+
+
 def test_an_interrupted_demo_names_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,7 +184,10 @@ def test_an_interrupted_demo_names_the_run(
 
 @pytest.mark.parametrize(
     ("method", "message"),
-    [("standard", r"loss is (nan|inf) at epoch 1, step \d"), ("at", "the gradient of 32 of 32 samples is not finite")],
+    [
+        ("standard", r"epoch 1, step \d: .*(nan|inf)"),
+        ("at", r"epoch 1, step \d: the gradient of 32 of 32 samples is not finite"),
+    ],
 )
 def test_a_fault_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, message: str) -> None:
     wild = ["--kind", "dense", "--lr", "1e30", "--train-limit", "256"]
@@ -170,7 +196,9 @@ def test_a_fault_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str], method
 
 
 @pytest.mark.parametrize(
-    "fault", [NonFiniteGradientError("planted"), NonFiniteRouterError("planted"), OSError("planted")], ids=repr
+    "fault",
+    [NonFiniteGradientError("planted"), NonFiniteRouterError("planted"), ValueError("planted"), OSError("planted")],
+    ids=repr,
 )
 def test_faults_have_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fault: Exception
@@ -180,7 +208,9 @@ def test_faults_have_one_line(
 
     monkeypatch.setattr(AT, "step", step)
     assert train(tmp_path / "run") == 1
-    assert "advmoe: planted\n" in (err := capsys.readouterr().err) and "Traceback" not in err
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert re.search(r"^advmoe: (epoch 1, step 1: )?planted", err, re.M)
 
 
 def test_a_fault_of_the_program_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,21 @@ from advmoe.evaluation import evaluate
 from advmoe.models import backbone_parameters, create_model, record_routing, router_parameters
 from advmoe.objectives import kl_divergence, trades_loss
 from advmoe.routers import Router, record_scores
-from advmoe.training import AT, AdvMoE, NonFiniteLossError, Run, RunError, Standard, engine, load_model, resume, train
-from advmoe.training.engine import Interrupted
+from advmoe.training import (
+    AT,
+    AdvMoE,
+    Interrupted,
+    NonFiniteLossError,
+    Run,
+    RunError,
+    Standard,
+    StepError,
+    build_method,
+    engine,
+    load_model,
+    resume,
+    train,
+)
 from advmoe.training.methods import Batch, Method, StepResult
 from advmoe.training.runs import build_model, load_checkpoint
 from moe_kernels import RoutedBatchNorm2d, RoutedConv2d
@@ -558,9 +571,19 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path: Path) -> None:
         resume(tmp_path)
 
 
+def test_a_model_comes_ready_to_be_used_and_only_from_what_was_asked_for(tmp_path: Path) -> None:
+    run = train(tiny(epochs=1), tmp_path / "run", quiet=True)
+    for source in (run.folder, run.checkpoint("last")):
+        assert not any(m.training for m in load_model(source)[0].modules())
+    run.checkpoint("best").unlink()  # as in a run whose first epoch has not been validated
+    with pytest.raises(RunError, match=r"best\.pt: no epoch has been validated yet; .*--checkpoint last"):
+        load_model(run.folder)
+    load_model(run.folder, "last")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     config = tiny("standard", "dense", optim=OptimConfig(lr=1e30))
-    with pytest.raises(NonFiniteLossError, match=r"loss is (nan|inf) at epoch 1, step [23].*A lower --lr"):
+    with pytest.raises(NonFiniteLossError, match=r"^epoch 1, step [23]: .*(nan|inf); there is no .*A lower --lr"):
         train(config, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run" / "last.pt").exists()  # such weights are not saved
 
@@ -572,9 +595,49 @@ def test_a_loss_that_is_not_finite_moves_nothing(monkeypatch: pytest.MonkeyPatch
     trainer = {"advmoe": AdvMoE, "at": AT}[method](m, MethodConfig(method), optim, ATTACK)
     before = snapshot(list(m.parameters()))
     monkeypatch.setattr("advmoe.training.methods.trades_loss", lambda c, a, y, b: (c + a).sum() * float("nan"))
-    result = trainer.step([batch(0), batch(1)][: trainer.batches_per_step])
-    assert math.isnan(result.losses[phase])
+    with pytest.raises(NonFiniteLossError, match=f"^{phase} is nan"):
+        trainer.step([batch(0), batch(1)][: trainer.batches_per_step])
     assert same(before, list(m.parameters()))
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    m = model()
+    trainer = AT(m, MethodConfig("at"), OptimConfig(weight_decay=0.1), ATTACK)
+    before = snapshot(list(m.parameters()))
+    # sqrt(0): the value is 0, the derivative infinite, and times 0 NaN
+    monkeypatch.setattr("advmoe.training.methods.trades_loss", lambda c, a, y, b: (c * 0 + a * 0).sum().sqrt())
+    with pytest.raises(NonFiniteLossError, match=r"^the gradient of loss \(0\) has norm nan"):
+        trainer.step([batch(0)])
+    assert same(before, list(m.parameters()))
+
+
+def test_a_step_that_its_batch_does_not_allow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(self: AdvMoE, batches: Sequence[Batch]) -> StepResult:
+        raise ValueError("input: expected more than one value per channel")
+
+    monkeypatch.setattr(AdvMoE, "step", step)
+    with pytest.raises(StepError, match=r"^epoch 1, step 1: input: expected more .*; there is no checkpoint yet$"):
+        train(tiny(), tmp_path / "run", quiet=True)
+
+
+def test_settings_without_effect_are_refused() -> None:
+    dense = create_model("resnet18", "dense", width=8, image_size=8)
+    for config, optim, name in (
+        (MethodConfig("at", order="backbone_first"), OptimConfig(), "order"),
+        (MethodConfig("standard", batches="one"), OptimConfig(), "batches"),
+        (MethodConfig("at"), OptimConfig(router_lr=0.1), "router_lr"),
+        (MethodConfig("at", attack_routers=True), OptimConfig(), "attack_routers"),
+        (MethodConfig("standard", attack_routers=True), OptimConfig(), "attack_routers"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: .*without effect"):
+            build_method(dense, config, optim, ATTACK)
+
+
+@pytest.mark.parametrize(("objective", "key"), [("trades", "train_sa"), ("cross_entropy", "train_ra")])
+def test_the_training_accuracy_is_named_for_what_it_is(tmp_path: Path, objective: str, key: str) -> None:
+    """PGD-AT sees attacked images alone."""
+    run = train(tiny("at", "dense", method=MethodConfig("at", objective), epochs=1), tmp_path / "run", quiet=True)
+    assert [k for k in run.metrics()[0] if k.startswith("train_")] == [key]
 
 
 def test_the_engine_names_the_loss_and_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -584,12 +647,13 @@ def test_the_engine_names_the_loss_and_the_step(tmp_path: Path, monkeypatch: pyt
     def step(self: AdvMoE, batches: Sequence[Batch]) -> StepResult:
         nonlocal count
         count += 1
-        result = original(self, batches)
-        return dataclasses.replace(result, losses={**result.losses, "router_loss": math.inf}) if count == 5 else result
+        if count == 5:
+            raise NonFiniteLossError("router_loss is inf")
+        return original(self, batches)
 
     monkeypatch.setattr(AdvMoE, "step", step)
     with pytest.raises(
-        NonFiniteLossError, match=r"^router_loss is inf at epoch 2, step 2; the last checkpoint is .*last\.pt"
+        NonFiniteLossError, match=r"^epoch 2, step 2: router_loss is inf; the last checkpoint is .*last\.pt"
     ):
         train(tiny(), tmp_path / "run", quiet=True)
     assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1

@@ -115,12 +115,21 @@ def test_no_samples_at_all() -> None:
 def test_one_value_per_channel_in_training_raises_naming_the_expert() -> None:
     layer = RoutedBatchNorm2d(C, N)
     before = copy.deepcopy(layer.state_dict())
-    with pytest.raises(ValueError, match=r"expected more than one value per channel in training, got one for expert 1"):
+    with pytest.raises(ValueError, match=r"expected more than one value per channel .*, got one for expert 1 \("):
         layer(torch.randn(3, C, 1, 1), _routing([2, 1, 2]))
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
     layer(torch.randn(3, C, 1, 2), _routing([2, 1, 2]))  # two pixels are two values
     layer.eval()
     layer(torch.randn(3, C, 1, 1), _routing([2, 1, 2]))
+    without = RoutedBatchNorm2d(C, N, track_running_stats=False).eval()  # uses the batch's, as nn.BatchNorm2d
+    with pytest.raises(ValueError, match="got one for expert 1"):
+        without(torch.randn(3, C, 1, 1), _routing([2, 1, 2]))
+
+
+def test_one_value_in_a_channel_that_experts_share_names_them_all() -> None:
+    layer = RoutedBatchNorm2d(ExpertSlices(total=3, width=2, starts=(0, 1, 1)))
+    with pytest.raises(ValueError, match="got one for expert 1 and 2 "):
+        layer(torch.randn(4, 2, 1, 1), _routing([0, 0, 0, 1]))
 
 
 def test_statistics_are_shared_where_windows_overlap() -> None:

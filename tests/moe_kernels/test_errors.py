@@ -354,6 +354,52 @@ def test_operators_given_another_number_of_choices_raise(backend: str, count: in
             call()
 
 
+GEOMETRY = [[], [], 2, 0, 4, 3, [1, 1], [0, 0], [1, 1], 1, 1]
+ONE_EACH = torch.tensor([0, 1, 1, 0])
+DY = torch.randn(B, 4, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ops.conv2d(X, W[:7], ONE_EACH, None, *GEOMETRY), r"weight: expected at least \[8, 3, 1, 1\]"),
+        (lambda: ops.conv2d(X, W[:, :2], ONE_EACH, None, *GEOMETRY), r"weight: expected at least \[8, 3, 1, 1\]"),
+        (lambda: ops.conv2d(X, W[0], ONE_EACH, None, *GEOMETRY), "weight: expected four dimensions"),
+        (lambda: ops.conv2d(X[0], W, ONE_EACH, None, *GEOMETRY), "input: expected shape"),
+        (lambda: ops.conv2d(X[:, :2], W, ONE_EACH, None, *GEOMETRY), "input: expected 3 channels"),
+        (lambda: ops.conv2d(X, W.double(), ONE_EACH, None, *GEOMETRY), "input: expected one of .*, all alike"),
+        (lambda: ops.conv2d(X, W, ONE_EACH.int(), None, *GEOMETRY), "out_expert: expected int64"),
+        (lambda: ops.conv2d(X[..., :2], W, ONE_EACH, None, *GEOMETRY), "grad: expected the output's shape"),
+        (
+            lambda: ops.conv2d_grad_input(DY[:, :3], W, ONE_EACH, None, *GEOMETRY, [6, 6]),
+            "grad: expected the output's shape",
+        ),
+        (lambda: ops.conv2d_grad_input(DY, W, ONE_EACH, None, *GEOMETRY, [7, 6]), "grad: expected the output's shape"),
+        (lambda: ops.conv2d_grad_input(DY, W[:4], ONE_EACH, None, *GEOMETRY, [6, 6]), "weight: expected at least"),
+        (lambda: ops.conv2d_grad_weight(DY, X, ONE_EACH, None, *GEOMETRY, [7, 3, 3, 3]), "weight: expected at least"),
+        (
+            lambda: ops.conv2d_grad_weight(DY, X[:3], ONE_EACH, None, *GEOMETRY, [8, 3, 3, 3]),
+            "grad: expected the output's",
+        ),
+        *(
+            (lambda v=values: ops.conv2d_fused(X, W, ONE_EACH, None, *GEOMETRY, *v, False), message)
+            for values, message in (
+                ((BIAS[:4], None, None, None, None), "bias: expected shape"),
+                ((None, torch.ones(3), None, None, None), "gate: expected shape"),
+                ((None, None, torch.ones(3), None, None), "scale: expected shape"),
+                ((None, None, torch.ones(4), torch.ones(8), None), "shift: expected the shape of scale"),
+                ((None, None, None, None, DY[..., :3]), "residual: expected the output's shape"),
+                ((None, None, None, None, DY.half()), "residual: expected the input's dtype"),
+            )
+        ),
+    ],
+)
+def test_operators_called_by_themselves_check_their_tensors(call: Any, message: str) -> None:
+    """They hand pointers to the kernels, and anybody can call torch.ops.moe_kernels."""
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
+
+
 def test_an_expert_out_of_range_raises_in_a_compiled_graph() -> None:
     torch._dynamo.reset()
     layer = RoutedConv2d(3, 4, 3, num_experts=2)

@@ -102,9 +102,9 @@ def test_opcheck_with_packed_weights() -> None:
     args = (x, layer.weight.detach(), torch.tensor([1, 0, 1]), None, *lists)
     for requires_grad in (False, True):
         x.requires_grad_(requires_grad)
-        torch.library.opcheck(ops.conv2d, (*args, *layer._cache.blocks))
+        torch.library.opcheck(ops.conv2d, (*args, layer._cache.forward, layer._cache.grad_input))
         fused = (layer.bias.detach(), None, None, None, None, True)
-        torch.library.opcheck(ops.conv2d_fused, (*args, *fused, layer._cache.blocks[0]))
+        torch.library.opcheck(ops.conv2d_fused, (*args, *fused, layer._cache.forward))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

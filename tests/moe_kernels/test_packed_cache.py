@@ -32,19 +32,33 @@ def _fresh(layer: RoutedConv2d, weight: Tensor | None = None) -> Tensor:
 def test_packed_once_in_eval_mode_and_used(calls: CallCounter) -> None:
     layer = _layer()
     first = layer(X, ROUTING)
-    assert calls["pack"] == 1
+    assert calls["pack"] == 2  # for the forward, and for the input gradient
     kept = layer._cache
-    assert kept is not None and kept.blocks[0] is not None and kept.blocks[1] is not None
+    assert kept is not None and kept.forward is not None and kept.grad_input is not None
     assert torch.equal(layer(X, ROUTING), first)
     with torch.no_grad():
         assert torch.equal(layer(X, ROUTING), first)
     with torch.inference_mode():
         assert torch.equal(layer(X, ROUTING), first)
-    assert calls["pack"] == 1
+    assert calls["pack"] == 2
     assert torch.equal(first, _fresh(layer))
     # that it is used shows where it is spoilt
-    kept.blocks[0].zero_()
+    kept.forward.zero_()
     assert torch.equal(layer(X, ROUTING), layer.bias.view(3, 6)[ROUTING.expert][:, :, None, None].expand_as(first))
+
+
+def test_serving_packs_for_the_forward_alone(calls: CallCounter) -> None:
+    """The form for the input gradient comes when a forward with gradients enabled may want it."""
+    layer = _layer()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            layer(X, ROUTING)
+    assert calls["pack"] == 1
+    assert layer._cache is not None and layer._cache.grad_input is None
+    forward = layer._cache.forward
+    layer(X, ROUTING)
+    assert calls["pack"] == 2
+    assert layer._cache.forward is forward and layer._cache.grad_input is not None
 
 
 def test_the_gradient_of_the_input_uses_it_too() -> None:
@@ -54,8 +68,8 @@ def test_the_gradient_of_the_input_uses_it_too() -> None:
     y = layer(x, ROUTING)
     (dx,) = torch.autograd.grad(y.square().sum(), x)
     assert torch.equal(dx, expected)
-    assert layer._cache is not None and layer._cache.blocks[1] is not None
-    layer._cache.blocks[1].zero_()
+    assert layer._cache is not None and layer._cache.grad_input is not None
+    layer._cache.grad_input.zero_()
     assert torch.equal(torch.autograd.grad(layer(x, ROUTING).sum(), x)[0], torch.zeros_like(x))
 
 
@@ -221,7 +235,7 @@ def test_dropped_at_once(change: str) -> None:
     layer = _layer()
     layer(X, ROUTING)
     assert layer._cache is not None
-    block = weakref.ref(layer._cache.blocks[0])
+    block = weakref.ref(layer._cache.forward)
     arguments = {"load_state_dict": (layer.state_dict(),), "to": (torch.float64,)}.get(change, ())
     getattr(layer, change)(*arguments)
     gc.collect()
@@ -304,9 +318,9 @@ def test_use_backend_switches_it(calls: CallCounter) -> None:
     y = layer(X, ROUTING)
     with use_backend("reference"):
         torch.testing.assert_close(layer(X, ROUTING), y, rtol=1e-4, atol=1e-5)
-        assert layer._cache is not None and layer._cache.blocks == (None, None)
+        assert layer._cache is not None and layer._cache.forward is None and layer._cache.grad_input is None
     assert torch.equal(layer(X, ROUTING), y)
-    assert calls["pack"] == 2
+    assert calls["pack"] == 4
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -350,7 +364,7 @@ def test_routed_linear_keeps_packed_weights(calls: CallCounter) -> None:
     layer = RoutedLinear(5, 6, num_experts=3).eval()
     x = torch.randn(4, 5)
     first, second = layer(x, ROUTING), layer(x, ROUTING)
-    assert calls["pack"] == 1 and torch.equal(first, second)
+    assert calls["pack"] == 2 and torch.equal(first, second)
     assert torch.equal(first, layer.train()(x, ROUTING))
     layer.eval()(x, ROUTING)
     with torch.no_grad():
