@@ -156,14 +156,14 @@ def test_an_interrupted_command_that_cannot_go_on_is_130(monkeypatch: pytest.Mon
 def test_a_model_of_the_working_folder_is_found(tmp_path: Path) -> None:
     """As a console script, whose own folder stands where the working folder does under python -m."""
     (tmp_path / "mine.py").write_text(
-        "from torch import nn\nmodel = lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 10))\n"
+        "from torch.nn import *\ndef build(): return Sequential(Flatten(), Linear(192, 10))"
     )
-    script = f"import sys; sys.path[:] = [p for p in sys.path if p not in ('', {str(tmp_path)!r})]; from advmoe.cli import main"
+    code = f"import sys; sys.path[:] = [p for p in sys.path if p not in ('', {str(tmp_path)!r})]\n"
+    code += "from advmoe.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = ["evaluate", "mine:build", "--data", "digits", "--limit", "8", "--attack", "pgd1"]
     done = subprocess.run(
-        [sys.executable, "-c", f"{script}; sys.exit(main(sys.argv[1:]))", "evaluate", "mine:model", "--data", "digits"]
-        + ["--limit", "8", "--attack", "pgd1"],
-        cwd=tmp_path, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "8 test images" in done.stdout
 
