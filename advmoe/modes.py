@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 __all__ = ["undisturbed"]
@@ -19,7 +18,10 @@ def undisturbed(model: nn.Module, eval_mode: bool = True) -> Iterator[None]:
     errors."""
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(p, p.requires_grad) for p in model.parameters()]
-    buffers = [] if eval_mode else [(b, b.clone()) for b in model.buffers()]
+    # copies take the buffers' places meanwhile: written back, they would be newer than a graph that has saved them
+    buffers = [] if eval_mode else [(m, dict(m._buffers)) for m in model.modules() if m._buffers]
+    for module, own in buffers:
+        module._buffers.update({name: None if b is None else b.clone() for name, b in own.items()})
     try:
         if eval_mode:
             model.eval()
@@ -29,9 +31,8 @@ def undisturbed(model: nn.Module, eval_mode: bool = True) -> Iterator[None]:
     finally:
         for p, flag in wanted:
             p.requires_grad_(flag)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        for module, own in buffers:
+            module._buffers.update(own)
         if eval_mode:
             if all(mode for _, mode in modes):
                 model.train()

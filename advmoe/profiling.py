@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moe_kernels import RoutedConv2d, RoutedLinear
 
-from .attacks.pgd import undisturbed
+from .modes import undisturbed
 from .routers import Router
 
 __all__ = ["Latency", "LayerCost", "Profile", "measure_latency", "profile"]

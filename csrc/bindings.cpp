@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The module moe_kernels._C: raw pointers and sizes in, nothing out. moe_kernels.backends.cpu is its one caller, and has
-// checked shapes and types before. The interpreter's lock is released while a kernel runs.
+// The module moe_kernels._C: raw pointers and sizes in, nothing out. moe_kernels.backends.cpu is its one caller; what
+// it hands on has been checked by moe_kernels.checks, for modules and functions as for operators called by themselves.
+// The interpreter's lock is released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +18,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DTYPES",
+    "alike",
     "choices",
     "epilogue",
     "experts",
+    "geometry",
     "image",
     "layer_input",
     "no_nan",
     "operands",
+    "readable",
     "routing",
     "scores",
     "sides",
@@ -76,9 +78,19 @@ def scores(value: Any, top_k: Any, gate: Any, gates: tuple[str, ...]) -> None:
     no_nan("scores", value)
 
 
+def readable(x: Tensor) -> bool:
+    """Whether looking at values costs no synchronisation and breaks no trace or transform: plain tensors on the CPU."""
+    return (
+        x.device.type == "cpu"
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
 def no_nan(name: str, value: Tensor) -> None:
-    """Raises on NaN where looking costs no synchronisation: on the CPU, outside a trace."""
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and type(value) in (Tensor, torch.nn.Parameter):
+    """Raises on NaN where values are readable."""
+    if readable(value):
         # NaN spreads through a sum; infinities of both signs do too, so a NaN sum is looked at again
         with torch.no_grad():
             bad = bool(torch.isnan(value.sum())) and bool(torch.isnan(value).any())
@@ -87,8 +99,8 @@ def no_nan(name: str, value: Tensor) -> None:
 
 
 def experts(name: str, expert: Tensor, num_experts: int) -> None:
-    """Raises on an index out of range where looking costs no synchronisation: on the CPU, outside a trace."""
-    if expert.device.type != "cpu" or torch.compiler.is_compiling() or type(expert) is not Tensor or not len(expert):
+    """Raises on an index out of range where values are readable."""
+    if not readable(expert) or not len(expert):
         return
     low, high = (int(v) for v in torch.aminmax(expert))
     if low < 0 or high >= num_experts:
@@ -109,34 +121,80 @@ def choices(experts: Experts, geometry: Conv2dGeometry, samples: int) -> None:
             raise ValueError(f"{name}: expected {samples} choices, one a sample, got {got}")
 
 
+def geometry(g: Conv2dGeometry) -> None:
+    """For operators that are called by themselves: their geometry comes as numbers."""
+    for name, values, minimum in (
+        ("stride", g.stride, 1),
+        ("padding", g.padding, 0),
+        ("dilation", g.dilation, 1),
+        ("groups", [g.groups], 1),
+        ("samples_per_input", [g.samples_per_input], 1),
+        ("out_width", [g.out_width], 1),
+        ("in_width", [g.in_width], 1),
+        ("num_out", [g.num_out], 0),
+        ("num_in", [g.num_in], 0),
+        ("out_starts", g.out_starts, 0),
+        ("in_starts", g.in_starts, 0),
+    ):
+        if any(v < minimum for v in values):
+            raise ValueError(f"{name}: expected at least {minimum}, got {list(values)}")
+    for name, starts, count in (("out_starts", g.out_starts, g.num_out), ("in_starts", g.in_starts, g.num_in)):
+        if len(starts) not in (0, count):
+            raise ValueError(f"{name}: expected none or {count}, one a slice, got {list(starts)}")
+    if g.in_width % g.groups or g.out_width % g.groups or (g.groups > 1 and (g.num_in or g.out_starts)):
+        raise ValueError(
+            f"groups: {g.groups} groups need a whole input side, a whole side or a partition for the output, and widths "
+            f"that they divide; got {g}"
+        )
+
+
 def operands(
-    input: tuple[torch.dtype, tuple[int, ...]],
-    weight: tuple[torch.dtype, tuple[int, ...]],
-    grad: tuple[torch.dtype, tuple[int, ...]],
-    geometry: Conv2dGeometry,
+    input: tuple[int, ...], weight: tuple[int, ...], output: tuple[str, tuple[int, ...]], g: Conv2dGeometry
 ) -> None:
-    """That a convolution's three tensors, each given as dtype and shape, fit each other and the geometry; for operators
-    that are called by themselves. Kernels are handed pointers, and would read past the end of less."""
-    g = geometry
-    for name, (dtype, shape) in (("input", input), ("weight", weight), ("grad", grad)):
-        if len(shape) != 4:
-            raise ValueError(f"{name}: expected four dimensions, got shape {shape}")
-        if dtype not in DTYPES or dtype != weight[0]:
-            raise TypeError(f"{name}: expected one of {', '.join(map(str, DTYPES))}, all alike; got {dtype}")
-    (batch, channels, *size), (total_out, total_in, *kernel) = input[1], weight[1]
+    """For operators that are called by themselves: that a convolution's three shapes fit each other and the geometry.
+    Kernels are handed pointers, and would read past the end of less. ``output`` has its argument's name."""
+    name, shape = output
+    for who, dims in (("input", input), ("weight", weight), (name, shape)):
+        if len(dims) != 4:
+            raise ValueError(f"{who}: expected four dimensions, got shape {dims}")
+    (batch, channels, *size), (rows, columns, *kernel) = input, weight
     if channels != g.in_width:
-        raise ValueError(f"input: expected {g.in_width} channels, got shape {input[1]}")
-    reach = (_reach(g.num_out, g.out_starts, g.out_width), _reach(g.num_in, g.in_starts, g.in_width) // g.groups)
-    if total_out < reach[0] or total_in < reach[1] or min(kernel) < 1:
-        raise ValueError(f"weight: expected at least [{reach[0]}, {reach[1]}, 1, 1] as the slices need, got {weight[1]}")
-    out = (output_size(*of) for of in zip(size, kernel, g.stride, g.padding, g.dilation, strict=True))
+        raise ValueError(f"input: expected {g.in_width} channels, got shape {input}")
+    for axis, got, count, starts, width in (
+        (0, rows, g.num_out, g.out_starts, g.out_width),
+        (1, columns, g.num_in, g.in_starts, g.in_width // g.groups),
+    ):
+        least = max(starts) + width if starts else max(count, 1) * width
+        if got < least or (got > least and not starts):
+            raise ValueError(
+                f"weight: expected {'at least ' if starts else ''}{least} as size of axis {axis}, got shape {weight}"
+            )
+    if min(kernel) < 1:
+        raise ValueError(f"weight: expected a kernel of at least one pixel, got shape {weight}")
+    out = tuple(output_size(*of) for of in zip(size, kernel, g.stride, g.padding, g.dilation, strict=True))
+    if min(out) < 1:
+        raise ValueError(f"input: expected at least the kernel's reach after padding, got shape {input} for {weight}")
     expected = (batch * g.samples_per_input, g.out_width, *out)
-    if grad[1] != expected or min(expected[2:]) < 1:
-        raise ValueError(f"grad: expected the output's shape {expected}, got {grad[1]}")
+    if shape != expected:
+        raise ValueError(f"{name}: expected the output's shape {expected}, got {shape}")
 
 
-def _reach(count: int, starts: Sequence[int], width: int) -> int:
-    return width if not count else max(starts) + width if starts else count * width
+def alike(**tensors: Tensor | None) -> None:
+    """That floating tensors have one dtype, and all tensors one device."""
+    first = next(iter(tensors))
+    model = tensors[first]
+    assert model is not None
+    if model.dtype not in DTYPES:
+        raise TypeError(f"{first}: expected one of {', '.join(map(str, DTYPES))}, got {model.dtype}")
+    for name, value in tensors.items():
+        if value is None:
+            continue
+        if name.endswith("expert") and value.dtype != torch.int64:
+            raise TypeError(f"{name}: expected int64, got {value.dtype}")
+        if name in ("input", "weight") and value.dtype != model.dtype:
+            raise TypeError(f"{name}: expected the dtype of {first}, {model.dtype}, got {value.dtype}")
+        if value.device != model.device:
+            raise ValueError(f"{name}: expected the device of {first}, {model.device}, got {value.device}")
 
 
 def sides(out_slices: Any, in_slices: Any, groups: Any) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["is_channels_last", "memory_format_of"]
+__all__ = ["in_format", "is_channels_last", "memory_format_of"]
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -18,3 +18,11 @@ def is_channels_last(x: Tensor) -> bool:
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
+def in_format(x: Tensor, layout: torch.memory_format) -> Tensor:
+    """``x`` with that format's strides also where both fit and ``contiguous`` would leave them: they decide what the next
+    layer takes its input for, in eager mode and under a trace alike."""
+    if x.is_contiguous(memory_format=layout) and is_channels_last(x) != (layout == torch.channels_last):
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout).copy_(x)
+    return x.contiguous(memory_format=layout)

@@ -443,9 +443,10 @@ class RoutedBatchNorm2d(nn.Module):
         """Mean, biased variance and number of values of each channel of the whole side: ``[total]`` each."""
         pixels = x.shape[2] * x.shape[3]
         count = self._sum(x.new_full((x.shape[0], x.shape[1]), float(pixels)), expert)
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and bool((count == 1).any()):
+        if checks.readable(x) and bool((count == 1).any()):
             channel = int((count == 1).nonzero()[0])
-            names = [str(e) for e, s in enumerate(self.slices.starts) if s <= channel < s + self.slices.width]
+            s, present = self.slices, expert.unique().tolist()
+            names = [str(e) for e in present if s.is_whole or s.starts[e] <= channel < s.starts[e] + s.width]
             raise ValueError(
                 "input: expected more than one value per channel where the batch's own statistics are used, got one for "
                 f"expert {' and '.join(names)} (input shape {tuple(x.shape)}); a larger batch, fewer experts or a shared "

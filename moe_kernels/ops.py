@@ -32,7 +32,7 @@ from torch.autograd.function import _SingleLevelFunction as _Function
 from torch.utils.flop_counter import register_flop_formula
 
 from . import backends, checks
-from .backends import Epilogue, Experts
+from .backends import NO_EPILOGUE, Epilogue, Experts
 from .geometry import Conv2dGeometry, output_size
 from .layout import is_channels_last, memory_format_of
 from .rows import gather_rows
@@ -55,7 +55,6 @@ _GEOMETRY = (
 )
 _PACKED = "Tensor? packed=None, Tensor? packed_grad=None"
 _G = len(Conv2dGeometry._fields)
-_NO_EPILOGUE = Epilogue()
 
 _lib = torch.library.Library("moe_kernels", "DEF")
 _lib.define(f"conv2d(Tensor input, Tensor weight, {_EXPERTS}, {_GEOMETRY}, {_PACKED}) -> Tensor")
@@ -88,7 +87,7 @@ def _geometry(args: Sequence[Any]) -> Conv2dGeometry:
 def _conv2d(input: Tensor, weight: Tensor, out: Tensor | None, inner: Tensor | None, *rest: Any) -> Tensor:
     packed = rest[_G] if len(rest) > _G else None
     backend = backends.choose(input.device)
-    return backend.forward(input, weight, Experts(out, inner), _geometry(rest[:_G]), _NO_EPILOGUE, packed)
+    return backend.forward(input, weight, Experts(out, inner), _geometry(rest[:_G]), NO_EPILOGUE, packed)
 
 
 def _conv2d_grad_input(grad: Tensor, weight: Tensor, out: Tensor | None, inner: Tensor | None, *rest: Any) -> Tensor:
@@ -112,33 +111,38 @@ def _conv2d_fused(input: Tensor, weight: Tensor, out: Tensor | None, inner: Tens
     return backend.forward(input, weight, Experts(out, inner), _geometry(rest[:_G]), epilogue, packed)
 
 
-def _checked(op: Any, *args: Any) -> Tensor:
-    """:data:`_RUN` for calls through the dispatcher, which may be anybody's. ``packed`` is taken on trust: it is what the
-    backend's ``pack`` made of this weight."""
+def _check(op: Any, *args: Any) -> None:
+    """For calls through the dispatcher, which may be anybody's. ``packed`` is taken on trust: it is what the backend's
+    ``pack`` made of this weight."""
     first, second, out, inner, *rest = args
     g = _geometry(rest[:_G])
+    checks.geometry(g)
+    shapes = [tuple(t.shape) for t in (first, second)]
+    for name, shape in zip(_OPERANDS[op], shapes, strict=True):
+        if len(shape) != 4:
+            raise ValueError(f"{name}: expected four dimensions, got shape {shape}")
+    more: dict[str, Tensor | None] = {"out_expert": out, "in_expert": inner}
     if op is conv2d_grad_weight:
-        grad, input, weight = _kind(first), _kind(second), (first.dtype, tuple(rest[_G]))
+        checks.operands(shapes[1], tuple(rest[_G]), ("grad", shapes[0]), g)
     elif op is conv2d_grad_input:
-        grad, weight = _kind(first), _kind(second)
-        input = (first.dtype, (first.shape[0] // g.samples_per_input, g.in_width, *rest[_G]))
+        size = (shapes[0][0] // g.samples_per_input, g.in_width, *rest[_G])
+        checks.operands(size, shapes[1], ("grad", shapes[0]), g)
     else:
-        input, weight = _kind(first), _kind(second)
-        checks.image(first)
-        grad = (first.dtype, output_shape(first, second, g))
-    checks.operands(input, weight, grad, g)
-    for name, expert in (("out_expert", out), ("in_expert", inner)):
-        if expert is not None and expert.dtype != torch.int64:
-            raise TypeError(f"{name}: expected int64, got {expert.dtype}")
-    if op is conv2d_fused:
-        checks.epilogue(first, Epilogue._make(rest[_G : _G + 6]), g.out_width, second.shape[0], 1, grad[1])
-    return _RUN[op](*args)
+        shape = output_shape(first, second, g)
+        checks.operands(shapes[0], shapes[1], ("output", shape), g)
+        if op is conv2d_fused:
+            epilogue = Epilogue._make(rest[_G : _G + 6])
+            checks.epilogue(first, epilogue, g.out_width, shapes[1][0], 1, shape)
+            more |= {name: getattr(epilogue, name) for name in ("bias", "gate", "scale", "shift", "residual")}
+    checks.alike(**dict(zip(_OPERANDS[op], (first, second), strict=True)), **more)
 
 
-def _kind(x: Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
-    return x.dtype, tuple(x.shape)
-
-
+_OPERANDS: dict[Any, tuple[str, str]] = {
+    conv2d: ("input", "weight"),
+    conv2d_grad_input: ("grad", "weight"),
+    conv2d_grad_weight: ("grad", "input"),
+    conv2d_fused: ("input", "weight"),
+}
 _RUN = {
     conv2d: _conv2d,
     conv2d_grad_input: _conv2d_grad_input,
@@ -199,7 +203,7 @@ def _wanted(ctx: Any, index: int) -> bool:
         return True
 
 
-def _watched(x: Tensor) -> bool:
+def _watched(x: Tensor, other: Tensor) -> bool:
     """Whether anything would see or change a call to an operator: a trace, a mode, a transform, a subclass, the profiler.
 
     Where nothing does and no gradient is needed, the backend is called directly: a pass through the dispatcher and back
@@ -208,6 +212,7 @@ def _watched(x: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or type(x) not in (Tensor, torch.nn.Parameter)
+        or type(other) not in (Tensor, torch.nn.Parameter)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
@@ -220,16 +225,16 @@ def _refuse_tangents(args: Sequence[Any]) -> None:
     """Raises for dual tensors: dropping a tangent would give a wrong derivative without a word.
 
     Raises:
-        NotImplementedError: under forward-mode differentiation, if the first or second argument carries a tangent.
+        NotImplementedError: under forward-mode differentiation, if an argument carries a tangent.
     """
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
-    if any(forward_ad.unpack_dual(a).tangent is not None for a in args[:2]):
+    if any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
         raise NotImplementedError("routed operators have no forward-mode derivative; use reverse mode (torch.func.vjp)")
 
 
 def _below_autograd(op: Any, *args: Any) -> Tensor:
-    if not _watched(args[0]):
+    if not _watched(args[0], args[1]):
         return _RUN[op](*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
@@ -247,7 +252,7 @@ def _in_function(op: Any, *args: Any) -> Tensor:
 def call(op: Any, *args: Any) -> Tensor:
     """``op(*args)`` with every argument given, past the dispatcher where nobody would notice."""
     _refuse_tangents(args)
-    if _watched(args[0]) or type(args[1]) not in (Tensor, torch.nn.Parameter):
+    if _watched(args[0], args[1]):
         return op(*args)
     if not torch.is_grad_enabled():
         return _RUN[op](*args)
@@ -349,6 +354,7 @@ def _fused_differentiable(
     bias, gate, scale, shift, residual, relu = rest[_G : _G + 6]
     packed = rest[_G + 6] if len(rest) > _G + 6 else kwargs.get("packed")
     tensors = (input, weight, bias, gate, scale, shift, residual)
+    _refuse_tangents(tensors)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return _below_autograd(conv2d_fused, input, weight, out_expert, in_expert, *rest[: _G + 6], packed)
     g = _geometry(rest[:_G])
@@ -401,11 +407,14 @@ def _wide(value: Tensor) -> Tensor:
 
 
 def _autocast(op: Any, device: str, key: torch._C.DispatchKey) -> Any:
+    given = _G + (10 if op is conv2d_fused else 4)
     exclude = torch._C.DispatchKeySet(key)
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
-        # float64 is left alone, as by torch's own list of operators; packed weights fit only the uncast weight
+        # packed weights, the last of an operator's arguments, fit only the uncast weight
+        args = args[:given]
+        # float64 is left alone, as by torch's own list of operators
         cast = [
             a.to(dtype)
             if isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64 and a.device.type == device
@@ -413,9 +422,20 @@ def _autocast(op: Any, device: str, key: torch._C.DispatchKey) -> Any:
             for a in args
         ]
         with torch._C._ExcludeDispatchKeyGuard(exclude):
-            return op(*cast, **kwargs)
+            return op(*cast)
 
     return call
+
+
+def _kernel(op: Any, *args: Any) -> Tensor:
+    _check(op, *args)
+    return _RUN[op](*args)
+
+
+def _autograd(op: Any, differentiable: Any, *args: Any, **kwargs: Any) -> Tensor:
+    if not _watched(args[0], args[1]):  # elsewhere the kernel itself follows, on real tensors
+        _check(op, *args)
+    return differentiable(*args, **kwargs)
 
 
 def _register() -> None:
@@ -435,8 +455,8 @@ def _register() -> None:
         "conv2d_fused": (conv2d_fused, _conv2d_fake, _fused_differentiable),
     }
     for name, (op, fake, differentiable) in implementations.items():
-        _lib.impl(name, functools.partial(_checked, op), "CompositeExplicitAutograd")
-        _lib.impl(name, differentiable, "Autograd")
+        _lib.impl(name, functools.partial(_kernel, op), "CompositeExplicitAutograd")
+        _lib.impl(name, functools.partial(_autograd, op, differentiable), "Autograd")
         torch.library.register_fake(f"moe_kernels::{name}", fake, lib=_lib)
     for device, key in (("cpu", torch._C.DispatchKey.AutocastCPU), ("cuda", torch._C.DispatchKey.AutocastCUDA)):
         for name in ("conv2d", "conv2d_fused"):

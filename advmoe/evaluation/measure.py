@@ -90,14 +90,14 @@ def evaluate(
             images, labels = images.to(device), labels.to(device)
             right = _right(model, images, labels)
             correct += int(right.sum())
-            clean = {name: _chosen(r) for name, r in routings.items()}
+            clean = {name: _chosen(r, len(images)) for name, r in routings.items()}
             for name, routing in routings.items():
                 count = torch.bincount(routing.expert.reshape(-1), minlength=routing.num_experts)
                 used[name] = used[name] + count if name in used else count
             for name, attack in attacks.items():
                 found = attack.run(model, images, labels, stream_generator(seed, "evaluate", name, start))
                 robust = right & _right(model, found.images, labels)
-                flips = {n: (_chosen(r) != clean[n]).any(1) for n, r in routings.items()}
+                flips = {n: (_chosen(r, len(images)) != clean[n]).any(1) for n, r in routings.items()}
                 tallies[name].add(robust, flips, found.zero_gradient)
     outcomes = {name: tallies[name].outcome(attack.describe(), total) for name, attack in attacks.items()}
     usage = {name: (count.double() / count.sum()).tolist() for name, count in used.items()}
@@ -109,9 +109,10 @@ def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         return model(images).argmax(1) == labels
 
 
-def _chosen(routing: Routing) -> Tensor:
-    """The experts of each image, ``[B, k]``, in order of their numbers: another order of the same is no flip."""
-    return routing.expert.reshape(routing.batch_size // routing.choices, -1).sort(1).values
+def _chosen(routing: Routing, images: int) -> Tensor:
+    """The experts of each image, ``[images, choices]``; those of a top-k choice in order of their numbers: another
+    order of the same experts is no flip."""
+    return routing.expert.reshape(-1, routing.top_k * routing.choices).sort(1).values.reshape(images, -1)
 
 
 class _Tally:

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from moe_kernels.backends import choose
+
 from ..attacks import PGD, NonFiniteGradientError, from_name
 from ..config import RunConfig
 from ..data import Batches, DataSet, augment, load, stream_generator
@@ -29,6 +31,7 @@ from .runs import Run, RunError, build_model, load_checkpoint
 __all__ = ["Interrupted", "StepError", "Trainer", "resume", "train"]
 
 logger = logging.getLogger("advmoe")
+_NON_FINITE = (NonFiniteLossError, NonFiniteGradientError, NonFiniteRouterError)
 _COLLAPSED = 0.999  # share of one expert from which on a router is reported
 
 
@@ -45,6 +48,7 @@ class Trainer:
 
     Raises:
         ValueError: if settings do not fit each other or the data.
+        BackendUnavailable: if no backend of the routed layers computes on the device.
     """
 
     def __init__(self, config: RunConfig, run: Run, data: DataSet, quiet: bool = False) -> None:
@@ -53,6 +57,8 @@ class Trainer:
         self.data = data
         self.quiet = quiet
         self.device = _device(config.device)
+        if config.model.kind == "moe":
+            choose(self.device)
         torch.manual_seed(config.seed)
         model = build_model(config.model).to(self.device)
         self.model: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -109,13 +115,16 @@ class Trainer:
                 router's scores are not finite; the message names the epoch and the step.
             StepError: if a step could not be made otherwise.
         """
-        while self.epoch < self.config.epochs:
-            self._train_epoch()
-            self.run.save(self.state_dict())  # an epoch's work is not lost to a Ctrl-C during its validation
-            try:
+        try:
+            while self.epoch < self.config.epochs:
+                self._train_epoch()
+                self._require_finite_weights()
+                self.run.save(self.state_dict())  # an epoch's work is not lost to a Ctrl-C during its validation
                 self._finish_epoch()
-            except KeyboardInterrupt as error:
+        except KeyboardInterrupt as error:
+            if self.run.checkpoint().exists():
                 raise Interrupted(self.run.folder) from error
+            raise
         return self.run.metrics()
 
     def _train_epoch(self) -> None:
@@ -164,13 +173,22 @@ class Trainer:
     def _step(self, batches: list[Batch]) -> StepResult:
         try:
             return self.method.step(batches)
-        except (NonFiniteLossError, NonFiniteGradientError, NonFiniteRouterError) as error:
-            raise type(error)(f"{self._here()}: {error}; {self._checkpointed()}. A lower --lr usually helps") from error
+        except _NON_FINITE as error:
+            raise self._named(error, f"step {self.step + 1}") from error
         except ValueError as error:  # one sample for an expert with a BatchNorm of its own, say
-            raise StepError(f"{self._here()}: {error}; {self._checkpointed()}") from error
+            here = f"epoch {self.epoch + 1}, step {self.step + 1}"
+            raise StepError(f"{here}: {error}; {self._checkpointed()}") from error
 
-    def _here(self) -> str:
-        return f"epoch {self.epoch + 1}, step {self.step + 1}"
+    def _require_finite_weights(self) -> None:
+        """The last step's weights have met no loss yet; a checkpoint of ruined ones would fail at every resume."""
+        with torch.no_grad():
+            largest = torch.nn.utils.get_total_norm(list(self.model.parameters()), math.inf).item()
+        if not math.isfinite(largest):
+            raise self._named(NonFiniteLossError(f"a weight is {largest} after the last step"), "end")
+
+    def _named(self, error: RuntimeError, where: str) -> RuntimeError:
+        help = "A lower --lr usually helps"
+        return type(error)(f"epoch {self.epoch + 1}, {where}: {error}; {self._checkpointed()}. {help}")
 
     def _checkpointed(self) -> str:
         path = self.run.checkpoint()
@@ -195,7 +213,10 @@ class Trainer:
         held_out = self.data.validation
         attack = self.config.validation_attack
         seed = self.config.seed
-        result = evaluate(self.model, held_out, {attack: self.validation_attack}, self.config.batch_size, seed=seed)
+        try:
+            result = evaluate(self.model, held_out, {attack: self.validation_attack}, self.config.batch_size, seed=seed)
+        except _NON_FINITE as error:
+            raise self._named(error, "validation") from error
         robust = result.attacks[attack]
         line: dict[str, Any] = {
             "epoch": self.epoch + 1,

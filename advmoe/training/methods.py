@@ -102,9 +102,9 @@ class Method(ABC):
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not bool(torch.isfinite(norm)):
-            raise NonFiniteLossError(f"the gradient of {name} ({value:.4g}) has norm {norm.item()}")
+        largest = torch.nn.utils.get_total_norm(gradients, math.inf).item()
+        if not math.isfinite(largest):
+            raise NonFiniteLossError(f"the gradient of {name} ({value:.4g}) has the entry {largest}")
         optimizer.step()
         return value
 
@@ -183,12 +183,12 @@ class AdvMoE(Method):
         with record_scores(self.model) as scores:
             logits = self.model(batch.images)
             clean = dict(scores)
-            self.model(adversarial)
+            attacked = self.model(adversarial)
             losses = [
                 router_pseudo_label_loss(s, scores[name], batch.labels, self.config.router_alpha, self.config.beta)
                 for name, s in clean.items()
             ]
-        return torch.stack(losses).mean(), logits
+        return torch.stack(losses).mean(), attacked if self.accuracy == "ra" else logits
 
     def _backbone_phase(self, batch: Batch) -> StepResult:
         adversarial = self._adversarial(batch)
@@ -202,7 +202,8 @@ def build_method(model: nn.Module, config: MethodConfig, optim: OptimConfig, att
     """The method named by the config.
 
     Raises:
-        ValueError: if the method does not go with the model, or a setting is given that it does not look at.
+        ValueError: if the method does not go with the model, or if a setting of advmoe or of the routers is given to a
+            method or a model that has no use for it.
     """
     if config.name != "advmoe":
         plain = MethodConfig(config.name)

@@ -155,10 +155,12 @@ def load_model(source: str | Path, checkpoint: str = "best") -> tuple[nn.Module,
         path = run.checkpoint(checkpoint)
         if not path.exists() and checkpoint == "best" and run.checkpoint("last").exists():
             raise RunError(f"{path}: no epoch has been validated yet; evaluate the last state with --checkpoint last")
+        if not path.exists():
+            raise RunError(f"{path}: the run has no such checkpoint yet")
     if not path.is_file():
         module, _, function = str(source).partition(":")
         if function and "/" not in module:
-            return _from_function(module, function).eval(), None
+            return _from_function(module, function), None
         raise RunError(f"{source}: expected a run folder, a checkpoint file or module:function")
     config = Run(path.parent).config()
     model = build_model(config.model)
@@ -167,7 +169,8 @@ def load_model(source: str | Path, checkpoint: str = "best") -> tuple[nn.Module,
         model.load_state_dict(state["model"])
     except (KeyError, RuntimeError) as error:
         raise RunError(f"{path} does not fit the model of {path.parent / 'config.yaml'}: {error}") from error
-    return model.eval(), config
+    model.eval()
+    return model, config
 
 
 def _from_function(module: str, function: str) -> nn.Module:
@@ -179,4 +182,5 @@ def _from_function(module: str, function: str) -> nn.Module:
         raise RunError(f"{module}:{function} cannot be loaded: {error}") from error
     if not isinstance(model, nn.Module):
         raise RunError(f"{module}:{function} returned {type(model).__name__}, expected an nn.Module")
+    model.eval()
     return model

@@ -21,10 +21,12 @@ struct GradWeightCut {
     int64_t panels, channel_blocks;  // of one item
     int64_t segments;                // of a group's blocks of pixels
     int64_t panel_items, channel_items;
+    bool two_passes;  // partial sums first: of several segments, or of slices that share weights
+    bool direct;      // sums are kept in the gradient itself
 };
 
 template <class A>
-GradWeightCut cut_grad_weight(const GradWeightJob& job) {
+GradWeightCut cut_grad_weight(const GradWeightJob& job, bool converts) {
     constexpr int64_t pixels = 128;      // of a block: 16 KiB of gradients in float32
     constexpr int64_t items_wanted = 64;  // independent of the number of threads, for the sake of the bits
     constexpr int64_t sums = 256 * 1024;  // bytes of running sums of an item
@@ -50,6 +52,9 @@ GradWeightCut cut_grad_weight(const GradWeightJob& job) {
         most = larger(most, ceil_div(job.groups[g].end - job.groups[g].begin, cut.samples) * cut.row_blocks);
     }
     cut.segments = larger(1, smaller(most, ceil_div(items_wanted, larger(1, items()))));
+    cut.two_passes = job.overlapping || cut.segments > 1;
+    // Many weights and few pixels: sums on the side would cost more passes over the weights than the pixels are worth.
+    cut.direct = !converts && !cut.two_passes && most == 1 && job.strides[1] == 1 && s.C / s.groups % kBlock == 0;
     return cut;
 }
 
@@ -64,10 +69,18 @@ inline Inside inside(int64_t first, int64_t count, int64_t step, int64_t offset,
     return {smaller(begin, count), smaller(end, count)};
 }
 
+// The pixels of a block that one tap meets inside the image: steps in the copied input, and what is left of the block.
+struct TapPixels {
+    int64_t samples, sample_stride, row_stride, col_stride;
+    int64_t all_rows, all_cols;
+    Inside rows, cols;
+
+    bool empty() const { return rows.begin >= rows.end || cols.begin >= cols.end; }
+};
+
 // acc[octet][panel] summed over the pixels of a block.
 template <class A>
-inline void pixel_sum(const A* x, int64_t x_sample, int64_t x_row, int64_t x_col, const A* grads, int64_t samples,
-                      int64_t all_rows, int64_t all_cols, Inside rows, Inside cols, A* sums) {
+inline void pixel_sum(const TapPixels& pixels, const A* x, const A* grads, A* sums) {
     typedef typename Vec<A>::type V;
     constexpr int L = lanes<A>;
     V acc[kOctet][kVectors];
@@ -76,11 +89,11 @@ inline void pixel_sum(const A* x, int64_t x_sample, int64_t x_row, int64_t x_col
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) acc[c][v] = load(sums + c * panel<A> + v * L);
     }
-    for (int64_t s = 0; s < samples; ++s) {
-        for (int64_t row = rows.begin; row < rows.end; ++row) {
-            const A* at = x + s * x_sample + row * x_row + cols.begin * x_col;
-            const A* g = grads + ((s * all_rows + row) * all_cols + cols.begin) * panel<A>;
-            for (int64_t col = cols.begin; col < cols.end; ++col) {
+    for (int64_t s = 0; s < pixels.samples; ++s) {
+        for (int64_t row = pixels.rows.begin; row < pixels.rows.end; ++row) {
+            const A* at = x + s * pixels.sample_stride + row * pixels.row_stride + pixels.cols.begin * pixels.col_stride;
+            const A* g = grads + ((s * pixels.all_rows + row) * pixels.all_cols + pixels.cols.begin) * panel<A>;
+            for (int64_t col = pixels.cols.begin; col < pixels.cols.end; ++col) {
                 V w[kVectors];
 #pragma GCC unroll 4
                 for (int v = 0; v < kVectors; ++v) w[v] = load(g + v * L);
@@ -90,7 +103,7 @@ inline void pixel_sum(const A* x, int64_t x_sample, int64_t x_row, int64_t x_col
 #pragma GCC unroll 4
                     for (int v = 0; v < kVectors; ++v) acc[c][v] += value * w[v];
                 }
-                at += x_col;
+                at += pixels.col_stride;
                 g += panel<A>;
             }
         }
@@ -99,6 +112,50 @@ inline void pixel_sum(const A* x, int64_t x_sample, int64_t x_row, int64_t x_col
     for (int c = 0; c < kOctet; ++c) {
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) store(sums + c * panel<A> + v * L, acc[c][v]);
+    }
+}
+
+// Output channels of a tile whose lanes are a block's input channels, as the gradient of a channels_last weight has them.
+template <class A>
+constexpr int kBlockVectors = int(kBlock) / lanes<A>;
+template <class A>
+constexpr int kDirect = kBlockVectors<A> > 4 ? 1 : (MOE_REGISTERS == 32 ? 16 : 12) / kBlockVectors<A>;
+
+// to[channel of the panel][input channel of the block] = the sum over the pixels, for `count` channels of the panel.
+template <class A, int NK>
+inline void pixel_rows(const TapPixels& pixels, const A* x, const A* grads, int64_t count, A* to, int64_t k_stride) {
+    typedef typename Vec<A>::type V;
+    constexpr int NV = kBlockVectors<A>, L = lanes<A>;
+    int64_t k = 0;
+    for (; k + NK <= count; k += NK, grads += NK, to += NK * k_stride) {
+        V acc[NK][NV] = {};
+        for (int64_t s = 0; s < pixels.samples; ++s) {
+            for (int64_t row = pixels.rows.begin; row < pixels.rows.end; ++row) {
+                const A* at = x + s * pixels.sample_stride + row * pixels.row_stride + pixels.cols.begin * pixels.col_stride;
+                const A* g = grads + ((s * pixels.all_rows + row) * pixels.all_cols + pixels.cols.begin) * panel<A>;
+                for (int64_t col = pixels.cols.begin; col < pixels.cols.end; ++col) {
+                    V w[NV];
+#pragma GCC unroll 8
+                    for (int v = 0; v < NV; ++v) w[v] = load(at + v * L);
+#pragma GCC unroll 16
+                    for (int i = 0; i < NK; ++i) {
+                        const A value = g[i];
+#pragma GCC unroll 8
+                        for (int v = 0; v < NV; ++v) acc[i][v] += value * w[v];
+                    }
+                    at += pixels.col_stride;
+                    g += panel<A>;
+                }
+            }
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < NK; ++i) {
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) store(to + i * k_stride + v * L, acc[i][v]);
+        }
+    }
+    if constexpr (NK > 1) {
+        if (k < count) pixel_rows<A, (NK > 4 ? NK / 2 : 1)>(pixels, x, grads, count - k, to, k_stride);
     }
 }
 
@@ -195,7 +252,7 @@ bool grad_weight_item(const GradWeightJob& job, const GradWeightCut& cut, int64_
     const int64_t sample_stride = window.rows * window.row_stride;
 
     const int64_t unit = taps * kBlock * panel<A>;
-    const int64_t sums_size = (panel_end - panel_begin) * blocks * unit;
+    const int64_t sums_size = cut.direct ? 0 : (panel_end - panel_begin) * blocks * unit;
     const int64_t grad_size = cut.samples * cut.rows * s.Q * panel<A>;
     const int64_t input_size = blocks * window.block_stride;
     A* sums = static_cast<A*>(scratch(Scratch::worker, size_t(sums_size + grad_size + input_size) * sizeof(A)));
@@ -219,25 +276,35 @@ bool grad_weight_item(const GradWeightJob& job, const GradWeightCut& cut, int64_
         }
         for (int64_t p = panel_begin; p < panel_end; ++p) {
             const int64_t channel = p * panel<A>;
-            copy_gradients<T, A>(job, job.order + begin, count, row_begin, row_end, conv_group * out + channel,
-                                 smaller(panel<A>, out - channel), grads);
+            const int64_t filled = smaller(panel<A>, out - channel);
+            copy_gradients<T, A>(job, job.order + begin, count, row_begin, row_end, conv_group * out + channel, filled, grads);
             for (int64_t block = 0; block < blocks; ++block) {
                 A* to = sums + ((p - panel_begin) * blocks + block) * unit;
                 for (int64_t t = 0; t < taps; ++t) {
-                    const Inside rows =
-                        inside(row_begin, row_end - row_begin, pass.is_h, pass.org_h + pass.tap_h[t], s.H);
-                    const Inside cols = inside(0, s.Q, pass.is_w, pass.org_w + pass.tap_w[t], s.W);
-                    if (rows.begin >= rows.end || cols.begin >= cols.end) continue;
+                    const TapPixels pixels = {
+                        count, sample_stride, pass.is_h * window.row_stride, pass.is_w * kBlock, row_end - row_begin, s.Q,
+                        inside(row_begin, row_end - row_begin, pass.is_h, pass.org_h + pass.tap_h[t], s.H),
+                        inside(0, s.Q, pass.is_w, pass.org_w + pass.tap_w[t], s.W)};
                     const A* x = inputs + block * window.block_stride + pass.tap_h[t] * window.row_stride +
                                  pass.tap_w[t] * kBlock;
+                    if constexpr (sizeof(T) == sizeof(A)) {
+                        if (cut.direct) {  // a tap that meets padding alone is written too, as zeros
+                            A* place = static_cast<A*>(job.grad_weight) +
+                                       (group.out_start + conv_group * out + channel) * job.strides[0] +
+                                       (block_begin + block) * kBlock + t * job.strides[3];
+                            pixel_rows<A, kDirect<A>>(pixels, x, grads, filled, place, job.strides[0]);
+                            continue;
+                        }
+                    }
+                    if (pixels.empty()) continue;
                     for (int64_t octet = 0; octet < kBlock && block * kBlock + octet < channels; octet += kOctet) {
-                        pixel_sum<A>(x + octet, sample_stride, pass.is_h * window.row_stride, pass.is_w * kBlock, grads,
-                                     count, row_end - row_begin, s.Q, rows, cols, to + (t * kBlock + octet) * panel<A>);
+                        pixel_sum<A>(pixels, x + octet, grads, to + (t * kBlock + octet) * panel<A>);
                     }
                 }
             }
         }
     }
+    if (cut.direct) return true;
 
     for (int64_t p = panel_begin; p < panel_end; ++p) {
         for (int64_t block = 0; block < blocks; ++block) {
@@ -283,10 +350,9 @@ bool reduce_row(const GradWeightJob& job, const GradWeightCut& cut, const A* par
 template <class T, class A>
 Result grad_weight(const GradWeightJob& job) {
     const Conv2dShape& s = job.shape;
-    const GradWeightCut cut = cut_grad_weight<A>(job);
-    const bool two_passes = job.overlapping || cut.segments > 1;
+    const GradWeightCut cut = cut_grad_weight<A>(job, sizeof(T) != sizeof(A));
     A* partial = nullptr;
-    if (two_passes) {
+    if (cut.two_passes) {
         const int64_t size = job.group_count * cut.segments * s.K * (s.C / s.groups) * s.R * s.S;
         partial = static_cast<A*>(scratch(Scratch::partial, size_t(larger(1, size)) * sizeof(A)));
         if (partial == nullptr) return Result::out_of_memory;
@@ -306,7 +372,7 @@ Result grad_weight(const GradWeightJob& job) {
             failed |= !grad_weight_item<T, A>(job, cut, item / each, rest / s.groups, rest % s.groups, panel_item,
                                               channel_item, partial);
         }
-        if (two_passes) {
+        if (cut.two_passes) {
 #pragma omp for schedule(static)
             for (int64_t row = 0; row < job.total_out; ++row) failed |= !reduce_row<T, A>(job, cut, partial, row);
         } else {  // rows of experts that nobody chose

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 import torch
 
 from . import cpu, reference
-from .interface import Backend, BackendUnavailable, Epilogue, Experts
+from .interface import NO_EPILOGUE, Backend, BackendUnavailable, Epilogue, Experts
 
 __all__ = [
+    "NO_EPILOGUE",
     "Backend",
     "BackendUnavailable",
     "Epilogue",
@@ -29,6 +30,7 @@ __all__ = [
 
 _BACKENDS: dict[str, Backend] = {"reference": reference.ReferenceBackend(), "cpu": cpu.CpuBackend()}
 _AUTO = {"cpu": "cpu"}
+_environment = os.environ.get("MOE_KERNELS_BACKEND") or "auto"  # read once: a look at it costs a microsecond a call
 # Process-wide and not per thread: the backward pass of some devices runs in the engine's own threads.
 _override: list[str] = []
 
@@ -54,7 +56,8 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: if there is no such backend.
         BackendUnavailable: if it cannot run here.
     """
-    _named(name)
+    if name != "auto":
+        _named(name)
     _override.append(name)
     try:
         yield
@@ -69,7 +72,7 @@ def choose(device: torch.device) -> Backend:
         ValueError: if the environment names an unknown backend.
         BackendUnavailable: if the backend cannot run here or not on this device.
     """
-    name = _override[-1] if _override else os.environ.get("MOE_KERNELS_BACKEND") or "auto"
+    name = _override[-1] if _override else _environment
     if name == "auto":
         name = _AUTO.get(device.type, "")
         if not name:
@@ -77,17 +80,14 @@ def choose(device: torch.device) -> Backend:
                 f"no backend of moe_kernels computes on {device.type!r} yet; move the tensors to the CPU, or run the "
                 "slow loop in torch with MOE_KERNELS_BACKEND=reference"
             )
-    backend = _named(name)
-    assert backend is not None
+    backend = _BACKENDS.get(name) or _named(name)
     reason = backend.unsupported(device)
     if reason is not None:
         raise BackendUnavailable(f"{name}: {reason}")
     return backend
 
 
-def _named(name: str) -> Backend | None:
-    if name == "auto":
-        return None
+def _named(name: str) -> Backend:
     if name not in _BACKENDS:
         raise ValueError(f"backend: expected one of auto, {', '.join(_BACKENDS)}, got {name!r}")
     reason = _BACKENDS[name].unavailable()

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .. import checks
 from ..geometry import output_size
-from ..layout import is_channels_last
+from ..layout import in_format, memory_format_of
 from ..rows import sum_choices
+from .interface import NO_EPILOGUE
 
 if TYPE_CHECKING:
     from ..geometry import Conv2dGeometry
@@ -88,21 +89,13 @@ class CpuBackend:
         y = torch.empty((samples, g.out_width, rows, columns), dtype=dtype, device=input.device, memory_format=_NHWC)
         shape = _shape(samples, g, channels, height, width, rows, columns, kh, kw)
         slices, keep = _slices(experts, g, samples)
-        bias, gate, scale, shift, residual, relu = epilogue
-        acc = _accumulation(dtype)
-        bias, gate, scale, shift = (
-            None if t is None else t.detach().to(acc).contiguous() for t in (bias, gate, scale, shift)
-        )
-        if residual is not None:
-            residual = residual.contiguous(memory_format=_NHWC)
-        affine = scale if scale is not None else shift
+        pointers, also_keep = _epilogue(epilogue, dtype, g.out_width)
         _C.conv2d_forward(
             _DTYPE[dtype], torch.get_num_threads(), shape, slices, weight.stride(), x.data_ptr(),
-            weight.data_ptr(), _pointer(packed), y.data_ptr(), _pointer(bias), _pointer(gate), _pointer(scale),
-            _pointer(shift), affine is not None and affine.shape[0] != g.out_width, _pointer(residual), relu,
+            weight.data_ptr(), _pointer(packed), y.data_ptr(), *pointers,
         )  # fmt: skip
-        del keep
-        return y if is_channels_last(input) else y.contiguous()
+        del keep, also_keep
+        return in_format(y, memory_format_of(input))
 
     def grad_input(
         self,
@@ -125,7 +118,7 @@ class CpuBackend:
         )  # fmt: skip
         del keep
         dx = sum_choices(dx, g.samples_per_input)
-        return dx if is_channels_last(grad) else dx.contiguous()
+        return in_format(dx, memory_format_of(grad))
 
     def grad_weight(
         self,
@@ -185,6 +178,24 @@ def _slices(experts: Experts, g: Conv2dGeometry, samples: int) -> tuple[tuple[An
     inner = experts.inner.contiguous() if g.num_in and experts.inner is not None else None
     slices = (_pointer(out), g.num_out, g.out_starts, _pointer(inner), g.num_in, g.in_starts)
     return slices, (out, inner)
+
+
+_NO_POINTERS = (0, 0, 0, 0, False, 0, False)
+
+
+def _epilogue(epilogue: Epilogue, dtype: torch.dtype, width: int) -> tuple[tuple[Any, ...], Any]:
+    """The native form of an epilogue, and the tensors that must outlive the call."""
+    if epilogue is NO_EPILOGUE:
+        return _NO_POINTERS, None
+    acc = _accumulation(dtype)
+    values = [None if t is None else t.detach().to(acc).contiguous() for t in epilogue[:4]]
+    residual = epilogue.residual
+    if residual is not None:
+        residual = residual.contiguous(memory_format=_NHWC)
+    affine = epilogue.scale if epilogue.scale is not None else epilogue.shift
+    per_slice = affine is not None and affine.shape[0] != width
+    pointers = (*map(_pointer, values), per_slice, _pointer(residual), epilogue.relu)
+    return pointers, (values, residual)
 
 
 def _accumulation(dtype: torch.dtype) -> torch.dtype:

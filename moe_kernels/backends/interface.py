@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from ..geometry import Conv2dGeometry
 
-__all__ = ["Backend", "BackendUnavailable", "Epilogue", "Experts"]
+__all__ = ["NO_EPILOGUE", "Backend", "BackendUnavailable", "Epilogue", "Experts"]
 
 
 class BackendUnavailable(RuntimeError):
@@ -34,6 +34,9 @@ class Epilogue(NamedTuple):
     shift: Tensor | None = None  # as scale
     residual: Tensor | None = None  # [V, w_out, P, Q]
     relu: bool = False
+
+
+NO_EPILOGUE = Epilogue()
 
 
 class Backend(Protocol):

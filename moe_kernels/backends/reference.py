@@ -14,7 +14,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from .. import checks
 from ..geometry import output_size
-from ..layout import memory_format_of
+from ..layout import in_format, memory_format_of
 
 if TYPE_CHECKING:
     from ..geometry import Conv2dGeometry
@@ -69,7 +69,7 @@ class ReferenceBackend:
             if residual is not None:
                 y = y + residual[v].to(wide)
             out[v] = (y.relu() if relu else y)[0].to(input.dtype)
-        return _as(out, input)
+        return in_format(out, memory_format_of(input))
 
     def grad_input(
         self,
@@ -89,7 +89,7 @@ class ReferenceBackend:
             one = [1, g.in_width, *size]
             dx = conv2d_input(one, w, grad[v : v + 1].to(wide), g.stride, g.padding, g.dilation, g.groups)
             out[v // g.samples_per_input] += dx[0]
-        return _as(out.to(grad.dtype), grad)
+        return in_format(out.to(grad.dtype), memory_format_of(grad))
 
     def grad_weight(
         self,
@@ -108,9 +108,7 @@ class ReferenceBackend:
             x = input[v // g.samples_per_input].unsqueeze(0).to(wide)
             dy = grad[v : v + 1].to(wide)
             part += conv2d_weight(x, list(part.shape), dy, g.stride, g.padding, g.dilation, g.groups)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        # not contiguous(): that leaves the strides alone where both formats fit, as for a kernel of one pixel
-        return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout).copy_(out)
+        return in_format(out.to(grad.dtype), torch.channels_last if channels_last else torch.contiguous_format)
 
     def pack(self, weight: Tensor, geometry: Conv2dGeometry, backward: bool) -> Tensor | None:
         return None
@@ -147,7 +145,3 @@ def _slice(weight: Tensor, o: int, c: int, g: Conv2dGeometry) -> Tensor:
 
 def _of_slice(value: Tensor, channels: slice, g: Conv2dGeometry) -> Tensor:
     return value if value.shape[0] == g.out_width else value[channels]
-
-
-def _as(out: Tensor, like: Tensor) -> Tensor:
-    return out.contiguous(memory_format=memory_format_of(like))

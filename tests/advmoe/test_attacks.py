@@ -202,6 +202,15 @@ def test_mode_keep_attacks_the_model_as_it_is_and_leaves_it_so(batch: Any) -> No
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_mode_keep_leaves_a_graph_that_was_made_before(batch: Any) -> None:
+    """BatchNorm saves its statistics for its backward; they must not be newer than the graph."""
+    images, labels = batch
+    model = create_model("resnet18", "dense", width=8, image_size=8).train()
+    clean = model(images)
+    PGD(0.05, 0.02, 1, mode="keep")(model, images, labels)
+    clean.sum().backward()
+
+
 def test_an_extra_loss_goes_with_one_start(model: nn.Module, batch: Any) -> None:
     with pytest.raises(ValueError, match="extra_loss: expected restarts=1"):
         PGD(0.05, 0.02, 2, restarts=2).run(model, *batch, extra_loss=lambda x: x.sum())

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from advmoe.attacks import PGD, NonFiniteGradientError
+from advmoe.attacks import PGD, AttackResult, NonFiniteGradientError
 from advmoe.data import Split, stream_generator
 from advmoe.evaluation import evaluate
 from advmoe.models import create_model, record_routing
@@ -151,6 +152,35 @@ def test_usage_and_layer_flips_are_shares() -> None:
     assert all(len(u) == 3 and sum(u) == pytest.approx(1) for u in result.usage.values())
     assert max(outcome.layer_flip_rate.values()) <= outcome.flip_rate <= sum(outcome.layer_flip_rate.values())
     assert json.loads(json.dumps(result.as_dict()))["attacks"]["pgd"]["ra"] == outcome.ra
+
+
+class TopTwo(nn.Module):
+    """Two of three experts for each image, by its brightness: 1: 0 and 1; 2: 1 and 0; 3: 1 and 2. Expanded, an image is
+    two virtual samples."""
+
+    def __init__(self, expand: bool) -> None:
+        super().__init__()
+        self.conv = RoutedConv2d(3, 4, 1, num_experts=3)
+        self.expand = expand
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = torch.tensor([[0, 1], [0, 1], [1, 0], [1, 2]])
+        routing = Routing(table[(x.mean((1, 2, 3)) * 10).round().long()], num_experts=3)
+        y = self.conv(x, routing.expand() if self.expand else routing)
+        return y.mean((2, 3)).unflatten(0, (len(x), -1)).sum(1)
+
+
+class Brighten(PGD):
+    def run(self, model: nn.Module, images: Tensor, labels: Tensor, *_: Any) -> AttackResult:  # type: ignore[override]
+        return AttackResult(images + 0.1, torch.zeros(len(images), dtype=torch.bool))
+
+
+@pytest.mark.parametrize("expand", [False, True])
+def test_another_order_of_the_same_experts_is_no_flip(expand: bool) -> None:
+    images = torch.tensor([26, 26, 51, 51], dtype=torch.uint8)[:, None, None, None].expand(4, 3, 2, 2).contiguous()
+    data = Split(images, torch.zeros(4, dtype=torch.int64))
+    outcome = evaluate(TopTwo(expand), data, {"brighten": Brighten(0.1, 0.1, 1)}).attacks["brighten"]
+    assert outcome.flip_rate == 0.5  # 1 to 2 is none, 2 to 3 is one
 
 
 def test_flips_are_of_any_layer() -> None:

@@ -40,7 +40,7 @@ from advmoe.training import (
 )
 from advmoe.training.methods import Batch, Method, StepResult
 from advmoe.training.runs import build_model, load_checkpoint
-from moe_kernels import RoutedBatchNorm2d, RoutedConv2d
+from moe_kernels import BackendUnavailable, RoutedBatchNorm2d, RoutedConv2d
 
 ATTACK = PGD(0.15, 0.1, 2, loss="kl")
 
@@ -467,7 +467,7 @@ def test_broken_while_validating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "evaluate", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted):
             train(config, tmp_path / "broken", quiet=True)
     state = load_checkpoint(tmp_path / "broken" / "last.pt")
     assert (state["epoch"], state["step"]) == (epoch - 1, 3)
@@ -606,7 +606,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(monkeypatch: pytest.MonkeyP
     before = snapshot(list(m.parameters()))
     # sqrt(0): the value is 0, the derivative infinite, and times 0 NaN
     monkeypatch.setattr("advmoe.training.methods.trades_loss", lambda c, a, y, b: (c * 0 + a * 0).sum().sqrt())
-    with pytest.raises(NonFiniteLossError, match=r"^the gradient of loss \(0\) has norm nan"):
+    with pytest.raises(NonFiniteLossError, match=r"^the gradient of loss \(0\) has the entry nan"):
         trainer.step([batch(0)])
     assert same(before, list(m.parameters()))
 
@@ -636,8 +636,33 @@ def test_settings_without_effect_are_refused() -> None:
 @pytest.mark.parametrize(("objective", "key"), [("trades", "train_sa"), ("cross_entropy", "train_ra")])
 def test_the_training_accuracy_is_named_for_what_it_is(tmp_path: Path, objective: str, key: str) -> None:
     """PGD-AT sees attacked images alone."""
-    run = train(tiny("at", "dense", method=MethodConfig("at", objective), epochs=1), tmp_path / "run", quiet=True)
+    config = dataclasses.replace(tiny("at", "dense", epochs=1), method=MethodConfig("at", objective))
+    run = train(config, tmp_path / "run", quiet=True)
     assert [k for k in run.metrics()[0] if k.startswith("train_")] == [key]
+
+
+def test_weights_ruined_by_the_last_step_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have met no loss, and every resume from them would fail in the same place."""
+    original = Standard.step
+
+    def step(self: Standard, batches: Sequence[Batch]) -> StepResult:
+        result = original(self, batches)
+        with torch.no_grad():
+            next(self.model.parameters())[0, 0, 0, 0] = torch.inf
+        return result
+
+    monkeypatch.setattr(Standard, "step", step)
+    config = tiny("standard", "dense", batch_size=96, epochs=1)
+    with pytest.raises(NonFiniteLossError, match=r"^epoch 1, end: a weight is (inf|nan) .*there is no checkpoint yet"):
+        train(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_the_backend_is_asked_for_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_kernels.backends.cpu._import_error", "no such file")
+    with pytest.raises(BackendUnavailable):
+        train(tiny(), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_engine_names_the_loss_and_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,22 +75,23 @@ def test_use_backend_governs_the_backward(calls: CallCounter) -> None:
 def test_unknown_backend_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"backend: expected one of auto, reference, cpu, got 'tpu'"), use_backend("tpu"):
         pass
-    monkeypatch.setenv("MOE_KERNELS_BACKEND", "tpu")
+    monkeypatch.setattr(backends, "_environment", "tpu")
     with pytest.raises(ValueError, match=r"backend: expected one of auto, reference, cpu, got 'tpu'"):
         _run()
     assert not backends._override
 
 
-def test_environment_chooses(monkeypatch: pytest.MonkeyPatch, calls: CallCounter) -> None:
-    monkeypatch.setenv("MOE_KERNELS_BACKEND", "reference")
-    _run()
-    assert calls["forward"] == 0
-    with use_backend("cpu"):  # the program is nearer than the environment
-        _run()
-    assert calls["forward"] == 1
-    monkeypatch.setenv("MOE_KERNELS_BACKEND", "")
-    _run()
-    assert calls["forward"] == 2
+@pytest.mark.parametrize(("value", "expected"), [("reference", "ReferenceBackend"), ("", "CpuBackend")])
+def test_environment_chooses(value: str, expected: str) -> None:
+    """Read once, at the import."""
+    code = """
+import torch
+from moe_kernels import backends, use_backend
+print(type(backends.choose(torch.device("cpu"))).__name__)
+with use_backend("cpu"):  # the program is nearer than the environment
+    print(type(backends.choose(torch.device("cpu"))).__name__)
+"""
+    assert _python(code, MOE_KERNELS_BACKEND=value).split() == [expected, "CpuBackend"]
 
 
 def test_without_the_native_module(monkeypatch: pytest.MonkeyPatch) -> None:

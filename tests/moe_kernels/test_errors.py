@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from oracle import CallCounter, partition, whole, windows
+from torch import Tensor
 
 from moe_kernels import ExpertSlices, RoutedConv2d, RoutedLinear, Routing, functional, ops
 
@@ -354,50 +356,103 @@ def test_operators_given_another_number_of_choices_raise(backend: str, count: in
             call()
 
 
-GEOMETRY = [[], [], 2, 0, 4, 3, [1, 1], [0, 0], [1, 1], 1, 1]
+def _geometry(**changes: Any) -> list[Any]:
+    """Of X [4, 3, 6, 6] and W [8, 3, 3, 3], two experts of four channels."""
+    return list((GEOMETRY | changes).values())
+
+
+GEOMETRY = {
+    "out_starts": [], "in_starts": [], "num_out": 2, "num_in": 0, "out_width": 4, "in_width": 3, "stride": [1, 1],
+    "padding": [0, 0], "dilation": [1, 1], "groups": 1, "samples_per_input": 1,
+}  # fmt: skip
 ONE_EACH = torch.tensor([0, 1, 1, 0])
 DY = torch.randn(B, 4, 4, 4)
+
+
+def _op(op: Any, *first: Any, expert: Any = ONE_EACH, rest: Any = (), **changes: Any) -> Callable[[], Tensor]:
+    return lambda: op(*first, expert, None, *_geometry(**changes), *rest)
+
+
+def _fused_op(**changes: Any) -> Callable[[], Tensor]:
+    values = {"bias": None, "gate": None, "scale": None, "shift": None, "residual": None, "relu": False} | changes
+    return _op(ops.conv2d_fused, X, W, rest=values.values())
+
+
+OPERATOR_ERRORS: dict[str, tuple[Callable[[], Tensor], str]] = {
+    "fewer rows": (_op(ops.conv2d, X, W[:7]), "weight: expected 8 as size of axis 0"),
+    "more rows": (_op(ops.conv2d, X, torch.randn(9, 3, 3, 3)), "weight: expected 8 as size of axis 0"),
+    "fewer rows than the windows": (_op(ops.conv2d, X, W[:6], out_starts=[0, 3]), "weight: expected at least 7 as size"),
+    "fewer columns": (_op(ops.conv2d, X, W[:, :2]), "weight: expected 3 as size of axis 1"),
+    "weight of three dimensions": (_op(ops.conv2d, X, W[0]), "weight: expected four dimensions"),
+    "input of three dimensions": (_op(ops.conv2d, X[0], W), "input: expected four dimensions"),
+    "no pixel in the kernel": (_op(ops.conv2d, X, W[..., :0]), "weight: expected a kernel of at least one pixel"),
+    "channels": (_op(ops.conv2d, X[:, :2], W), "input: expected 3 channels"),
+    "dtype": (_op(ops.conv2d, X, W.double()), "weight: expected the dtype of input, torch.float32, got torch.float64"),
+    "integers": (_op(ops.conv2d, X.int(), W.int()), "input: expected one of"),
+    "dtype of the choices": (_op(ops.conv2d, X, W, expert=ONE_EACH.int()), "out_expert: expected int64"),
+    "small image": (_op(ops.conv2d, X[..., :2], W), "input: expected at least the kernel's reach"),
+    "negative start": (_op(ops.conv2d, X, W, out_starts=[-1, 0]), "out_starts: expected at least 0"),
+    "starts": (_op(ops.conv2d, X, W, out_starts=[0]), "out_starts: expected none or 2"),
+    "stride": (_op(ops.conv2d, X, W, stride=[1, 0]), "stride: expected at least 1"),
+    "groups": (_op(ops.conv2d, X, W, groups=0), "groups: expected at least 1"),
+    "groups of a sliced input": (
+        _op(ops.conv2d, X[:, :2], W[:, :2], in_width=2, num_in=2, groups=2),
+        "groups: 2 groups need a whole input side",
+    ),
+    "choices an input": (_op(ops.conv2d, X, W, samples_per_input=0), "samples_per_input: expected at least 1"),
+    "grad_input channels": (_op(ops.conv2d_grad_input, DY[:, :3], W, rest=[[6, 6]]), "grad: expected the output's shape"),
+    "grad_input size": (_op(ops.conv2d_grad_input, DY, W, rest=[[7, 6]]), "grad: expected the output's shape"),
+    "grad_input weight": (_op(ops.conv2d_grad_input, DY, W[:4], rest=[[6, 6]]), "weight: expected 8 as size of axis 0"),
+    "grad_input dtype": (_op(ops.conv2d_grad_input, DY.double(), W, rest=[[6, 6]]), "weight: expected the dtype of grad"),
+    "grad_weight rows": (_op(ops.conv2d_grad_weight, DY, X, rest=[[7, 3, 3, 3]]), "weight: expected 8 as size of axis 0"),
+    "grad_weight columns": (
+        _op(ops.conv2d_grad_weight, DY, X, rest=[[8, 5, 3, 3]]),
+        "weight: expected 3 as size of axis 1",
+    ),
+    "grad_weight batch": (
+        _op(ops.conv2d_grad_weight, DY, X[:3], rest=[[8, 3, 3, 3]]),
+        "grad: expected the output's shape",
+    ),
+    "bias": (_fused_op(bias=BIAS[:4]), "bias: expected shape"),
+    "gate": (_fused_op(gate=torch.ones(3)), "gate: expected shape"),
+    "scale": (_fused_op(scale=torch.ones(3)), "scale: expected shape"),
+    "shift": (_fused_op(scale=torch.ones(4), shift=torch.ones(8)), "shift: expected the shape of scale"),
+    "residual": (_fused_op(residual=DY[..., :3]), "residual: expected the output's shape"),
+    "dtype of the residual": (_fused_op(residual=DY.half()), "residual: expected the input's dtype"),
+}
+
+
+@pytest.mark.parametrize("path", ["eager", "no_grad", "inference_mode", "profiler"])
+@pytest.mark.parametrize("name", OPERATOR_ERRORS)
+def test_operators_called_by_themselves_check_their_tensors(name: str, path: str) -> None:
+    """They hand pointers to the kernels, and anybody can call torch.ops.moe_kernels."""
+    context: Any = {
+        "eager": contextlib.nullcontext,
+        "no_grad": torch.no_grad,
+        "inference_mode": torch.inference_mode,
+        "profiler": torch.profiler.profile,
+    }[path]
+    call, message = OPERATOR_ERRORS[name]
+    with context(), pytest.raises((TypeError, ValueError), match=message):
+        call()
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ops.conv2d(X, W[:7], ONE_EACH, None, *GEOMETRY), r"weight: expected at least \[8, 3, 1, 1\]"),
-        (lambda: ops.conv2d(X, W[:, :2], ONE_EACH, None, *GEOMETRY), r"weight: expected at least \[8, 3, 1, 1\]"),
-        (lambda: ops.conv2d(X, W[0], ONE_EACH, None, *GEOMETRY), "weight: expected four dimensions"),
-        (lambda: ops.conv2d(X[0], W, ONE_EACH, None, *GEOMETRY), "input: expected shape"),
-        (lambda: ops.conv2d(X[:, :2], W, ONE_EACH, None, *GEOMETRY), "input: expected 3 channels"),
-        (lambda: ops.conv2d(X, W.double(), ONE_EACH, None, *GEOMETRY), "input: expected one of .*, all alike"),
-        (lambda: ops.conv2d(X, W, ONE_EACH.int(), None, *GEOMETRY), "out_expert: expected int64"),
-        (lambda: ops.conv2d(X[..., :2], W, ONE_EACH, None, *GEOMETRY), "grad: expected the output's shape"),
-        (
-            lambda: ops.conv2d_grad_input(DY[:, :3], W, ONE_EACH, None, *GEOMETRY, [6, 6]),
-            "grad: expected the output's shape",
-        ),
-        (lambda: ops.conv2d_grad_input(DY, W, ONE_EACH, None, *GEOMETRY, [7, 6]), "grad: expected the output's shape"),
-        (lambda: ops.conv2d_grad_input(DY, W[:4], ONE_EACH, None, *GEOMETRY, [6, 6]), "weight: expected at least"),
-        (lambda: ops.conv2d_grad_weight(DY, X, ONE_EACH, None, *GEOMETRY, [7, 3, 3, 3]), "weight: expected at least"),
-        (
-            lambda: ops.conv2d_grad_weight(DY, X[:3], ONE_EACH, None, *GEOMETRY, [8, 3, 3, 3]),
-            "grad: expected the output's",
-        ),
-        *(
-            (lambda v=values: ops.conv2d_fused(X, W, ONE_EACH, None, *GEOMETRY, *v, False), message)
-            for values, message in (
-                ((BIAS[:4], None, None, None, None), "bias: expected shape"),
-                ((None, torch.ones(3), None, None, None), "gate: expected shape"),
-                ((None, None, torch.ones(3), None, None), "scale: expected shape"),
-                ((None, None, torch.ones(4), torch.ones(8), None), "shift: expected the shape of scale"),
-                ((None, None, None, None, DY[..., :3]), "residual: expected the output's shape"),
-                ((None, None, None, None, DY.half()), "residual: expected the input's dtype"),
-            )
-        ),
+        (_op(ops.conv2d, X, W, expert=ONE_EACH.to("meta")), "out_expert: expected the device of input"),
+        (_fused_op(bias=BIAS.to("meta")), "bias: expected the device of input"),
     ],
 )
-def test_operators_called_by_themselves_check_their_tensors(call: Any, message: str) -> None:
-    """They hand pointers to the kernels, and anybody can call torch.ops.moe_kernels."""
-    with pytest.raises((TypeError, ValueError), match=message):
+def test_operators_called_by_themselves_check_devices(call: Callable[[], Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_operators_called_by_themselves_check_before_a_gradient() -> None:
+    for x, w in ((X.clone().requires_grad_(), W[:7]), (X, W[:7].clone().requires_grad_())):
+        with pytest.raises(ValueError, match="weight: expected 8 as size of axis 0"):
+            ops.conv2d(x, w, ONE_EACH, None, *_geometry())
 
 
 def test_an_expert_out_of_range_raises_in_a_compiled_graph() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_kernels import RoutedConv2d, Routing, functional
+from moe_kernels import RoutedConv2d, Routing, functional, ops
 
 ROUTING = Routing(torch.tensor([1, 0]), num_experts=2)
 
@@ -61,3 +61,33 @@ def test_forward_mode_raises_instead_of_dropping_the_tangent() -> None:
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
             run(dual)
+        for values in ({"input": dual}, {"residual": torch.autograd.forward_ad.make_dual(*torch.ones(2, 2, 4, 3, 3))}):
+            arguments = {"input": x, "weight": layer.weight, "routing": ROUTING, "out_slices": layer.out_slices} | values
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                functional.routed_conv2d_fused(**arguments)  # type: ignore[arg-type]
+
+
+def test_one_channel_keeps_the_format_that_its_strides_tell() -> None:
+    """Both formats fit one channel; once the next layer took a contiguous image for channels_last, but not in a trace."""
+    first, second = RoutedConv2d(3, 1, 3, num_experts=2), RoutedConv2d(1, 4, 3, num_experts=2)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 3, 7, 7).contiguous(memory_format=layout)
+        y = first(x, ROUTING)
+        assert y.stride() == torch.empty(y.shape, memory_format=layout).stride()
+        assert second(y, ROUTING).is_contiguous(memory_format=layout)
+    torch._dynamo.reset()
+    both = torch.nn.ModuleList([first, second])
+    compiled = torch.compile(lambda x, r: both[1](both[0](x, r), r), fullgraph=True)
+    x = torch.randn(2, 3, 7, 7)
+    torch.testing.assert_close(compiled(x, ROUTING), second(first(x, ROUTING), ROUTING))
+
+
+def test_autocast_does_not_take_packed_weights_for_cast_ones() -> None:
+    """Once handed float32 blocks, cast to bfloat16, on as they were."""
+    layer = RoutedConv2d(16, 16, 3, num_experts=2, bias=False).eval().requires_grad_(False)
+    x = torch.randn(2, 16, 6, 6)
+    layer(x, ROUTING)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = ops.conv2d(x, layer.weight, ROUTING.expert, None, *layer.geometry, layer._cache.forward, None)
+        torch.testing.assert_close(y, layer(x, ROUTING))
+    assert y.dtype == torch.bfloat16

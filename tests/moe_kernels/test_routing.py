@@ -284,6 +284,8 @@ def test_debug_mode_validates_always(monkeypatch: pytest.MonkeyPatch) -> None:
         Routing(torch.tensor([2]), num_experts=2)
     with pytest.raises(ValueError, match="gate: expected finite values"):
         Routing(torch.tensor([1]), torch.tensor([torch.nan]), num_experts=2)
+    with pytest.raises(ValueError, match="gate: expected finite values"):
+        Routing.from_scores(torch.tensor([[0.0, torch.inf]]), gate="softmax")
 
 
 @pytest.mark.parametrize("gate", [*GATES, "none"])
