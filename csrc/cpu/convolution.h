@@ -306,7 +306,7 @@ Cut cut_work(const ConvJob& job) {
     if (job.fresh != nullptr) {  // a panel is packed once: all of a group's samples are one task's
         int64_t most = 1;
         for (int64_t g = 0; g < job.group_count; ++g) most = larger(most, job.groups[g].end - job.groups[g].begin);
-        return {most, 1, panels};
+        return {most, 1, job.threads > 1 ? smaller(panels, 4 * int64_t(job.threads)) : 1};
     }
     Cut cut{larger(1, smaller(64, target / bytes)), smaller(rows, ceil_div(bytes, target)), 1};
     const int64_t wanted = job.threads > 1 ? 4 * int64_t(job.threads) : 1;
@@ -337,6 +337,32 @@ void zero_pass(const ConvJob& job, const Pass& pass, int64_t sample, int64_t row
     }
 }
 
+// What a task has of one pass: the offsets of its taps and the copied windows of its samples.
+template <class A>
+struct Prepared {
+    Window window;
+    int64_t row_begin, row_end;
+    int64_t* taps;
+    A* buffer;
+    size_t bytes;  // of both; none where the pass has nothing to do
+
+    bool empty() const { return bytes == 0; }
+};
+
+template <class A>
+Prepared<A> lay_out(const ConvJob& job, const Pass& pass, int64_t samples, int64_t part, int64_t parts, char* memory) {
+    Prepared<A> p{};
+    p.row_begin = pass.rows * part / parts;
+    p.row_end = pass.rows * (part + 1) / parts;
+    if (p.row_begin >= p.row_end || pass.cols <= 0 || pass.taps == 0) return p;
+    p.window = window_of(pass, p.row_end - p.row_begin, job.red);
+    const size_t tap_bytes = size_t(ceil_div(pass.taps * int64_t(sizeof(int64_t)), 64) * 64);
+    p.bytes = tap_bytes + size_t(ceil_div(p.window.size * samples * int64_t(sizeof(A)), 64) * 64);
+    p.taps = reinterpret_cast<int64_t*>(memory);
+    p.buffer = reinterpret_cast<A*>(memory + tap_bytes);
+    return p;
+}
+
 template <class T, class A>
 bool run_task(const ConvJob& job, const Cut& cut, int64_t g, int64_t chunk, int64_t part, int64_t panel_part,
               int64_t conv_group) {
@@ -349,55 +375,66 @@ bool run_task(const ConvJob& job, const Cut& cut, int64_t g, int64_t chunk, int6
     const int64_t panel_end = panels * (panel_part + 1) / cut.panel_parts;
     if (panel_begin == panel_end) return true;
 
-    const A* weight = nullptr;
-    int64_t first_panel = 0, held = panels;
+    auto prepare = [&](const Pass& pass, char* memory) {
+        const Prepared<A> p = lay_out<A>(job, pass, count, part, cut.row_parts, memory);
+        if (!p.empty()) {
+            for (int64_t t = 0; t < pass.taps; ++t) p.taps[t] = pass.tap_h[t] * p.window.row_stride + pass.tap_w[t] * kBlock;
+            for (int64_t s = 0; s < count; ++s) {
+                const int64_t from = job.order[begin + s] / job.src_div;
+                const T* image =
+                    static_cast<const T*>(job.src) + from * job.src_h * job.src_w * job.src_c + conv_group * job.red;
+                copy_window<T, A>(image, job.src_h, job.src_w, job.src_c, job.red, p.row_begin * pass.is_h + pass.org_h,
+                                  pass.org_w, p.window, p.buffer + s * p.window.size);
+            }
+        } else if (pass.taps == 0 && panel_part == 0) {  // a stride that skips these pixels: nothing reaches them
+            for (int64_t s = 0; s < count; ++s) {
+                zero_pass<T, A>(job, pass, job.order[begin + s], p.row_begin, p.row_end, conv_group * job.out);
+            }
+        }
+        return p;
+    };
+    // `weight` holds `held` panels from first_held on
+    auto walk = [&](const Pass& pass, const Prepared<A>& p, const A* weight, int64_t first_held, int64_t held, int64_t from,
+                    int64_t to) {
+        const Walk<T, A> walk{job, pass, p.window, p.taps, job.order + begin, count, p.row_begin, p.row_end, p.buffer,
+                              weight + pass.taps_before * held * panel<A> * job.red, first_held,
+                              conv_group * job.out, group.out_start + conv_group * job.out};
+        walk.dispatch(from, to);
+    };
+
+    size_t most = 1, all = 1;
+    for (int64_t i = 0; i < job.pass_count; ++i) {
+        const size_t bytes = lay_out<A>(job, job.passes[i], count, part, cut.row_parts, nullptr).bytes;
+        most = bytes > most ? bytes : most;
+        all += bytes;
+    }
+    char* memory = static_cast<char*>(scratch(Scratch::worker, job.fresh == nullptr ? most : all));
+    if (memory == nullptr) return false;
     if (job.fresh == nullptr) {
         const int64_t pair_size = packed_size_of_pair<A>(job.out, job.red, all_taps, job.conv_groups);
-        weight = static_cast<const A*>(job.packed) + (job.dense_index ? g : group.pair) * pair_size +
-                 conv_group * (pair_size / job.conv_groups);
-    } else {
-        first_panel = panel_begin, held = panel_end - panel_begin;
-        A* memory = static_cast<A*>(scratch(Scratch::packed, size_t(held * panel<A> * job.red * all_taps) * sizeof(A)));
-        if (memory == nullptr) return false;
-        for (int64_t p = panel_begin; p < panel_end; ++p) {
-            for (int64_t block = 0; block < ceil_div(job.red, kBlock); ++block) {
-                if (!pack_part<T, A>(*job.fresh, group, conv_group, p, block, all_taps, first_panel, held, memory)) {
-                    return false;
-                }
-            }
+        const A* weight = static_cast<const A*>(job.packed) + (job.dense_index ? g : group.pair) * pair_size +
+                          conv_group * (pair_size / job.conv_groups);
+        for (int64_t i = 0; i < job.pass_count; ++i) {
+            const Prepared<A> p = prepare(job.passes[i], memory);
+            if (!p.empty()) walk(job.passes[i], p, weight, 0, panels, panel_begin, panel_end);
         }
-        weight = memory;
+        return true;
     }
-
-    for (int64_t i = 0; i < job.pass_count; ++i) {
-        const Pass& pass = job.passes[i];
-        const int64_t row_begin = pass.rows * part / cut.row_parts;
-        const int64_t row_end = pass.rows * (part + 1) / cut.row_parts;
-        if (row_begin >= row_end || pass.cols <= 0) continue;
-        if (pass.taps == 0) {  // a stride that skips these pixels: nothing reaches them
-            for (int64_t s = 0; s < count && panel_part == 0; ++s) {
-                zero_pass<T, A>(job, pass, job.order[begin + s], row_begin, row_end, conv_group * job.out);
-            }
-            continue;
+    // all passes' windows once, then panel by panel: each is packed while it is needed, and stays in the cache
+    A* weight = static_cast<A*>(scratch(Scratch::packed, size_t(panel<A> * job.red * all_taps) * sizeof(A)));
+    if (weight == nullptr) return false;
+    size_t offset = 0;
+    for (int64_t i = 0; i < job.pass_count; ++i) offset += prepare(job.passes[i], memory + offset).bytes;
+    for (int64_t first = panel_begin; first < panel_end; ++first) {
+        for (int64_t block = 0; block < ceil_div(job.red, kBlock); ++block) {
+            if (!pack_part<T, A>(*job.fresh, group, conv_group, first, block, all_taps, first, 1, weight)) return false;
         }
-        const Window window = window_of(pass, row_end - row_begin, job.red);
-        const size_t tap_bytes = size_t(ceil_div(pass.taps * int64_t(sizeof(int64_t)), 64) * 64);
-        void* memory = scratch(Scratch::worker, tap_bytes + size_t(window.size * count) * sizeof(A));
-        if (memory == nullptr) return false;
-        int64_t* taps = static_cast<int64_t*>(memory);
-        A* buffer = reinterpret_cast<A*>(static_cast<char*>(memory) + tap_bytes);
-        for (int64_t t = 0; t < pass.taps; ++t) taps[t] = pass.tap_h[t] * window.row_stride + pass.tap_w[t] * kBlock;
-        for (int64_t s = 0; s < count; ++s) {
-            const int64_t from = job.order[begin + s] / job.src_div;
-            const T* image = static_cast<const T*>(job.src) + from * job.src_h * job.src_w * job.src_c + conv_group * job.red;
-            copy_window<T, A>(image, job.src_h, job.src_w, job.src_c, job.red, row_begin * pass.is_h + pass.org_h,
-                              pass.org_w, window, buffer + s * window.size);
+        offset = 0;
+        for (int64_t i = 0; i < job.pass_count; ++i) {
+            const Prepared<A> p = lay_out<A>(job, job.passes[i], count, part, cut.row_parts, memory + offset);
+            offset += p.bytes;
+            if (!p.empty()) walk(job.passes[i], p, weight, first, 1, first, first + 1);
         }
-        const Walk<T, A> walk{job,     pass,    window, taps,
-                              job.order + begin, count,   row_begin, row_end,
-                              buffer,  weight + pass.taps_before * held * panel<A> * job.red, first_panel,
-                              conv_group * job.out, group.out_start + conv_group * job.out};
-        walk.dispatch(panel_begin, panel_end);
     }
     return true;
 }

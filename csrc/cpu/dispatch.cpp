@@ -69,7 +69,7 @@ const KernelTable& kernels() {
 }
 
 void* scratch(Scratch which, size_t bytes) {
-    thread_local Arena arenas[3];
+    thread_local Arena arenas[4];
     return arenas[int(which)].get(bytes > 0 ? bytes : 1);
 }
 

@@ -93,7 +93,7 @@ struct KernelTable {
 };
 
 // Memory that a thread keeps from call to call, 64-byte aligned; null when there is none. Contents are not kept.
-enum class Scratch { worker = 0, packed = 1, partial = 2 };
+enum class Scratch { worker = 0, packed = 1, partial = 2, places = 3 };
 void* scratch(Scratch which, size_t bytes);
 
 }  // namespace moe::cpu

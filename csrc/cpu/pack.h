@@ -87,7 +87,7 @@ bool pack_part(const PackJob& job, const Group& group, int64_t cg, int64_t p, in
     constexpr int width = panel<A>;
     const int64_t red_begin = block * kBlock;
     const int64_t red_count = smaller(kBlock, job.red - red_begin);
-    A** place = static_cast<A**>(scratch(Scratch::worker, size_t(taps) * sizeof(A*)));
+    A** place = static_cast<A**>(scratch(Scratch::places, size_t(taps) * sizeof(A*)));
     if (place == nullptr) return false;
     for (int64_t i = 0; i < job.pass_count; ++i) {
         const Pass& pass = job.passes[i];
