@@ -3,7 +3,8 @@
 
 Functions of a shape are timed in turn, round by round, so that they share what else the machine does. The floor is among
 them twice, and a shape whose floor/floor ratio of medians leaves 0.95 .. 1.05 is timed again. Printed are geometric means
-over the eight shapes of the ratios of medians.
+over the eight shapes of the ratios of medians. Where memory lies differs from process to process and matters to small
+batches: --processes takes medians over several.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -90,6 +92,7 @@ def main() -> None:
     parser.add_argument("--more-experts", type=int, default=16, help="a second routed layer, to see what N costs")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--processes", type=int, default=1, help="medians over so many processes")
     parser.add_argument("--isa", choices=("avx512", "avx2"), help="hold both sides to this instruction set")
     parser.add_argument("--shapes", action="store_true", help="print a line for each shape")
     parser.add_argument("--json", type=Path, help="write all figures there")
@@ -99,12 +102,21 @@ def main() -> None:
         onednn = {"avx2": "AVX2", "avx512": "AVX512_CORE"}[options.isa]
         environment = {**os.environ, "MOE_KERNELS_CPU_ISA": options.isa, "ONEDNN_MAX_CPU_ISA": onednn}
         raise SystemExit(subprocess.call([sys.executable, "-m", "bench.table", *sys.argv[1:]], env=environment))
+    if options.processes > 1:
+        runs = [_child() for _ in range(options.processes)]
+        record = {**runs[0], "processes": options.processes, "results": _merge([run["results"] for run in runs])}
+    else:
+        record = _measure_all(options)
+    _report(record, options.shapes)
+    if options.json:
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _measure_all(options: argparse.Namespace) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     names = [n for n in CONTENDERS if n in {*options.contenders, "routed", "floor"}]
     results = []
-    rows = []
-    columns: list[str] = []
     for direction in options.direction:
         for batch in options.batch:
             here = [
@@ -112,30 +124,74 @@ def main() -> None:
                 for s in SHAPES
             ]
             results += here
-            if options.shapes:
-                for r in here:
-                    parts = ", ".join(f"{name} {value:.2f}" for name, value in r["ratios"].items())
-                    print(
-                        f"{direction} B={batch} {r['shape']}: floor {r['floor_us']:.0f} us; {parts}; A/A {r['a_a']:.3f}"
-                    )
-            means = {name: geometric_mean([r["ratios"][name] for r in here]) for name in here[0]["ratios"]}
-            columns = [*means, "A/A"]
-            a_a = geometric_mean([r["a_a"] for r in here])
-            rows.append([direction, str(batch), *[f"{m:.2f}" for m in means.values()], f"{a_a:.2f}"])
-            print(f"{direction} B={batch}: routed/floor {means['routed/floor']:.3f}", file=sys.stderr, flush=True)
+            mean = geometric_mean([r["ratios"]["routed/floor"] for r in here])
+            print(f"{direction} B={batch}: routed/floor {mean:.3f}", file=sys.stderr, flush=True)
+    return {
+        "machine": describe(), "experts": options.experts, "repeats": options.repeats, "processes": 1, "results": results,
+    }  # fmt: skip
+
+
+def _child() -> dict[str, Any]:
+    """The same command in a process of its own, once."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.json"
+        command = [sys.executable, "-m", "bench.table", *sys.argv[1:], "--processes", "1", "--json", str(path)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return json.loads(path.read_text())
+
+
+def _merge(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Each shape's medians over the processes."""
+    merged = []
+    for rows in zip(*runs, strict=True):
+        merged.append(
+            {
+                **rows[0],
+                "floor_us": statistics.median(r["floor_us"] for r in rows),
+                "ratios": {name: statistics.median(r["ratios"][name] for r in rows) for name in rows[0]["ratios"]},
+                "routed/floor of each": [r["ratios"]["routed/floor"] for r in rows],
+                "a_a": statistics.median(r["a_a"] for r in rows),
+                "tries": max(r["tries"] for r in rows),
+                "quiet": all(r["quiet"] for r in rows),
+            }
+        )
+    return merged
+
+
+def _report(record: dict[str, Any], shapes: bool) -> None:
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for r in record["results"]:
+        groups.setdefault((r["direction"], r["batch"]), []).append(r)
+    rows = []
+    columns: list[str] = []
+    for (direction, batch), here in groups.items():
+        if shapes:
+            for r in here:
+                parts = ", ".join(f"{name} {value:.2f}" for name, value in r["ratios"].items())
+                print(f"{direction} B={batch} {r['shape']}: floor {r['floor_us']:.0f} us; {parts}; A/A {r['a_a']:.3f}")
+        means = {name: geometric_mean([r["ratios"][name] for r in here]) for name in here[0]["ratios"]}
+        if record["processes"] > 1:
+            each = [geometric_mean(values) for values in zip(*(r["routed/floor of each"] for r in here), strict=True)]
+            columns = ["of each process"]
+            cells = [f"{min(each):.2f} .. {max(each):.2f}"]
+        else:
+            columns, cells = [], []
+        columns = [*means, *columns, "A/A"]
+        a_a = geometric_mean([r["a_a"] for r in here])
+        rows.append([direction, str(batch), *[f"{m:.2f}" for m in means.values()], *cells, f"{a_a:.2f}"])
     print(table(["direction", "batch", *columns], rows))
-    machine = describe()
+    machine = record["machine"]
+    of = f"medians over {record['processes']} processes of " if record["processes"] > 1 else ""
     print(
         f"\n{machine['cpu']}, {machine['threads']} threads, {machine['isa']} (oneDNN: {machine['onednn_max_isa']}), "
-        f"torch {machine['torch']}, Python {machine['python']}; float32, channels_last, N={options.experts}; ratios of "
-        f"medians of n={options.repeats} timings in turn, geometric mean over {len(SHAPES)} shapes"
+        f"torch {machine['torch']}, Python {machine['python']}; float32, channels_last, N={record['experts']}; "
+        f"{of}ratios of medians of n={record['repeats']} timings in turn, geometric mean over {len(SHAPES)} shapes"
     )
-    noisy = [f"{r['direction']} B={r['batch']} {r['shape']} (A/A {r['a_a']:.2f})" for r in results if not r["quiet"]]
+    noisy = [
+        f"{r['direction']} B={r['batch']} {r['shape']} (A/A {r['a_a']:.2f})" for r in record["results"] if not r["quiet"]
+    ]
     if noisy:
         print(f"A/A left {LIMITS[0]} .. {LIMITS[1]} {TRIES} times: {'; '.join(noisy)}")
-    if options.json:
-        record = {"machine": machine, "experts": options.experts, "repeats": options.repeats, "results": results}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
