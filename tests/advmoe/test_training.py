@@ -430,22 +430,29 @@ def test_a_run_broken_twice_and_resumed_twice(tmp_path: Path, monkeypatch: pytes
     assert_same_run(unbroken, resume(tmp_path / "broken", quiet=True))
 
 
-def test_a_resumed_run_remembers_its_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["standard", "at"])
+def test_a_resumed_run_remembers_its_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """An undefended model is chosen by its SA: its RA is noise."""
+    score, other = ("sa", "ra") if method == "standard" else ("ra", "sa")
     accuracies = iter((0.5, 0.9, 0.2, 0.4))
+    count = 0
     original = engine.evaluate
 
     def scripted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1  # the other one grows all the time
         result = original(*args, **kwargs)
-        ra = next(accuracies)
-        return dataclasses.replace(result, attacks={n: dataclasses.replace(a, ra=ra) for n, a in result.attacks.items()})
+        values = {score: next(accuracies), other: count / 100}
+        attacks = {n: dataclasses.replace(a, ra=values["ra"]) for n, a in result.attacks.items()}
+        return dataclasses.replace(result, sa=values["sa"], attacks=attacks)
 
     monkeypatch.setattr(engine, "evaluate", scripted)
     with monkeypatch.context() as patch:
-        interrupt_at(8, Standard, patch)  # in the third epoch
+        interrupt_at(8, Standard if method == "standard" else AT, patch)  # in the third epoch
         with pytest.raises(Interrupted):
-            train(tiny("standard", "dense", epochs=4), tmp_path / "run", quiet=True)
+            train(tiny(method, "dense", epochs=4), tmp_path / "run", quiet=True)
     run = resume(tmp_path / "run", quiet=True)
-    assert [line["validation_ra"] for line in run.metrics()] == [0.5, 0.9, 0.2, 0.4]
+    assert [line[f"validation_{score}"] for line in run.metrics()] == [0.5, 0.9, 0.2, 0.4]
     assert load_checkpoint(run.checkpoint("best"))["epoch"] == 2
     assert load_checkpoint(run.checkpoint())["best"] == 0.9
 
