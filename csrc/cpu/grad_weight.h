@@ -78,6 +78,20 @@ struct TapPixels {
     bool empty() const { return rows.begin >= rows.end || cols.begin >= cols.end; }
 };
 
+// Calls f(input, gradients) with the place of each pixel's channels in both.
+template <class A, class F>
+[[gnu::always_inline]] inline void each_pixel(const TapPixels& pixels, const A* x, const A* grads, F&& f) {
+    for (int64_t s = 0; s < pixels.samples; ++s) {
+        for (int64_t row = pixels.rows.begin; row < pixels.rows.end; ++row) {
+            const A* at = x + s * pixels.sample_stride + row * pixels.row_stride + pixels.cols.begin * pixels.col_stride;
+            const A* g = grads + ((s * pixels.all_rows + row) * pixels.all_cols + pixels.cols.begin) * panel<A>;
+            for (int64_t col = pixels.cols.begin; col < pixels.cols.end; ++col, at += pixels.col_stride, g += panel<A>) {
+                f(at, g);
+            }
+        }
+    }
+}
+
 // acc[octet][panel] summed over the pixels of a block.
 template <class A>
 inline void pixel_sum(const TapPixels& pixels, const A* x, const A* grads, A* sums) {
@@ -89,25 +103,17 @@ inline void pixel_sum(const TapPixels& pixels, const A* x, const A* grads, A* su
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) acc[c][v] = load(sums + c * panel<A> + v * L);
     }
-    for (int64_t s = 0; s < pixels.samples; ++s) {
-        for (int64_t row = pixels.rows.begin; row < pixels.rows.end; ++row) {
-            const A* at = x + s * pixels.sample_stride + row * pixels.row_stride + pixels.cols.begin * pixels.col_stride;
-            const A* g = grads + ((s * pixels.all_rows + row) * pixels.all_cols + pixels.cols.begin) * panel<A>;
-            for (int64_t col = pixels.cols.begin; col < pixels.cols.end; ++col) {
-                V w[kVectors];
+    each_pixel<A>(pixels, x, grads, [&](const A* at, const A* g) {
+        V w[kVectors];
 #pragma GCC unroll 4
-                for (int v = 0; v < kVectors; ++v) w[v] = load(g + v * L);
+        for (int v = 0; v < kVectors; ++v) w[v] = load(g + v * L);
 #pragma GCC unroll 8
-                for (int c = 0; c < kOctet; ++c) {
-                    const A value = at[c];
+        for (int c = 0; c < kOctet; ++c) {
+            const A value = at[c];
 #pragma GCC unroll 4
-                    for (int v = 0; v < kVectors; ++v) acc[c][v] += value * w[v];
-                }
-                at += pixels.col_stride;
-                g += panel<A>;
-            }
+            for (int v = 0; v < kVectors; ++v) acc[c][v] += value * w[v];
         }
-    }
+    });
 #pragma GCC unroll 8
     for (int c = 0; c < kOctet; ++c) {
 #pragma GCC unroll 4
@@ -129,25 +135,17 @@ inline void pixel_rows(const TapPixels& pixels, const A* x, const A* grads, int6
     int64_t k = 0;
     for (; k + NK <= count; k += NK, grads += NK, to += NK * k_stride) {
         V acc[NK][NV] = {};
-        for (int64_t s = 0; s < pixels.samples; ++s) {
-            for (int64_t row = pixels.rows.begin; row < pixels.rows.end; ++row) {
-                const A* at = x + s * pixels.sample_stride + row * pixels.row_stride + pixels.cols.begin * pixels.col_stride;
-                const A* g = grads + ((s * pixels.all_rows + row) * pixels.all_cols + pixels.cols.begin) * panel<A>;
-                for (int64_t col = pixels.cols.begin; col < pixels.cols.end; ++col) {
-                    V w[NV];
+        each_pixel<A>(pixels, x, grads, [&](const A* at, const A* g) {
+            V w[NV];
 #pragma GCC unroll 8
-                    for (int v = 0; v < NV; ++v) w[v] = load(at + v * L);
+            for (int v = 0; v < NV; ++v) w[v] = load(at + v * L);
 #pragma GCC unroll 16
-                    for (int i = 0; i < NK; ++i) {
-                        const A value = g[i];
+            for (int i = 0; i < NK; ++i) {
+                const A value = g[i];
 #pragma GCC unroll 8
-                        for (int v = 0; v < NV; ++v) acc[i][v] += value * w[v];
-                    }
-                    at += pixels.col_stride;
-                    g += panel<A>;
-                }
+                for (int v = 0; v < NV; ++v) acc[i][v] += value * w[v];
             }
-        }
+        });
 #pragma GCC unroll 16
         for (int i = 0; i < NK; ++i) {
 #pragma GCC unroll 8
