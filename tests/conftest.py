@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What holds for all tests: those marked gpu are skipped, and counted by that reason, where there is no CUDA device."""
+"""What holds for all tests: Ctrl-C is heard; those marked gpu are skipped and counted where there is no CUDA device."""
 
 from __future__ import annotations
+
+import signal
 
 import pytest
 import torch
@@ -14,3 +16,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(no_device)
+
+
+def pytest_configure() -> None:
+    """A script's background jobs are started with Ctrl-C ignored; the tests of Ctrl-C want to be heard there too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -336,7 +336,10 @@ def _load(config: RunConfig) -> DataSet:
 
 @contextmanager
 def _ctrl_c() -> Iterator[Any]:
-    """Lets a step finish: the first Ctrl-C is noted and asked for, the second raises as ever."""
+    """Lets a step finish: the first Ctrl-C is noted and asked for, the second raises as ever.
+
+    Where the process was started to ignore it, as a shell script's background jobs are, it goes on doing so.
+    """
     seen = False
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -345,6 +348,9 @@ def _ctrl_c() -> Iterator[Any]:
             raise KeyboardInterrupt
         seen = True
 
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield lambda: False
+        return
     try:
         before = signal.signal(signal.SIGINT, note)
     except ValueError:  # not in the main thread: whoever runs us handles signals

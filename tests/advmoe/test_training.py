@@ -497,6 +497,17 @@ def test_ctrl_c_twice_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(resume(tmp_path / "run", quiet=True).metrics()) == 2
 
 
+def test_a_background_job_does_not_hear_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with monkeypatch.context() as patch:
+            interrupt_at(1, AT, patch)
+            assert len(train(tiny("at", "dense"), tmp_path / "run", quiet=True).metrics()) == 2
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_the_weights_are_a_function_of_the_seed(tmp_path: Path) -> None:
     first, again, other = (
         load_checkpoint(train(tiny("at", "dense", epochs=1, seed=s), tmp_path / n, quiet=True).checkpoint())["model"]
