@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The module moe_kernels._C: raw pointers and sizes in, nothing out. moe_kernels.backends.cpu is its one caller; what
-// it hands on has been checked by moe_kernels.checks, for modules and functions as for operators called by themselves.
+// it hands on has been checked: by moe_kernels.checks, for functions and for operators called by themselves, and by a
+// module that compares its parameters' shapes with those it was made with.
 // The interpreter's lock is released while a kernel runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -308,6 +308,8 @@ def _choice(name: str, choice: Any, num_experts: int, input: Tensor) -> None:
     expert = getattr(choice, "expert", None)
     if expert is None:
         raise TypeError(f"{name}: expected a Routing, got {type(choice).__name__}")
+    if expert.dtype != torch.int64:  # a Routing checks it, but a conversion of a tree of tensors goes past that
+        raise TypeError(f"{name}: expected expert to be int64, got {expert.dtype}")
     if num_experts and choice.num_experts != num_experts:
         raise ValueError(f"{name}: expected a choice among {num_experts} experts, got one among {choice.num_experts}")
     samples = input.shape[0]

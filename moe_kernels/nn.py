@@ -40,7 +40,9 @@ class _Packed(NamedTuple):
     """Packed weights and what they were made of."""
 
     weight: weakref.ref[Tensor]
-    pointer: int
+    # An alias of the weight, which keeps its memory from being handed to another: ``param.data = ...`` is no new version,
+    # and without the alias the next weight may lie where this one lay.
+    memory: Tensor
     version: int
     steps: int
     backend: str
@@ -53,8 +55,9 @@ class _RoutedLayer(nn.Module):
     """A weight with one slice for each expert, its initialisation and its cache of packed weights.
 
     The cache exists in eval mode only and belongs to one value of the weight: it is dropped by ``train()``, ``eval()``,
-    ``load_state_dict``, ``to()`` and its kin, by every step of a torch.optim optimizer, and by every in-place change that
-    torch counts. Writes through ``.data`` or a numpy view are not counted: call :meth:`clear_cache` after them.
+    ``load_state_dict``, ``to()`` and its kin, by every step of a torch.optim optimizer, by another tensor or other memory
+    in the weight's place, and by every in-place change that torch counts. In-place writes through ``.data`` or a numpy
+    view are not counted: call :meth:`clear_cache` after them.
     """
 
     weight: nn.Parameter
@@ -92,10 +95,11 @@ class _RoutedLayer(nn.Module):
         checks.sides(self.out_slices, self.in_slices, groups)
 
     def _make_parameters(self, kernel_size: tuple[int, ...], groups: int, bias: bool, device: Any, dtype: Any) -> None:
-        shape = (self.out_slices.total, self.in_slices.total // groups, *kernel_size)
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        self._weight_shape = (self.out_slices.total, self.in_slices.total // groups, *kernel_size)
+        self._bias_shape = (self.out_slices.total,)
+        self.weight = nn.Parameter(torch.empty(self._weight_shape, device=device, dtype=dtype))
         if bias:
-            self.bias = nn.Parameter(torch.empty(self.out_slices.total, device=device, dtype=dtype))
+            self.bias = nn.Parameter(torch.empty(self._bias_shape, device=device, dtype=dtype))
         else:
             self.register_parameter("bias", None)
         self._fan_in = self.in_slices.width // groups * math.prod(kernel_size)
@@ -110,8 +114,20 @@ class _RoutedLayer(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
+    def _parameters_now(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias, which may have been replaced, or be computed by a parametrization.
+
+        Raises:
+            ValueError: for other shapes than the layer was made with; kernels would read past their end.
+        """
+        weight, bias = self.weight, self.bias
+        for name, value, expected in (("weight", weight, self._weight_shape), ("bias", bias, self._bias_shape)):
+            if value is not None and value.shape != expected:
+                raise ValueError(f"{name}: expected shape {list(expected)}, got {list(value.shape)}")
+        return weight, bias
+
     def clear_cache(self) -> None:
-        """Drops the packed weights; needed after a write through ``weight.data`` only."""
+        """Drops the packed weights; needed after an in-place write through ``weight.data`` only."""
         self._cache = None
 
     def _packed(self, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -132,7 +148,7 @@ class _RoutedLayer(nn.Module):
         if not (
             cache is not None
             and cache.weight() is weight
-            and cache.pointer == weight.data_ptr()
+            and cache.memory.is_set_to(weight)
             and cache.version == weight._version
             and cache.steps == _steps[0]
             and cache.backend == backend.name
@@ -141,12 +157,12 @@ class _RoutedLayer(nn.Module):
         if cache is None or (wanted and not cache.backward):
             # outside inference mode, so that what is packed under it also serves a later backward
             with torch.inference_mode(False), torch.no_grad():
-                value = self._weight4d(weight.detach())
+                memory = weight.detach()
+                value = self._weight4d(memory)
                 forward = backend.pack(value, self.geometry, False) if cache is None else cache.forward
                 grad_input = backend.pack(value, self.geometry, True) if wanted else None
-            pointer, version = weight.data_ptr(), weight._version
-            cache = _Packed(weakref.ref(weight), pointer, version, _steps[0], backend.name, forward, grad_input, wanted)
-            self._cache = cache
+            made_of = weakref.ref(weight), memory, weight._version, _steps[0], backend.name
+            cache = self._cache = _Packed(*made_of, forward, grad_input, wanted)
         return cache.forward, cache.grad_input
 
     def _weight4d(self, weight: Tensor) -> Tensor:
@@ -168,6 +184,10 @@ class _RoutedLayer(nn.Module):
         return {**self.__dict__, "_cache": None}  # pickle and deepcopy
 
 
+_SETTINGS = ("stride", "padding", "dilation", "padding_mode")
+_FIXED = ("in_channels", "out_channels", "in_slices", "out_slices", "num_experts", "kernel_size", "groups")
+
+
 class RoutedConv2d(_RoutedLayer):
     """nn.Conv2d with one slice of weights for each expert; each sample is convolved with its expert's slice alone.
 
@@ -182,9 +202,18 @@ class RoutedConv2d(_RoutedLayer):
 
     Shapes: input ``[B, in, H, W]``, output ``[B, out, P, Q]``; channels_last in, channels_last out.
 
+    ``stride``, ``padding``, ``dilation`` and ``padding_mode`` may be assigned later, as nn.Conv2d's; the rest may not.
+
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: naming the argument; also in ``forward`` for a weight or bias of another shape.
+        AttributeError: for a new value of what cannot change.
     """
+
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    padding_mode: str
+    _pad_before: tuple[int, int, int, int] | None
 
     def __init__(
         self,
@@ -207,48 +236,48 @@ class RoutedConv2d(_RoutedLayer):
         self.in_channels = self.in_slices.width
         self.out_channels = self.out_slices.width
         self.kernel_size = pair(kernel_size, "kernel_size")
-        self.stride = pair(stride, "stride")
-        self.dilation = pair(dilation, "dilation")
+        checks.positive_pair("kernel_size", self.kernel_size, 1)
         self.groups = groups
-        self.padding_mode = padding_mode
-        for name, minimum in (("kernel_size", 1), ("stride", 1), ("dilation", 1)):
-            checks.positive_pair(name, getattr(self, name), minimum)
-        if padding_mode not in _PADDING_MODES:
-            raise ValueError(f"padding_mode: expected one of {', '.join(_PADDING_MODES)}, got {padding_mode!r}")
-        self.padding: tuple[int, int] | str = padding if isinstance(padding, str) else pair(padding, "padding")
-        borders = self._borders()  # top, bottom, left, right
-        inside = padding_mode == "zeros" and borders[0] == borders[1] and borders[2] == borders[3]
-        # what the convolution itself cannot pad is padded before it, in the order of F.pad
-        self._pad_before = None if inside else (borders[2], borders[3], borders[0], borders[1])
-        self.geometry = Conv2dGeometry.of(
-            self.out_slices,
-            self.in_slices,
-            self.stride,
-            (borders[0], borders[2]) if inside else (0, 0),
-            self.dilation,
-            groups,
-        )
+        self._set_geometry(stride, padding, dilation, padding_mode)
         self._make_parameters(self.kernel_size, groups, bias, device, dtype)
 
-    def _borders(self) -> tuple[int, int, int, int]:
-        if not isinstance(self.padding, str):
-            checks.positive_pair("padding", self.padding, 0)
-            return self.padding[0], self.padding[0], self.padding[1], self.padding[1]
-        if self.padding == "valid":
-            return 0, 0, 0, 0
-        if self.padding != "same":
-            raise ValueError(f"padding: expected integers, 'same' or 'valid', got {self.padding!r}")
-        if self.stride != (1, 1):
-            raise ValueError(f"padding: 'same' needs stride 1, got stride={self.stride}")
-        total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-        return total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As with nn.Conv2d, ``stride``, ``padding``, ``dilation`` and ``padding_mode`` may be changed later."""
+        if name in _SETTINGS and "geometry" in self.__dict__:
+            self._set_geometry(**{**{n: getattr(self, n) for n in _SETTINGS}, name: value})
+            self.clear_cache()
+        elif name in _FIXED and name in self.__dict__:
+            raise AttributeError(f"{name}: a RoutedConv2d keeps what it was made with; make a new one")
+        else:
+            super().__setattr__(name, value)
+
+    def _set_geometry(self, stride: Any, padding: Any, dilation: Any, padding_mode: str) -> None:
+        stride, dilation = pair(stride, "stride"), pair(dilation, "dilation")
+        checks.positive_pair("stride", stride, 1)
+        checks.positive_pair("dilation", dilation, 1)
+        if padding_mode not in _PADDING_MODES:
+            raise ValueError(f"padding_mode: expected one of {', '.join(_PADDING_MODES)}, got {padding_mode!r}")
+        if not isinstance(padding, str):
+            padding = pair(padding, "padding")
+        top, bottom, left, right = _borders(self.kernel_size, stride, padding, dilation)
+        inside = padding_mode == "zeros" and top == bottom and left == right
+        within = (top, left) if inside else (0, 0)
+        self.__dict__.update(
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            padding_mode=padding_mode,
+            # what the convolution itself cannot pad is padded before it, in the order of F.pad
+            _pad_before=None if inside else (left, right, top, bottom),
+            geometry=Conv2dGeometry.of(self.out_slices, self.in_slices, stride, within, dilation, self.groups),
+        )
 
     def forward(self, input: Tensor, routing: Routing, in_routing: Routing | None = None) -> Tensor:
         if self._pad_before is not None:
             checks.image(input)
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = F.pad(input, self._pad_before, mode=mode)
-        weight, bias = self.weight, self.bias
+        weight, bias = self._parameters_now()
         packed = (None, None) if self.training else self._packed(weight)
         return apply_geometry(input, weight, bias, routing, in_routing, self.geometry, packed)
 
@@ -266,6 +295,23 @@ class RoutedConv2d(_RoutedLayer):
         if self.padding_mode != "zeros":
             parts.append(f"padding_mode={self.padding_mode}")
         return ", ".join([*parts, *_side_repr(self)])
+
+
+def _borders(
+    kernel_size: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int] | str, dilation: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """Padding at the top, bottom, left and right."""
+    if not isinstance(padding, str):
+        checks.positive_pair("padding", padding, 0)
+        return padding[0], padding[0], padding[1], padding[1]
+    if padding == "valid":
+        return 0, 0, 0, 0
+    if padding != "same":
+        raise ValueError(f"padding: expected integers, 'same' or 'valid', got {padding!r}")
+    if stride != (1, 1):
+        raise ValueError(f"padding: 'same' needs stride 1, got stride={stride}")
+    total = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+    return total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2
 
 
 class RoutedLinear(_RoutedLayer):
@@ -305,7 +351,7 @@ class RoutedLinear(_RoutedLayer):
     def forward(self, input: Tensor, routing: Routing, in_routing: Routing | None = None) -> Tensor:
         if input.dim() not in (2, 3):
             raise ValueError(f"input: expected shape [B, in] or [B, T, in], got {tuple(input.shape)}")
-        weight, bias = self.weight, self.bias
+        weight, bias = self._parameters_now()
         packed = (None, None) if self.training else self._packed(weight)
         tokens = input.shape[1] if input.dim() == 3 else 1
         # tokens as rows of an image, features as its channels: the memory of channels_last, without a copy

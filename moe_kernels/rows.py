@@ -14,13 +14,14 @@ __all__ = ["gather_rows", "scatter_rows", "sum_choices"]
 def gather_rows(value: Tensor, expert: Tensor | None, count: int, starts: Sequence[int], width: int) -> Tensor:
     """``value [total]`` to ``[V, width]``: each sample's slice; ``[1, width]`` where the side is whole (count 0).
 
-    Empty ``starts`` mean a partition.
+    Empty ``starts`` mean a partition. By index_select, whose derivative index_add sums in one order on the CPU; that of
+    indexing with a tensor does not, with many threads.
     """
     if not count or expert is None:
         return value[None]
     if not starts:
         return value.view(count, width).index_select(0, expert)
-    return value[_channels(expert, starts, width)]
+    return value.index_select(0, _channels(value, starts, width)).view(count, width).index_select(0, expert)
 
 
 def scatter_rows(
@@ -29,9 +30,8 @@ def scatter_rows(
     """``rows [V, width]`` summed into ``[total]`` channels: the transpose of :func:`gather_rows`."""
     if not count or expert is None:
         return rows.sum(0)
-    if not starts:
-        return rows.new_zeros(count, width).index_add(0, expert, rows).view(-1)
-    return rows.new_zeros(total).index_put((_channels(expert, starts, width),), rows, accumulate=True)
+    slices = rows.new_zeros(count, width).index_add(0, expert, rows).view(-1)
+    return slices if not starts else rows.new_zeros(total).index_add(0, _channels(rows, starts, width), slices)
 
 
 def sum_choices(y: Tensor, k: int) -> Tensor:
@@ -45,6 +45,7 @@ def sum_choices(y: Tensor, k: int) -> Tensor:
     return total.to(y.dtype)
 
 
-def _channels(expert: Tensor, starts: Sequence[int], width: int) -> Tensor:
-    first = torch.tensor(starts, dtype=torch.int64, device=expert.device)
-    return first[expert][:, None] + torch.arange(width, device=expert.device)
+def _channels(like: Tensor, starts: Sequence[int], width: int) -> Tensor:
+    """The channels of all slices, one after the other, ``[N * width]``."""
+    first = torch.tensor(starts, dtype=torch.int64, device=like.device)
+    return (first[:, None] + torch.arange(width, device=like.device)).view(-1)

@@ -65,7 +65,7 @@ class PGD:
     def __post_init__(self) -> None:
         if self.loss not in ("ce", "kl", "margin"):
             raise ValueError(f"loss: expected ce, kl or margin, got {self.loss!r}")
-        if self.random_start not in (True, False, "gaussian"):
+        if not isinstance(self.random_start, bool) and self.random_start != "gaussian":
             raise ValueError(f"random_start: expected True, False or 'gaussian', got {self.random_start!r}")
         if self.mode not in ("eval", "keep"):
             raise ValueError(f"mode: expected eval or keep, got {self.mode!r}")

@@ -40,7 +40,7 @@ class StepError(RuntimeError):
 
 
 class Interrupted(Exception):
-    """Ctrl-C came; the state is saved and the run can be resumed. Its argument is the run's folder."""
+    """Ctrl-C came; there is a checkpoint and the run can be resumed. Its argument is the run's folder."""
 
 
 class Trainer:
@@ -110,7 +110,8 @@ class Trainer:
         """Trains to the last epoch and returns the metrics of all epochs.
 
         Raises:
-            Interrupted: after Ctrl-C, with the state saved.
+            Interrupted: after Ctrl-C. The state is saved after the step that it fell in; a second one, or one during a
+                validation, leaves the checkpoint before.
             NonFiniteLossError, NonFiniteGradientError, NonFiniteRouterError: if a loss, the gradient of an attack or a
                 router's scores are not finite; the message names the epoch and the step.
             StepError: if a step could not be made otherwise.
@@ -118,7 +119,7 @@ class Trainer:
         try:
             while self.epoch < self.config.epochs:
                 self._train_epoch()
-                self._require_finite_weights()
+                self._require_finite_weights("end")
                 self.run.save(self.state_dict())  # an epoch's work is not lost to a Ctrl-C during its validation
                 self._finish_epoch()
         except KeyboardInterrupt as error:
@@ -148,6 +149,7 @@ class Trainer:
                     refresh=False,
                 )
                 if interrupted():
+                    self._require_finite_weights(f"step {self.step}")
                     self.run.save(self.state_dict())
                     raise Interrupted(self.run.folder)
 
@@ -179,12 +181,12 @@ class Trainer:
             here = f"epoch {self.epoch + 1}, step {self.step + 1}"
             raise StepError(f"{here}: {error}; {self._checkpointed()}") from error
 
-    def _require_finite_weights(self) -> None:
+    def _require_finite_weights(self, where: str) -> None:
         """The last step's weights have met no loss yet; a checkpoint of ruined ones would fail at every resume."""
         with torch.no_grad():
             largest = torch.nn.utils.get_total_norm(list(self.model.parameters()), math.inf).item()
         if not math.isfinite(largest):
-            raise self._named(NonFiniteLossError(f"a weight is {largest} after the last step"), "end")
+            raise self._named(NonFiniteLossError(f"a weight is {largest} after the last step"), where)
 
     def _named(self, error: RuntimeError, where: str) -> RuntimeError:
         help = "A lower --lr usually helps"

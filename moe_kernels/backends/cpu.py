@@ -85,7 +85,7 @@ class CpuBackend:
         rows = output_size(height, kh, g.stride[0], g.padding[0], g.dilation[0])
         columns = output_size(width, kw, g.stride[1], g.padding[1], g.dilation[1])
         samples = batch * g.samples_per_input
-        x = input.contiguous(memory_format=_NHWC)
+        x, weight = _nhwc(input), weight.resolve_neg()
         y = torch.empty((samples, g.out_width, rows, columns), dtype=dtype, device=input.device, memory_format=_NHWC)
         shape = _shape(samples, g, channels, height, width, rows, columns, kh, kw)
         slices, keep = _slices(experts, g, samples)
@@ -108,7 +108,7 @@ class CpuBackend:
     ) -> Tensor:
         g = geometry
         samples, _, rows, columns = grad.shape
-        dy = grad.contiguous(memory_format=_NHWC)
+        dy, weight = _nhwc(grad), weight.resolve_neg()
         dx = torch.empty((samples, g.in_width, *size), dtype=grad.dtype, device=grad.device, memory_format=_NHWC)
         native_shape = _shape(samples, g, g.in_width, *size, rows, columns, weight.shape[2], weight.shape[3])
         slices, keep = _slices(experts, g, samples)
@@ -132,8 +132,8 @@ class CpuBackend:
         g = geometry
         samples, _, rows, columns = grad.shape
         _, channels, height, width = input.shape
-        dy = grad.contiguous(memory_format=_NHWC)
-        x = input.contiguous(memory_format=_NHWC)
+        dy = _nhwc(grad)
+        x = _nhwc(input)
         layout = _NHWC if channels_last else torch.contiguous_format
         dw = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
         native_shape = _shape(samples, g, channels, height, width, rows, columns, shape[2], shape[3])
@@ -156,10 +156,16 @@ class CpuBackend:
         numel = _C.pack_numel(direction, dtype, shape, slices)
         if numel > _MAX_PACKED_RATIO * weight.numel():
             return None
+        weight = weight.resolve_neg()
         block = torch.empty(numel, dtype=_accumulation(weight.dtype), device=weight.device)
         threads = torch.get_num_threads()
         _C.pack(direction, dtype, threads, shape, slices, weight.stride(), weight.data_ptr(), block.data_ptr())
         return block
+
+
+def _nhwc(x: Tensor) -> Tensor:
+    """In memory as the kernels read it, its signs too: torch negates the imaginary part of a conjugate by a bit only."""
+    return x.contiguous(memory_format=_NHWC).resolve_neg()
 
 
 def _shape(
@@ -188,10 +194,10 @@ def _epilogue(epilogue: Epilogue, dtype: torch.dtype, width: int) -> tuple[tuple
     if epilogue is NO_EPILOGUE:
         return _NO_POINTERS, None
     acc = _accumulation(dtype)
-    values = [None if t is None else t.detach().to(acc).contiguous() for t in epilogue[:4]]
+    values = [None if t is None else t.detach().to(acc).contiguous().resolve_neg() for t in epilogue[:4]]
     residual = epilogue.residual
     if residual is not None:
-        residual = residual.contiguous(memory_format=_NHWC)
+        residual = _nhwc(residual)
     affine = epilogue.scale if epilogue.scale is not None else epilogue.shift
     per_slice = affine is not None and affine.shape[0] != width
     pointers = (*map(_pointer, values), per_slice, _pointer(residual), epilogue.relu)

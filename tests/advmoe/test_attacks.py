@@ -170,8 +170,7 @@ def test_the_model_is_left_as_it_was(batch: Any, fails: str, mode: str, training
     assert calls >= 1
     assert [m.training for m in model.modules()] == modes
     assert [p.requires_grad for p in model.parameters()] == flags
-    if mode == "eval":
-        assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
     left = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert left.keys() == grads.keys() and all(torch.equal(left[n], g) for n, g in grads.items())
 
@@ -340,6 +339,7 @@ def test_names() -> None:
     [
         ({"loss": "l1"}, "loss"),
         ({"random_start": "normal"}, "random_start"),
+        ({"random_start": 0}, "random_start"),
         ({"mode": "train"}, "mode"),
         ({"steps": 0}, "steps"),
         ({"restarts": 0}, "restarts"),

@@ -676,6 +676,30 @@ def test_weights_ruined_by_the_last_step_are_not_saved(tmp_path: Path, monkeypat
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
+def test_ctrl_c_after_a_ruinous_step_keeps_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Standard.step
+    count = 0
+
+    def step(self: Standard, batches: Sequence[Batch]) -> StepResult:
+        nonlocal count
+        count += 1
+        result = original(self, batches)
+        if count == 4:  # the first step of the second epoch
+            with torch.no_grad():
+                next(self.model.parameters())[0, 0, 0, 0] = torch.inf
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Standard, "step", step)
+        with pytest.raises(NonFiniteLossError, match=r"^epoch 2, step 1: a weight is (inf|nan) .*last checkpoint is"):
+            train(tiny("standard", "dense"), tmp_path / "run", quiet=True)
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1
+    assert len(resume(tmp_path / "run", quiet=True).metrics()) == 2
+
+
 def test_the_backend_is_asked_for_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moe_kernels.backends.cpu._import_error", "no such file")
     with pytest.raises(BackendUnavailable):

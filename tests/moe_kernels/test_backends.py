@@ -163,6 +163,10 @@ cases = [*NAMED.values(),
     Case(partition(16, 2), whole(3), kernel=(7, 7), padding=(3, 3), stride=(2, 2), size=(15, 15)),
     Case(windows(48, 0.5, 3), windows(40, 0.5, 3), padding=(1, 1), size=(6, 6)),
     Case(partition(24, 2), whole(24), groups=24, padding=(1, 1), size=(9, 9)),
+    # weight gradients summed where they belong, with no copy
+    Case(partition(32, 2), whole(32), padding=(1, 1), size=(4, 4), batch=5, weight_layout="channels_last"),
+    Case(partition(48, 3), whole(16), padding=(1, 1), stride=(2, 2), size=(9, 7), weight_layout="channels_last"),
+    Case(partition(31, 2), whole(33), padding=(1, 1), size=(5, 5), weight_layout="channels_last"),
 ]
 for case in cases:
     for dtype in DTYPES:

@@ -45,6 +45,7 @@ CASES = {
     "stride": Case(partition(32, 2), whole(32), padding=(1, 1), stride=(2, 2), size=(32, 32), batch=5),
     "stem": Case(partition(16, 2), whole(3), kernel=(7, 7), padding=(3, 3), stride=(2, 2), size=(64, 64), batch=2),
     "windows": Case(windows(64, 0.5, 3), windows(48, 0.5, 3), padding=(1, 1), size=(20, 20), batch=6),
+    "many rows of windows": Case(windows(512, 0.5, 4), windows(16, 0.5, 4), kernel=(1, 1), size=(2, 2), batch=160),
     "depthwise": Case(partition(32, 2), whole(32), groups=32, padding=(1, 1), size=(24, 24), batch=4),
     "top 2": Case(partition(32, 3), whole(16), padding=(1, 1), size=(24, 24), batch=4, top_k=2),
     "deep": Case(partition(128, 2), whole(128), padding=(1, 1), size=(4, 4), batch=16),
@@ -130,10 +131,12 @@ def test_batch_norm_has_the_same_bits_for_any_number_of_threads(
     _same_bits(function)
 
 
-def test_batch_norm_of_windows_has_the_same_bits_for_any_number_of_threads() -> None:
-    slices = windows(48, 0.5, 5)
-    x, dy = torch.randn(16, 24, 12, 12, requires_grad=True), torch.randn(16, 24, 12, 12)
-    routing = Routing(torch.arange(16) % 5, num_experts=5)
+@pytest.mark.parametrize(("total", "batch", "size"), [(48, 16, 12), (512, 256, 2)])
+def test_batch_norm_of_windows_has_the_same_bits_for_any_number_of_threads(total: int, batch: int, size: int) -> None:
+    slices = windows(total, 0.5, 5)
+    shape = (batch, slices.width, size, size)
+    x, dy = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    routing = Routing(torch.arange(batch) % 5, num_experts=5)
 
     def function() -> tuple[Tensor, ...]:
         layer = RoutedBatchNorm2d(slices)
@@ -141,6 +144,13 @@ def test_batch_norm_of_windows_has_the_same_bits_for_any_number_of_threads() -> 
         return (y, *torch.autograd.grad(y, (x, layer.weight, layer.bias), dy))
 
     _same_bits(function)
+
+
+def test_linear_of_windows_has_the_same_bits_for_any_number_of_threads() -> None:
+    layer = RoutedLinear(16, windows(512, 0.5, 4))
+    x, dy = torch.randn(256, 16), torch.randn(256, 256)
+    routing = Routing(torch.arange(256) % 4, num_experts=4)
+    _same_bits(lambda: torch.autograd.grad(layer(x, routing), (layer.weight, layer.bias), dy))
 
 
 def test_linear_has_the_same_bits_for_any_number_of_threads() -> None:

@@ -498,3 +498,43 @@ def test_slices_as_given_are_kept() -> None:
     slices = ExpertSlices.whole(4)
     y = functional.routed_conv2d(X, W[:4], Routing(EXPERT, num_experts=9), out_slices=slices)
     torch.testing.assert_close(y, torch.nn.functional.conv2d(X, W[:4]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "no_grad"])
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("weight", (4, 3, 3, 3), r"weight: expected shape \[8, 3, 3, 3\], got \[4, 3, 3, 3\]"),
+        ("weight", (8, 2, 3, 3), r"weight: expected shape \[8, 3, 3, 3\], got \[8, 2, 3, 3\]"),
+        ("weight", (8, 3, 1, 1), r"weight: expected shape \[8, 3, 3, 3\], got \[8, 3, 1, 1\]"),
+        ("bias", (4,), r"bias: expected shape \[8\], got \[4\]"),
+    ],
+    ids=str,
+)
+def test_a_parameter_of_another_shape_raises(
+    backend: str, name: str, shape: tuple[int, ...], message: str, mode: str
+) -> None:
+    """A dense layer's weight put into a routed one, or pruned: kernels would read past its end."""
+    layer = RoutedConv2d(3, 4, 3, num_experts=2).train(mode == "train")
+    routing = Routing(EXPERT, num_experts=2)
+    with torch.set_grad_enabled(mode != "no_grad"):
+        with pytest.raises(ValueError, match=message):
+            torch.func.functional_call(layer, {name: torch.randn(shape)}, (X, routing))
+        setattr(layer, name, torch.nn.Parameter(torch.randn(shape)))
+        with pytest.raises(ValueError, match=message):
+            layer(X, routing)
+
+
+def test_a_linear_weight_of_another_shape_raises() -> None:
+    layer = RoutedLinear(3, 4, num_experts=2)
+    layer.weight = torch.nn.Parameter(torch.randn(4, 3))
+    with pytest.raises(ValueError, match=r"weight: expected shape \[8, 3\], got \[4, 3\]"):
+        layer(torch.randn(4, 3), Routing(EXPERT, num_experts=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float16], ids=str)
+def test_a_routing_converted_with_a_tree_of_tensors_raises(backend: str, dtype: torch.dtype) -> None:
+    routing = torch.utils._pytree.tree_map(lambda t: t.to(dtype), Routing(EXPERT, EXPERT / 2, num_experts=2))
+    layer = RoutedConv2d(3, 4, 3, num_experts=2)
+    with pytest.raises(TypeError, match=f"routing: expected expert to be int64, got {dtype}"):
+        layer(X, routing)

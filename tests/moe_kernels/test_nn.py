@@ -358,3 +358,61 @@ def test_slices_are_kept_on_the_module() -> None:
     assert layer.in_slices == ExpertSlices.whole(4)
     assert layer.out_slices == windows(6, 0.5, 3)
     assert (layer.in_channels, layer.out_channels, layer.num_experts) == (4, 3, 3)
+
+
+# --- settings changed later, as nn.Conv2d's may be ---
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "changes",
+    [{"stride": 2}, {"padding": (2, 1)}, {"dilation": 2, "padding": "same"}, {"padding_mode": "circular", "padding": 1}],
+    ids=str,
+)
+def test_geometry_may_be_changed_later(changes: dict[str, Any], training: bool) -> None:
+    layer = RoutedConv2d(2, 3, 3, num_experts=N, dtype=torch.float64).train(training)
+    x = torch.randn(4, 2, 7, 8, dtype=torch.float64, requires_grad=True)
+    layer(x, ROUTING)  # keeps packed weights in eval mode
+    for name, value in changes.items():
+        setattr(layer, name, value)
+    _assert_same(layer, x, layer(x, ROUTING), _plain(layer, x, **changes))
+    again = copy.deepcopy(layer)
+    assert repr(again) == repr(layer) == repr(RoutedConv2d(2, 3, 3, num_experts=N, **changes))
+    assert torch.equal(again(x, ROUTING), layer(x, ROUTING))
+
+
+def test_a_wrong_change_changes_nothing() -> None:
+    layer = RoutedConv2d(2, 3, 3, stride=2, padding=1, num_experts=N)
+    before = repr(layer), layer.geometry
+    for name, value in {"stride": 0, "padding": "same", "dilation": (1, 0), "padding_mode": "mirror"}.items():
+        with pytest.raises(ValueError, match=f"^{name}: expected|^padding: 'same' needs stride 1"):
+            setattr(layer, name, value)
+    for name in ("in_channels", "out_channels", "num_experts", "kernel_size", "groups", "out_slices", "in_slices"):
+        with pytest.raises(AttributeError, match=f"^{name}: a RoutedConv2d keeps what it was made with"):
+            setattr(layer, name, 1)
+    assert (repr(layer), layer.geometry) == before
+
+
+def test_values_under_the_negative_bit() -> None:
+    """torch negates the imaginary part of a conjugate by a bit, which pointers do not see."""
+
+    def negated(*shape: int) -> Tensor:
+        x = torch.randn(*shape, 2).view(*shape, 2)
+        value = torch.view_as_complex(x).conj().imag
+        assert value.is_neg()
+        return value
+
+    layer = RoutedConv2d(3, 4, 1, num_experts=N)
+    x, weight, bias, dy = negated(4, 3, 1, 1), negated(12, 3, 1, 1), negated(12), negated(4, 4, 1, 1)
+    results = []
+    for t in ((x, weight, bias, dy), tuple(v.resolve_neg() for v in (x, weight, bias, dy))):
+        for grad in (True, False):
+            leaves = [v.detach().requires_grad_(grad) for v in t[:3]]
+            for training in (True, False):
+                call = {"weight": leaves[1], "bias": leaves[2]}
+                y = torch.func.functional_call(layer.train(training), call, (leaves[0], ROUTING))
+                results.append((y, *(torch.autograd.grad(y, leaves, t[3]) if grad else ())))
+    half = len(results) // 2
+    for a, b in zip(results[:half], results[half:], strict=True):
+        for left, right in zip(a, b, strict=True):
+            torch.testing.assert_close(left, right)

@@ -225,6 +225,37 @@ def test_dropped_when_the_weight_changes(change: Callable[[RoutedConv2d], None])
     assert torch.equal(layer(X, ROUTING), after)
 
 
+def _perturb_by_vector(layer: RoutedConv2d, scale: float) -> None:
+    vector = nn.utils.parameters_to_vector(layer.parameters()).detach()
+    nn.utils.vector_to_parameters(vector * scale, layer.parameters())
+
+
+def _perturb_by_data(layer: RoutedConv2d, scale: float) -> None:
+    for _ in range(2):
+        layer.weight.data = layer.weight.data * scale
+
+
+@pytest.mark.parametrize("perturb", [_perturb_by_vector, _perturb_by_data])
+def test_other_memory_in_a_loop(perturb: Callable[[RoutedConv2d, float], None]) -> None:
+    """Perturb, look, restore: the allocator hands the same few blocks of memory round and round."""
+    layer = RoutedConv2d(64, 128, 3, padding=1, num_experts=2, bias=False).eval()
+    x, routing = torch.randn(2, 64, 6, 6), Routing(torch.tensor([1, 0]), num_experts=2)
+    with torch.no_grad():
+        for i in range(10):
+            perturb(layer, 1.5 if i % 2 else 0.5)
+            expected = functional.routed_conv2d(x, layer.weight, routing, out_slices=layer.out_slices, padding=1)
+            assert torch.equal(layer(x, routing), expected), i
+
+
+def test_other_strides_over_the_same_memory() -> None:
+    layer = RoutedConv2d(12, 4, 3, padding=1, num_experts=3, bias=False).eval()
+    x = torch.randn(4, 12, 6, 6)
+    layer(x, ROUTING)
+    layer.weight.data = layer.weight.data.transpose(0, 1)
+    expected = functional.routed_conv2d(x, layer.weight, ROUTING, out_slices=layer.out_slices, padding=1)
+    assert torch.equal(layer(x, ROUTING), expected)
+
+
 def test_averaged_model_is_detected() -> None:
     _averaged_model(_layer())
 
