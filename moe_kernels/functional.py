@@ -145,12 +145,12 @@ def apply_geometry(
         if gate is not None:
             gate = None if routing.unit_gate else gate.reshape(-1)
         if bias is None and gate is None:
-            y = ops.call(ops.conv2d, input, weight, out_expert, in_expert, *geometry, *packed)
+            y = ops.call(ops.conv2d, input, weight, out_expert, in_expert, geometry, *packed)
         else:
             epilogue = Epilogue(bias, gate)
-            y = ops.call(ops.conv2d_fused, input, weight, out_expert, in_expert, *geometry, *epilogue, packed[0])
+            y = ops.call(ops.conv2d_fused, input, weight, out_expert, in_expert, geometry, *epilogue, packed[0])
     else:
-        y = ops.call(ops.conv2d, input, weight, out_expert, in_expert, *geometry, *packed)
+        y = ops.call(ops.conv2d, input, weight, out_expert, in_expert, geometry, *packed)
         y = ops.add_bias(y, bias, out_expert, geometry)
         if gate is not None:
             y = apply_gate(y, gate.reshape(-1), routing.unit_gate)

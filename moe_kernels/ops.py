@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -54,7 +54,8 @@ _GEOMETRY = (
     "int[2] padding, int[2] dilation, int groups, int samples_per_input"
 )
 _PACKED = "Tensor? packed=None, Tensor? packed_grad=None"
-_G = len(Conv2dGeometry._fields)
+_G, _E = len(Conv2dGeometry._fields), len(Epilogue._fields)
+_Choice: TypeAlias = Tensor | None  # a sliced side's experts
 
 _lib = torch.library.Library("moe_kernels", "DEF")
 _lib.define(f"conv2d(Tensor input, Tensor weight, {_EXPERTS}, {_GEOMETRY}, {_PACKED}) -> Tensor")
@@ -84,31 +85,30 @@ def _geometry(args: Sequence[Any]) -> Conv2dGeometry:
 # --- the backends' calls ------------------------------------------------------------------------------------------------
 
 
-def _conv2d(input: Tensor, weight: Tensor, out: Tensor | None, inner: Tensor | None, *rest: Any) -> Tensor:
-    packed = rest[_G] if len(rest) > _G else None
+def _conv2d(input: Tensor, weight: Tensor, out: _Choice, inner: _Choice, g: Conv2dGeometry, *packed: Any) -> Tensor:
     backend = backends.choose(input.device)
-    return backend.forward(input, weight, Experts(out, inner), _geometry(rest[:_G]), NO_EPILOGUE, packed)
+    return backend.forward(input, weight, Experts(out, inner), g, NO_EPILOGUE, packed[0] if packed else None)
 
 
-def _conv2d_grad_input(grad: Tensor, weight: Tensor, out: Tensor | None, inner: Tensor | None, *rest: Any) -> Tensor:
-    height, width = rest[_G]
-    packed_grad = rest[_G + 2] if len(rest) > _G + 2 else None
+def _conv2d_grad_input(
+    grad: Tensor, weight: Tensor, out: _Choice, inner: _Choice, g: Conv2dGeometry, size: Sequence[int], *packed: Any
+) -> Tensor:
     backend = backends.choose(grad.device)
-    return backend.grad_input(grad, weight, Experts(out, inner), _geometry(rest[:_G]), (height, width), packed_grad)
+    height, width = size
+    return backend.grad_input(grad, weight, Experts(out, inner), g, (height, width), packed[1] if packed else None)
 
 
-def _conv2d_grad_weight(grad: Tensor, input: Tensor, out: Tensor | None, inner: Tensor | None, *rest: Any) -> Tensor:
+def _conv2d_grad_weight(
+    grad: Tensor, input: Tensor, out: _Choice, inner: _Choice, g: Conv2dGeometry, shape: Sequence[int], *last: Any
+) -> Tensor:
     backend = backends.choose(grad.device)
-    channels_last = len(rest) > _G + 1 and rest[_G + 1]
-    shape = tuple(rest[_G])
-    return backend.grad_weight(grad, input, Experts(out, inner), _geometry(rest[:_G]), shape, channels_last)
+    return backend.grad_weight(grad, input, Experts(out, inner), g, tuple(shape), bool(last and last[0]))
 
 
-def _conv2d_fused(input: Tensor, weight: Tensor, out: Tensor | None, inner: Tensor | None, *rest: Any) -> Tensor:
-    packed = rest[_G + 6] if len(rest) > _G + 6 else None
+def _conv2d_fused(input: Tensor, weight: Tensor, out: _Choice, inner: _Choice, g: Conv2dGeometry, *rest: Any) -> Tensor:
     backend = backends.choose(input.device)
-    epilogue = Epilogue._make(rest[_G : _G + 6])
-    return backend.forward(input, weight, Experts(out, inner), _geometry(rest[:_G]), epilogue, packed)
+    packed = rest[_E] if len(rest) > _E else None
+    return backend.forward(input, weight, Experts(out, inner), g, Epilogue._make(rest[:_E]), packed)
 
 
 def _check(op: Any, *args: Any) -> None:
@@ -131,7 +131,7 @@ def _check(op: Any, *args: Any) -> None:
         shape = output_shape(first, second, g)
         checks.operands(shapes[0], shapes[1], ("output", shape), g)
         if op is conv2d_fused:
-            epilogue = Epilogue._make(rest[_G : _G + 6])
+            epilogue = Epilogue._make(rest[_G : _G + _E])
             checks.epilogue(first, epilogue, g.out_width, shapes[1][0], 1, shape)
             more |= {name: getattr(epilogue, name) for name in ("bias", "gate", "scale", "shift", "residual")}
     checks.alike(**dict(zip(_OPERANDS[op], (first, second), strict=True)), **more)
@@ -143,7 +143,7 @@ _OPERANDS: dict[Any, tuple[str, str]] = {
     conv2d_grad_weight: ("grad", "input"),
     conv2d_fused: ("input", "weight"),
 }
-_RUN = {
+_RUN: dict[Any, Any] = {
     conv2d: _conv2d,
     conv2d_grad_input: _conv2d_grad_input,
     conv2d_grad_weight: _conv2d_grad_weight,
@@ -185,7 +185,7 @@ def _grad_weight_fake(
 
 
 def _wanted(ctx: Any, index: int) -> bool:
-    """Whether the running backward will use the gradient of the tensor input ``index``.
+    """Whether the running backward will use the gradient of the first (0) or the second tensor.
 
     needs_input_grad also says yes for a weight that requires grad while only d loss / d x is asked for, as in an attack;
     the engine knows better. The question is private to torch and refused for leaves that are asked for (then: yes).
@@ -233,11 +233,11 @@ def _refuse_tangents(args: Sequence[Any]) -> None:
         raise NotImplementedError("routed operators have no forward-mode derivative; use reverse mode (torch.func.vjp)")
 
 
-def _below_autograd(op: Any, *args: Any) -> Tensor:
-    if not _watched(args[0], args[1]):
-        return _RUN[op](*args)
+def _below_autograd(op: Any, first: Tensor, second: Tensor, out: _Choice, inner: _Choice, g: Any, *rest: Any) -> Tensor:
+    if not _watched(first, second):
+        return _RUN[op](first, second, out, inner, g, *rest)
     with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+        return op(first, second, out, inner, *g, *rest)
 
 
 def _in_function(op: Any, *args: Any) -> Tensor:
@@ -249,78 +249,80 @@ def _in_function(op: Any, *args: Any) -> Tensor:
     return _below_autograd(op, *args)
 
 
-def call(op: Any, *args: Any) -> Tensor:
-    """``op(*args)`` with every argument given, past the dispatcher where nobody would notice."""
-    _refuse_tangents(args)
-    if _watched(args[0], args[1]):
-        return op(*args)
-    if not torch.is_grad_enabled():
-        return _RUN[op](*args)
-    if op is conv2d_fused:
-        return _fused_differentiable(*args)
-    if args[0].requires_grad or args[1].requires_grad:
-        return _FUNCTION[op].apply(*args)
-    return _RUN[op](*args)
+def call(op: Any, first: Tensor, second: Tensor, out: _Choice, inner: _Choice, g: Conv2dGeometry, *rest: Any) -> Tensor:
+    """``op(first, second, out, inner, *g, *rest)`` with every argument given, past the dispatcher where nobody would
+    notice."""
+    _refuse_tangents((first, second, *rest))
+    if _watched(first, second):
+        return op(first, second, out, inner, *g, *rest)
+    if torch.is_grad_enabled():
+        if op is conv2d_fused:
+            return _fused_differentiable(first, second, out, inner, g, *rest)
+        if first.requires_grad or second.requires_grad:
+            return _FUNCTION[op].apply(first, second, out, inner, g, *rest, _RUN[op])
+    return _RUN[op](first, second, out, inner, g, *rest)
+
+
+# Their last argument computes them: a backend where nothing watches, _in_function elsewhere.
 
 
 class _Conv2d(_Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        input, weight, out_expert, in_expert, *rest = args
-        ctx.save_for_backward(input, weight, out_expert, in_expert, *rest[_G:])
-        ctx.geometry = rest[:_G]
-        return _in_function(conv2d, *args)
+    def forward(ctx: Any, input: Tensor, weight: Tensor, out: _Choice, inner: _Choice, *rest: Any) -> Tensor:
+        g, packed, packed_grad, run = rest
+        ctx.save_for_backward(input, weight, out, inner, packed, packed_grad)
+        ctx.geometry = g
+        return run(input, weight, out, inner, *rest[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        input, weight, out_expert, in_expert, packed, packed_grad = ctx.saved_tensors
-        args = (out_expert, in_expert, *ctx.geometry)
+        input, weight, out, inner, *packed = ctx.saved_tensors
+        g = ctx.geometry
         dx = dw = None
         if _wanted(ctx, 0):
-            dx = call(conv2d_grad_input, grad, weight, *args, input.shape[2:], packed, packed_grad)
+            dx = call(conv2d_grad_input, grad, weight, out, inner, g, input.shape[2:], *packed)
         if _wanted(ctx, 1):
-            dw = call(conv2d_grad_weight, grad, input, *args, weight.shape, is_channels_last(weight))
-        return dx, dw, *[None] * (_G + 4)
+            dw = call(conv2d_grad_weight, grad, input, out, inner, g, weight.shape, is_channels_last(weight))
+        return dx, dw, None, None, None, None, None, None
 
 
 class _Conv2dGradInput(_Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        grad, weight, out_expert, in_expert, *rest = args
-        ctx.save_for_backward(grad, weight, out_expert, in_expert, *rest[_G + 1 :])
-        ctx.geometry = rest[:_G]
-        return _in_function(conv2d_grad_input, *args)
+    def forward(ctx: Any, grad: Tensor, weight: Tensor, out: _Choice, inner: _Choice, *rest: Any) -> Tensor:
+        g, _, packed, packed_grad, run = rest
+        ctx.save_for_backward(grad, weight, out, inner, packed, packed_grad)
+        ctx.geometry = g
+        return run(grad, weight, out, inner, *rest[:-1])
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
-        grad, weight, out_expert, in_expert, packed, packed_grad = ctx.saved_tensors
-        args = (out_expert, in_expert, *ctx.geometry)
+        grad, weight, out, inner, *packed = ctx.saved_tensors
+        g = ctx.geometry
         dg = dw = None
         if _wanted(ctx, 0):
-            dg = call(conv2d, v, weight, *args, packed, packed_grad)
+            dg = call(conv2d, v, weight, out, inner, g, *packed)
         if _wanted(ctx, 1):
-            dw = call(conv2d_grad_weight, grad, v, *args, weight.shape, is_channels_last(weight))
-        return dg, dw, *[None] * (_G + 5)
+            dw = call(conv2d_grad_weight, grad, v, out, inner, g, weight.shape, is_channels_last(weight))
+        return dg, dw, None, None, None, None, None, None, None
 
 
 class _Conv2dGradWeight(_Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        grad, input, out_expert, in_expert, *rest = args
-        ctx.save_for_backward(grad, input, out_expert, in_expert)
-        ctx.geometry = rest[:_G]
-        return _in_function(conv2d_grad_weight, *args)
+    def forward(ctx: Any, grad: Tensor, input: Tensor, out: _Choice, inner: _Choice, *rest: Any) -> Tensor:
+        ctx.save_for_backward(grad, input, out, inner)
+        ctx.geometry, *_, run = rest
+        return run(grad, input, out, inner, *rest[:-1])
 
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> tuple[Any, ...]:
-        grad, input, out_expert, in_expert = ctx.saved_tensors
-        args = (out_expert, in_expert, *ctx.geometry)
+        grad, input, out, inner = ctx.saved_tensors
+        g = ctx.geometry
         dg = dx = None
         if _wanted(ctx, 0):
-            dg = call(conv2d, input, u, *args, None, None)
+            dg = call(conv2d, input, u, out, inner, g, None, None)
         if _wanted(ctx, 1):
-            dx = call(conv2d_grad_input, grad, u, *args, input.shape[2:], None, None)
-        return dg, dx, *[None] * (_G + 4)
+            dx = call(conv2d_grad_input, grad, u, out, inner, g, input.shape[2:], None, None)
+        return dg, dx, None, None, None, None, None, None
 
 
 _FUNCTION: dict[Any, Any] = {
@@ -331,38 +333,43 @@ _FUNCTION: dict[Any, Any] = {
 
 
 def _differentiable(op: Any, required: int, **defaults: Any) -> Any:
-    function = _FUNCTION[op]
+    function, run = _FUNCTION[op], functools.partial(_in_function, op)
 
     def differentiable(*args: Any, **kwargs: Any) -> Tensor:
         # torch leaves out arguments that equal their defaults; the Function wants them all, in order
         rest = list(defaults.items())[len(args) - required :]
         args = (*args, *(kwargs.get(name, value) for name, value in rest))
+        args = (*args[:4], _geometry(args[4 : 4 + _G]), *args[4 + _G :])
         _refuse_tangents(args)
         if not (torch.is_grad_enabled() and (args[0].requires_grad or args[1].requires_grad)):
             return _below_autograd(op, *args)
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
-                return function.apply(*args)
-        return function.apply(*args)
+                return function.apply(*args, run)
+        return function.apply(*args, run)
 
     return differentiable
 
 
+def _differentiable_fused(*args: Any, packed: Tensor | None = None) -> Tensor:
+    rest = args[4 + _G :]
+    rest = rest if len(rest) > _E else (*rest, packed)
+    return _fused_differentiable(*args[:4], _geometry(args[4 : 4 + _G]), *rest)
+
+
 def _fused_differentiable(
-    input: Tensor, weight: Tensor, out_expert: Tensor | None, in_expert: Tensor | None, *rest: Any, **kwargs: Any
+    input: Tensor, weight: Tensor, out: _Choice, inner: _Choice, g: Conv2dGeometry, *rest: Any
 ) -> Tensor:
-    bias, gate, scale, shift, residual, relu = rest[_G : _G + 6]
-    packed = rest[_G + 6] if len(rest) > _G + 6 else kwargs.get("packed")
+    bias, gate, scale, shift, residual, relu, packed = rest
     tensors = (input, weight, bias, gate, scale, shift, residual)
     _refuse_tangents(tensors)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
-        return _below_autograd(conv2d_fused, input, weight, out_expert, in_expert, *rest[: _G + 6], packed)
-    g = _geometry(rest[:_G])
-    y = conv2d(input, weight, out_expert, in_expert, *rest[:_G], packed, None)
-    y = add_bias(y, bias, out_expert, g)
+        return _below_autograd(conv2d_fused, input, weight, out, inner, g, *rest)
+    y = conv2d(input, weight, out, inner, *g, packed, None)
+    y = add_bias(y, bias, out, g)
     if gate is not None:
         y = y * gate.to(y.dtype)[:, None, None, None]
-    return epilogue(y, out_expert, g, scale, shift, residual, relu)
+    return epilogue(y, out, g, scale, shift, residual, relu)
 
 
 def epilogue(
@@ -429,7 +436,7 @@ def _autocast(op: Any, device: str, key: torch._C.DispatchKey) -> Any:
 
 def _kernel(op: Any, *args: Any) -> Tensor:
     _check(op, *args)
-    return _RUN[op](*args)
+    return _RUN[op](*args[:4], _geometry(args[4 : 4 + _G]), *args[4 + _G :])
 
 
 def _autograd(op: Any, differentiable: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -452,7 +459,7 @@ def _register() -> None:
             _grad_weight_fake,
             _differentiable(conv2d_grad_weight, _G + 5, channels_last=False),
         ),
-        "conv2d_fused": (conv2d_fused, _conv2d_fake, _fused_differentiable),
+        "conv2d_fused": (conv2d_fused, _conv2d_fake, _differentiable_fused),
     }
     for name, (op, fake, differentiable) in implementations.items():
         _lib.impl(name, functools.partial(_kernel, op), "CompositeExplicitAutograd")

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weight gradient: for each pair of slices in use, a product over pixels. A register tile holds eight input channels by one
+// Weight gradient: for each pair of slices in use, a product over pixels. A register tile holds a few input channels by one
 // panel of output channels and runs over blocks of about 128 pixels, copied so that they lie together in the first-level
 // cache. Work is cut by shapes and routing alone, and partial sums are added in one fixed order, so the result has the same
 // bits for any number of threads.
@@ -13,7 +13,8 @@
 namespace moe::cpu {
 namespace {
 
-constexpr int kOctet = 8;  // input channels of a register tile
+// Input channels of a register tile: sums, the pixel's gradients and a value must fit the registers together.
+constexpr int kTileChannels = MOE_REGISTERS == 32 ? 8 : 6;
 
 struct GradWeightCut {
     int64_t samples, rows;           // of a block of pixels
@@ -92,14 +93,14 @@ template <class A, class F>
     }
 }
 
-// acc[octet][panel] summed over the pixels of a block.
-template <class A>
+// sums[channel][panel] += the sum over the pixels of a block, for NC input channels.
+template <class A, int NC>
 inline void pixel_sum(const TapPixels& pixels, const A* x, const A* grads, A* sums) {
     typedef typename Vec<A>::type V;
     constexpr int L = lanes<A>;
-    V acc[kOctet][kVectors];
+    V acc[NC][kVectors];
 #pragma GCC unroll 8
-    for (int c = 0; c < kOctet; ++c) {
+    for (int c = 0; c < NC; ++c) {
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) acc[c][v] = load(sums + c * panel<A> + v * L);
     }
@@ -108,14 +109,14 @@ inline void pixel_sum(const TapPixels& pixels, const A* x, const A* grads, A* su
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) w[v] = load(g + v * L);
 #pragma GCC unroll 8
-        for (int c = 0; c < kOctet; ++c) {
+        for (int c = 0; c < NC; ++c) {
             const A value = at[c];
 #pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v) acc[c][v] += value * w[v];
         }
     });
 #pragma GCC unroll 8
-    for (int c = 0; c < kOctet; ++c) {
+    for (int c = 0; c < NC; ++c) {
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) store(sums + c * panel<A> + v * L, acc[c][v]);
     }
@@ -295,8 +296,15 @@ bool grad_weight_item(const GradWeightJob& job, const GradWeightCut& cut, int64_
                         }
                     }
                     if (pixels.empty()) continue;
-                    for (int64_t octet = 0; octet < kBlock && block * kBlock + octet < channels; octet += kOctet) {
-                        pixel_sum<A>(pixels, x + octet, grads, to + (t * kBlock + octet) * panel<A>);
+                    constexpr int NC = kTileChannels, rest = int(kBlock) % NC;
+                    int64_t c = 0;
+                    for (; c + NC <= kBlock && block * kBlock + c < channels; c += NC) {
+                        pixel_sum<A, NC>(pixels, x + c, grads, to + (t * kBlock + c) * panel<A>);
+                    }
+                    if constexpr (rest > 0) {
+                        if (c + NC > kBlock && block * kBlock + c < channels) {
+                            pixel_sum<A, rest>(pixels, x + c, grads, to + (t * kBlock + c) * panel<A>);
+                        }
                     }
                 }
             }
