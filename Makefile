@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -name '*.h' -o -name '*.cpp')
+CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
+SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(CXX_SOURCES)
 
 .PHONY: demo test lint nightly bench table examples install clean
 
@@ -31,6 +32,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
 
 examples: install
 	$(BIN)/python examples/train_digits.py

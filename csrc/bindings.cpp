@@ -48,7 +48,7 @@ moe::cpu::Call make_call(int dtype, int threads, const Shape& s, const SliceTupl
     moe::cpu::Call call{};
     call.dtype = static_cast<moe::DType>(dtype);
     call.threads = threads;
-    call.shape = {s[0], s[1], s[2],  s[3],  s[4],  s[5],  s[6],  s[7], s[8],
+    call.shape = {s[0], s[1],  s[2],  s[3],  s[4],  s[5],  s[6],  s[7], s[8],
                   s[9], s[10], s[11], s[12], s[13], s[14], s[15], s[16]};
     call.slices.out = side(std::get<0>(sl), std::get<1>(sl), std::get<2>(sl), "out slices");
     call.slices.in = side(std::get<3>(sl), std::get<4>(sl), std::get<5>(sl), "in slices");
@@ -65,9 +65,9 @@ moe::cpu::Direction direction_of(int direction) {
     return static_cast<moe::cpu::Direction>(direction);
 }
 
-void conv2d_forward(int dtype, int threads, const Shape& shape, const SliceTuple& slices, const Strides& strides, Pointer x,
-                    Pointer weight, Pointer packed, Pointer y, Pointer bias, Pointer gate, Pointer scale, Pointer shift,
-                    bool affine_per_slice, Pointer residual, bool relu) {
+void conv2d_forward(int dtype, int threads, const Shape& shape, const SliceTuple& slices, const Strides& strides,
+                    Pointer x, Pointer weight, Pointer packed, Pointer y, Pointer bias, Pointer gate, Pointer scale,
+                    Pointer shift, bool affine_per_slice, Pointer residual, bool relu) {
     const moe::Epilogue epilogue{in(bias), in(gate), in(scale), in(shift), in(residual), affine_per_slice, relu};
     raise_if(moe::cpu::conv2d_forward(make_call(dtype, threads, shape, slices, strides), in(x), in(weight), in(packed),
                                       out(y), epilogue));
@@ -81,8 +81,8 @@ void conv2d_grad_input(int dtype, int threads, const Shape& shape, const SliceTu
 
 void conv2d_grad_weight(int dtype, int threads, const Shape& shape, const SliceTuple& slices, const Strides& strides,
                         int64_t total_out, int64_t total_in, Pointer grad, Pointer x, Pointer grad_weight) {
-    raise_if(moe::cpu::conv2d_grad_weight(make_call(dtype, threads, shape, slices, strides), total_out, total_in, in(grad),
-                                          in(x), out(grad_weight)));
+    raise_if(moe::cpu::conv2d_grad_weight(make_call(dtype, threads, shape, slices, strides), total_out, total_in,
+                                          in(grad), in(x), out(grad_weight)));
 }
 
 int64_t pack_numel(int direction, int dtype, const Shape& shape, const SliceTuple& slices) {

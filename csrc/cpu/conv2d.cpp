@@ -52,7 +52,8 @@ Passes forward_passes(const Conv2dShape& s) {
     return passes;
 }
 
-// The taps that reach input positions of one residue: position a + stride * i takes gradient i + (a + pad - r * dil) / stride.
+// The taps that reach input positions of one residue: position a + stride * i takes gradient i + (a + pad - r * dil) /
+// stride.
 struct Residue {
     int64_t count = 0, origin = 0, span = 1;
     std::vector<int64_t> offset, index;
@@ -205,7 +206,8 @@ std::string check(const Call& call) {
     if (s.k < 1 || s.V % s.k != 0) return "shape: V must be a multiple of k >= 1";
     if (s.V < 0 || s.H < 0 || s.W < 0 || s.P < 0 || s.Q < 0) return "shape: sizes must not be negative";
     if (s.C < 1 || s.K < 1 || s.R < 1 || s.S < 1) return "shape: channels and kernel must be at least 1";
-    if (s.stride_h < 1 || s.stride_w < 1 || s.dil_h < 1 || s.dil_w < 1) return "shape: stride and dilation must be at least 1";
+    if (s.stride_h < 1 || s.stride_w < 1 || s.dil_h < 1 || s.dil_w < 1)
+        return "shape: stride and dilation must be at least 1";
     if (s.groups < 1 || s.C % s.groups != 0 || s.K % s.groups != 0) return "shape: groups must divide C and K";
     if (call.threads < 1) return "threads must be at least 1";
     return {};

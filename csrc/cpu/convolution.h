@@ -52,8 +52,8 @@ void copy_window(const T* image, int64_t height, int64_t width, int64_t pixel_st
     }
 }
 
-// The taps that a tile needs: those outside [begin_h, end_h) meet padding in all its rows; those before begin_w meet it in
-// the tile's first column, those from end_w on in its last. On a 4x4 image a third of a 3x3 kernel's work is padding.
+// The taps that a tile needs: those outside [begin_h, end_h) meet padding in all its rows; those before begin_w meet it
+// in the tile's first column, those from end_w on in its last. On a 4x4 image a third of a 3x3 kernel's work is padding.
 struct TapRange {
     int64_t begin_h, end_h, begin_w, end_w;
 };
@@ -61,7 +61,7 @@ struct TapRange {
 // One tap's reduced channels of a tile, for its columns FROM .. TO - 1.
 template <class A, int NV, int NR, int NC, int STEP, int FROM, int TO>
 [[gnu::always_inline]] inline void tap(const A* const (&at)[NR], int64_t distance, int64_t count, const A* weight,
-                typename Vec<A>::type (&acc)[NR * NC][NV]) {
+                                       typename Vec<A>::type (&acc)[NR * NC][NV]) {
     typedef typename Vec<A>::type V;
     if (STEP > 0) distance = STEP * kBlock;
     for (int64_t c = 0; c < count; ++c, weight += panel<A>) {
@@ -83,8 +83,9 @@ template <class A, int NV, int NR, int NC, int STEP, int FROM, int TO>
 // NR rows x NC columns of pixels by NV vectors of output channels, held in registers. STEP is the source distance of
 // neighbouring columns, 0 when it is known only at run time.
 template <class A, int NV, int NR, int NC, int STEP>
-[[gnu::always_inline]] inline void tile(const A* const* rows, const Pass& pass, const TapRange& range, int64_t block_stride, int64_t reduced,
-                 const int64_t* taps, const A* weight, typename Vec<A>::type (&acc)[NR * NC][NV]) {
+[[gnu::always_inline]] inline void tile(const A* const* rows, const Pass& pass, const TapRange& range,
+                                        int64_t block_stride, int64_t reduced, const int64_t* taps, const A* weight,
+                                        typename Vec<A>::type (&acc)[NR * NC][NV]) {
     const int64_t distance = pass.is_w * kBlock;
     for (int64_t begin = 0, block = 0; begin < reduced; begin += kBlock, ++block) {
         const int64_t count = smaller(kBlock, reduced - begin);
@@ -130,8 +131,8 @@ struct PanelEpilogue {
 };
 
 template <class T, class A, int NV>
-inline void finish_pixel(typename Vec<A>::type (&acc)[NV], const PanelEpilogue<A>& e, A gate, const T* residual,
-                         T* to, int64_t filled) {
+inline void finish_pixel(typename Vec<A>::type (&acc)[NV], const PanelEpilogue<A>& e, A gate, const T* residual, T* to,
+                         int64_t filled) {
     typedef typename Vec<A>::type V;
     constexpr int L = lanes<A>;
     A line[panel<A>] __attribute__((aligned(64)));
@@ -172,15 +173,15 @@ struct Walk {
     const ConvJob& job;
     const Pass& pass;
     const Window& window;
-    const int64_t* taps;      // [pass.taps] offsets into the buffer
-    const int64_t* samples;   // virtual samples
+    const int64_t* taps;     // [pass.taps] offsets into the buffer
+    const int64_t* samples;  // virtual samples
     int64_t sample_count;
     int64_t row_begin, row_end;
-    const A* buffer;          // [sample_count] windows
-    const A* weight;          // this group's packed weights of this pass, from first_panel on
+    const A* buffer;  // [sample_count] windows
+    const A* weight;  // this group's packed weights of this pass, from first_panel on
     int64_t first_panel;
-    int64_t channel_begin;    // first destination channel of the convolution group
-    int64_t slice_begin;      // first channel of the slice in the layer, with the convolution group's offset
+    int64_t channel_begin;  // first destination channel of the convolution group
+    int64_t slice_begin;    // first channel of the slice in the layer, with the convolution group's offset
 
     // Rows of the task in the order of tiles: the same row of all samples, then the next, so that a tile's rows meet the
     // padding together.
@@ -206,7 +207,7 @@ struct Walk {
         Row all[NR];
         for (int r = 0; r < NR; ++r, row = next(row)) all[r] = row;
         const int64_t channel = p * panel<A>;
-        const A* panel_weight = weight + (channel - first_panel * panel<A>) * pass.taps * job.red;
+        const A* panel_weight = weight + (channel - first_panel * panel<A>)*pass.taps * job.red;
         TapRange range;
         range.begin_h = -((row_begin + all[NR - 1].y) * pass.is_h + pass.org_h);
         range.end_h = job.src_h - ((row_begin + all[0].y) * pass.is_h + pass.org_h);
@@ -260,17 +261,22 @@ struct Walk {
     template <int NV>
     void with_cols(int64_t p) const {
         switch (tile_cols(pass.cols)) {
-            case 4: return with_step<NV, kPixels == 12 ? 4 : 2>(p);
-            case 2: return with_step<NV, 2>(p);
-            default: return with_step<NV, 1>(p);
+            case 4:
+                return with_step<NV, kPixels == 12 ? 4 : 2>(p);
+            case 2:
+                return with_step<NV, 2>(p);
+            default:
+                return with_step<NV, 1>(p);
         }
     }
 
     void dispatch(int64_t panel_begin, int64_t panel_end) const {
         for (int64_t p = panel_begin; p < panel_end; ++p) {
             // a last panel that fills one vector pays for one
-            if (job.out - p * panel<A> <= lanes<A>) with_cols<1>(p);
-            else with_cols<kVectors>(p);
+            if (job.out - p * panel<A> <= lanes<A>)
+                with_cols<1>(p);
+            else
+                with_cols<kVectors>(p);
         }
     }
 };
@@ -330,8 +336,9 @@ void zero_pass(const ConvJob& job, const Pass& pass, int64_t sample, int64_t row
                int64_t channel_begin) {
     for (int64_t p = row_begin; p < row_end; ++p) {
         for (int64_t q = 0; q < pass.cols; ++q) {
-            T* to = static_cast<T*>(job.dst) + channel_begin +
-                    ((sample * job.dst_h + pass.oo_h + pass.os_h * p) * job.dst_w + pass.oo_w + pass.os_w * q) * job.dst_c;
+            T* to =
+                static_cast<T*>(job.dst) + channel_begin +
+                ((sample * job.dst_h + pass.oo_h + pass.os_h * p) * job.dst_w + pass.oo_w + pass.os_w * q) * job.dst_c;
             std::memset(to, 0, size_t(job.out) * sizeof(T));
         }
     }
@@ -378,7 +385,8 @@ bool run_task(const ConvJob& job, const Cut& cut, int64_t g, int64_t chunk, int6
     auto prepare = [&](const Pass& pass, char* memory) {
         const Prepared<A> p = lay_out<A>(job, pass, count, part, cut.row_parts, memory);
         if (!p.empty()) {
-            for (int64_t t = 0; t < pass.taps; ++t) p.taps[t] = pass.tap_h[t] * p.window.row_stride + pass.tap_w[t] * kBlock;
+            for (int64_t t = 0; t < pass.taps; ++t)
+                p.taps[t] = pass.tap_h[t] * p.window.row_stride + pass.tap_w[t] * kBlock;
             for (int64_t s = 0; s < count; ++s) {
                 const int64_t from = job.order[begin + s] / job.src_div;
                 const T* image =
@@ -394,11 +402,21 @@ bool run_task(const ConvJob& job, const Cut& cut, int64_t g, int64_t chunk, int6
         return p;
     };
     // `weight` holds `held` panels from first_held on
-    auto walk = [&](const Pass& pass, const Prepared<A>& p, const A* weight, int64_t first_held, int64_t held, int64_t from,
-                    int64_t to) {
-        const Walk<T, A> walk{job, pass, p.window, p.taps, job.order + begin, count, p.row_begin, p.row_end, p.buffer,
-                              weight + pass.taps_before * held * panel<A> * job.red, first_held,
-                              conv_group * job.out, group.out_start + conv_group * job.out};
+    auto walk = [&](const Pass& pass, const Prepared<A>& p, const A* weight, int64_t first_held, int64_t held,
+                    int64_t from, int64_t to) {
+        const Walk<T, A> walk{job,
+                              pass,
+                              p.window,
+                              p.taps,
+                              job.order + begin,
+                              count,
+                              p.row_begin,
+                              p.row_end,
+                              p.buffer,
+                              weight + pass.taps_before * held * panel<A> * job.red,
+                              first_held,
+                              conv_group * job.out,
+                              group.out_start + conv_group * job.out};
         walk.dispatch(from, to);
     };
 
@@ -449,7 +467,8 @@ Result conv(const ConvJob& job) {
     const int64_t each = cut.row_parts * cut.panel_parts * job.conv_groups;
     const int64_t tasks = chunks * each;
     int failed = 0;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(job.threads) if (job.threads > 1 && tasks > 1) reduction(| : failed)
+#pragma omp parallel for schedule(dynamic, 1) num_threads(job.threads) if (job.threads > 1 && tasks > 1) \
+    reduction(| : failed)
     for (int64_t task = 0; task < tasks; ++task) {
         int64_t chunk = task / each, rest = task % each, g = 0;
         for (;; ++g) {

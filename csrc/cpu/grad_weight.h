@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weight gradient: for each pair of slices in use, a product over pixels. A register tile holds a few input channels by one
-// panel of output channels and runs over blocks of about 128 pixels, copied so that they lie together in the first-level
-// cache. Work is cut by shapes and routing alone, and partial sums are added in one fixed order, so the result has the same
-// bits for any number of threads.
+// Weight gradient: for each pair of slices in use, a product over pixels. A register tile holds a few input channels by
+// one panel of output channels and runs over blocks of about 128 pixels, copied so that they lie together in the
+// first-level cache. Work is cut by shapes and routing alone, and partial sums are added in one fixed order, so the
+// result has the same bits for any number of threads.
 #pragma once
 
 #include "cpu/convolution.h"
@@ -28,7 +28,7 @@ struct GradWeightCut {
 
 template <class A>
 GradWeightCut cut_grad_weight(const GradWeightJob& job, bool converts) {
-    constexpr int64_t pixels = 128;      // of a block: 16 KiB of gradients in float32
+    constexpr int64_t pixels = 128;       // of a block: 16 KiB of gradients in float32
     constexpr int64_t items_wanted = 64;  // independent of the number of threads, for the sake of the bits
     constexpr int64_t sums = 256 * 1024;  // bytes of running sums of an item
     const Conv2dShape& s = job.shape;
@@ -187,7 +187,8 @@ bool write_lanes(const A* sums, int64_t taps, int64_t channels, A* to, int64_t k
         for (int64_t t = 0; t < taps; ++t) {
             for (int64_t c = 0; c < channels; c += L) {
                 const int64_t count = smaller(L, channels - c);
-                for (int64_t i = 0; i < L; ++i) rows[i] = load(sums + (t * kBlock + c + smaller(i, count - 1)) * panel<A>);
+                for (int64_t i = 0; i < L; ++i)
+                    rows[i] = load(sums + (t * kBlock + c + smaller(i, count - 1)) * panel<A>);
                 store_transposed<A>(rows, to + t * tap_stride + c, k_stride, count);
             }
         }
@@ -214,8 +215,9 @@ void write_unit(const A* sums, int64_t taps, int64_t channels, int64_t filled, D
     constexpr int L = lanes<A>;
     int64_t lane = 0;
     if constexpr (sizeof(D) == sizeof(A)) {
-        while (lane + L <= filled && write_lanes<A>(sums + lane, taps, channels, reinterpret_cast<A*>(to) + lane * k_stride,
-                                                    k_stride, c_stride, tap_stride)) {
+        while (lane + L <= filled &&
+               write_lanes<A>(sums + lane, taps, channels, reinterpret_cast<A*>(to) + lane * k_stride, k_stride, c_stride,
+                              tap_stride)) {
             lane += L;
         }
     }
@@ -276,16 +278,22 @@ bool grad_weight_item(const GradWeightJob& job, const GradWeightCut& cut, int64_
         for (int64_t p = panel_begin; p < panel_end; ++p) {
             const int64_t channel = p * panel<A>;
             const int64_t filled = smaller(panel<A>, out - channel);
-            copy_gradients<T, A>(job, job.order + begin, count, row_begin, row_end, conv_group * out + channel, filled, grads);
+            copy_gradients<T, A>(job, job.order + begin, count, row_begin, row_end, conv_group * out + channel, filled,
+                                 grads);
             for (int64_t block = 0; block < blocks; ++block) {
                 A* to = sums + ((p - panel_begin) * blocks + block) * unit;
                 for (int64_t t = 0; t < taps; ++t) {
                     const TapPixels pixels = {
-                        count, sample_stride, pass.is_h * window.row_stride, pass.is_w * kBlock, row_end - row_begin, s.Q,
+                        count,
+                        sample_stride,
+                        pass.is_h * window.row_stride,
+                        pass.is_w * kBlock,
+                        row_end - row_begin,
+                        s.Q,
                         inside(row_begin, row_end - row_begin, pass.is_h, pass.org_h + pass.tap_h[t], s.H),
                         inside(0, s.Q, pass.is_w, pass.org_w + pass.tap_w[t], s.W)};
-                    const A* x = inputs + block * window.block_stride + pass.tap_h[t] * window.row_stride +
-                                 pass.tap_w[t] * kBlock;
+                    const A* x =
+                        inputs + block * window.block_stride + pass.tap_h[t] * window.row_stride + pass.tap_w[t] * kBlock;
                     if constexpr (sizeof(T) == sizeof(A)) {
                         if (cut.direct) {  // a tap that meets padding alone is written too, as zeros
                             A* place = static_cast<A*>(job.grad_weight) +

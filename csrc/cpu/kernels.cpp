@@ -19,28 +19,40 @@ int64_t packed_channels_of(DType dtype, int64_t out) {
 
 Result pack_of(DType dtype, const PackJob& job) {
     switch (dtype) {
-        case DType::float32: return pack<float, float>(job);
-        case DType::float64: return pack<double, double>(job);
-        case DType::bfloat16: return pack<bfloat16, float>(job);
-        default: return pack<float16, float>(job);
+        case DType::float32:
+            return pack<float, float>(job);
+        case DType::float64:
+            return pack<double, double>(job);
+        case DType::bfloat16:
+            return pack<bfloat16, float>(job);
+        default:
+            return pack<float16, float>(job);
     }
 }
 
 Result conv_of(DType dtype, const ConvJob& job) {
     switch (dtype) {
-        case DType::float32: return conv<float, float>(job);
-        case DType::float64: return conv<double, double>(job);
-        case DType::bfloat16: return conv<bfloat16, float>(job);
-        default: return conv<float16, float>(job);
+        case DType::float32:
+            return conv<float, float>(job);
+        case DType::float64:
+            return conv<double, double>(job);
+        case DType::bfloat16:
+            return conv<bfloat16, float>(job);
+        default:
+            return conv<float16, float>(job);
     }
 }
 
 Result grad_weight_of(DType dtype, const GradWeightJob& job) {
     switch (dtype) {
-        case DType::float32: return grad_weight<float, float>(job);
-        case DType::float64: return grad_weight<double, double>(job);
-        case DType::bfloat16: return grad_weight<bfloat16, float>(job);
-        default: return grad_weight<float16, float>(job);
+        case DType::float32:
+            return grad_weight<float, float>(job);
+        case DType::float64:
+            return grad_weight<double, double>(job);
+        case DType::bfloat16:
+            return grad_weight<bfloat16, float>(job);
+        default:
+            return grad_weight<float16, float>(job);
     }
 }
 

@@ -21,8 +21,8 @@ inline int64_t count_taps(const Pass* passes, int64_t count) {
 }
 
 // One vector of output channels of one block, where numbers that lie together in memory can be turned in registers: over
-// output channels themselves, over reduced channels (channels_last weights), or over both and taps (contiguous ones). False, and
-// nothing done, for other strides. place[tap] is where the tap's reduced channels go.
+// output channels themselves, over reduced channels (channels_last weights), or over both and taps (contiguous ones).
+// False, and nothing done, for other strides. place[tap] is where the tap's reduced channels go.
 template <class A>
 bool pack_lanes(const PackJob& job, const A* weight, int64_t taps, int64_t red_count, A* const* place, int64_t lane) {
     constexpr int L = lanes<A>;
@@ -68,7 +68,8 @@ void pack_block(const PackJob& job, const T* weight, int64_t taps, int64_t out_l
         const int64_t filled = larger(0, smaller(L, out_left - lane));
         const T* first = weight + lane * job.out_stride;
         if constexpr (sizeof(T) == sizeof(A)) {
-            if (filled == L && pack_lanes<A>(job, reinterpret_cast<const A*>(first), taps, red_count, place, lane)) continue;
+            if (filled == L && pack_lanes<A>(job, reinterpret_cast<const A*>(first), taps, red_count, place, lane))
+                continue;
         }
         for (int64_t t = 0; t < taps; ++t) {
             const T* at = first + (t / job.S) * job.r_stride + (t % job.S) * job.s_stride;
