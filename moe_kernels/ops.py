@@ -95,7 +95,8 @@ def _conv2d_grad_input(
 ) -> Tensor:
     backend = backends.choose(grad.device)
     height, width = size
-    return backend.grad_input(grad, weight, Experts(out, inner), g, (height, width), packed[1] if packed else None)
+    packed_grad = packed[1] if len(packed) > 1 else None
+    return backend.grad_input(grad, weight, Experts(out, inner), g, (height, width), packed_grad)
 
 
 def _conv2d_grad_weight(

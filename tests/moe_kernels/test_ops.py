@@ -107,6 +107,20 @@ def test_opcheck_with_packed_weights() -> None:
         torch.library.opcheck(ops.conv2d_fused, (*args, *fused, layer._cache.forward))
 
 
+@pytest.mark.parametrize("profiled", [True, False])
+def test_the_forwards_packed_weights_alone(profiled: bool) -> None:
+    """The dispatcher leaves out a last argument that equals its default."""
+    layer = RoutedConv2d(5, 6, 3, num_experts=3, bias=False).eval()
+    x, expert = torch.randn(4, 5, 6, 6), torch.tensor([2, 0, 1, 0])
+    with torch.no_grad():
+        dy = torch.randn_like(layer(x, Routing(expert, num_experts=3)))
+    assert layer._cache is not None and layer._cache.forward is not None
+    given = (dy, layer.weight.detach(), expert, None, *layer.geometry, [6, 6])
+    with torch.autograd.profiler.profile(enabled=profiled):
+        dx = ops.conv2d_grad_input(*given, layer._cache.forward)
+    assert torch.equal(dx, ops.conv2d_grad_input(*given))
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @named("channels_last")
 def test_fake_outputs_are_as_the_real_ones(backend: str, case: Case, layout: str) -> None:
