@@ -36,7 +36,9 @@ _FAULTS = (StepError, NonFiniteLossError, NonFiniteGradientError, NonFiniteRoute
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
+    options.given = [a.split("=")[0] for a in arguments if a.startswith("--")]  # also where a default was given
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     try:
         options.run(options)
@@ -61,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     defaults = argparse.ArgumentDefaultsHelpFormatter
 
-    p = commands.add_parser("demo", help="train, attack and time five methods on embedded data", formatter_class=defaults)
+    p = commands.add_parser("demo", help="train, attack and time five models on embedded data", formatter_class=defaults)
     p.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the run folders")
     p.add_argument("--fast", action="store_true", help="fewer epochs and weaker attacks: shows that everything runs")
     p.add_argument("--seed", type=int, default=0)
@@ -166,11 +168,9 @@ def _model_config(o: argparse.Namespace) -> ModelConfig:
 
 def _train(o: argparse.Namespace) -> None:
     if o.resume is not None:
-        given = vars(o)
-        plain = vars(_parser().parse_args(["train", "--resume", str(o.resume)]))
-        changed = [f"--{name.replace('_', '-')}" for name in given if given[name] != plain[name]]
-        if changed:
-            raise ValueError(f"train: --resume takes all settings from the run; got {', '.join(changed)} too")
+        others = [name for name in o.given if not "--resume".startswith(name)]
+        if others:
+            raise ValueError(f"train: --resume takes all settings from the run; got {', '.join(others)} too")
         run = resume(o.resume)
     else:
         if o.out is None:
@@ -279,4 +279,8 @@ def _profile(o: argparse.Namespace) -> None:
 
 
 def _demo(o: argparse.Namespace) -> None:
-    demo.run(o.out, fast=o.fast, seed=o.seed)
+    try:
+        demo.run(o.out, fast=o.fast, seed=o.seed)
+    except Interrupted:
+        print("the demo starts anew when it is called again; this model alone can go on:", file=sys.stderr)
+        raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +62,9 @@ class AttackConfig:
     loss: str = "kl"
     random_start: bool | str = True
 
+    def __post_init__(self) -> None:
+        _require(self, ("epsilon", "step_size"))
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -71,6 +75,10 @@ class OptimConfig:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     freeze_unused: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self, ("lr", "router_lr", "weight_decay"))
+        _require(self, ("momentum",), below=1)
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,7 @@ class MethodConfig:
         ):
             if getattr(self, name) not in known:
                 raise unknown_name("method" if name == "name" else name, getattr(self, name), known)
+        _require(self, ("beta", "router_alpha"))
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,15 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def _require(room: object, names: tuple[str, ...], below: float = math.inf) -> None:
+    """That these settings are numbers from 0 on, or None."""
+    for name in names:
+        value = getattr(room, name)
+        if value is not None and not 0 <= value < below:  # NaN is not, either
+            expected = "a finite number of at least 0" if below == math.inf else f"a number from 0 to below {below:g}"
+            raise ValueError(f"{name}: expected {expected}, got {value}")
 
 
 T = TypeVar("T")

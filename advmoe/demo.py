@@ -92,6 +92,11 @@ def run(folder: Path, fast: bool = False, seed: int = 0) -> str:
         f"a multiply-accumulate as 1; latency: median on {platform.machine()}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}; seed {seed}, {minutes:.1f} minutes in all"
     )
+    notes += (
+        ".\nSA: accuracy on clean images, RA: on attacked ones. With so little training MoEs lag behind dense models, "
+        "and routers of the first\nlayers may send everything to one expert (the warnings above); docs/results.md has "
+        "larger runs, where they lag by less"
+    )
     if fast:
         notes += "; --fast: too few epochs and steps to compare methods by"
     (folder / "table.md").write_text(f"{text}\n\n{notes}\n")

@@ -15,7 +15,7 @@ T = TypeVar("T")
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
     """A ValueError that lists what there is, nearest first."""
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return ValueError(f"{kind}: expected one of {', '.join(known)}, got {name!r}{hint}")
 

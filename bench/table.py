@@ -97,6 +97,10 @@ def main() -> None:
     parser.add_argument("--shapes", action="store_true", help="print a line for each shape")
     parser.add_argument("--json", type=Path, help="write all figures there")
     options = parser.parse_args()
+    for name in ("batch", "experts", "more_experts", "repeats", "threads", "processes"):
+        value = getattr(options, name)
+        if value is not None and min(value if isinstance(value, list) else [value]) < 1:
+            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
     if options.isa and os.environ.get("MOE_KERNELS_CPU_ISA") != options.isa:
         # both libraries read their variable once, at the start of the process
         onednn = {"avx2": "AVX2", "avx512": "AVX512_CORE"}[options.isa]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import backends, checks
+from . import backends, checks, ops
 from .functional import apply_geometry
 from .geometry import Conv2dGeometry, pair
 from .routing import Routing
@@ -122,6 +122,8 @@ class _RoutedLayer(nn.Module):
         """
         weight, bias = self.weight, self.bias
         for name, value, expected in (("weight", weight, self._weight_shape), ("bias", bias, self._bias_shape)):
+            if value is None and name == "weight":
+                raise ValueError(f"weight: expected shape {list(expected)}, got None")
             if value is not None and value.shape != expected:
                 raise ValueError(f"{name}: expected shape {list(expected)}, got {list(value.shape)}")
         return weight, bias
@@ -134,12 +136,9 @@ class _RoutedLayer(nn.Module):
         """This weight packed for the backend in use, from the cache where it holds."""
         if (
             self.training
-            or torch.compiler.is_compiling()
-            or weight.is_meta
+            or ops.traced(weight, weight)
             or weight.is_inference()
             or torch.is_autocast_enabled(weight.device.type)
-            or torch._C._are_functorch_transforms_active()
-            or type(weight) not in (nn.Parameter, Tensor)
         ):
             return None, None
         backend = backends.choose(weight.device)
@@ -410,6 +409,8 @@ class RoutedBatchNorm2d(nn.Module):
             self.slices = num_features
         elif num_experts is None:
             raise TypeError("num_experts: expected an integer, or ExpertSlices as num_features; got None")
+        elif num_features < 1:
+            raise ValueError(f"num_features: expected at least 1, got {num_features}")
         else:
             self.slices = ExpertSlices.partition(num_features, num_experts)
         self.num_features = self.slices.width

@@ -46,6 +46,7 @@ __all__ = [
     "conv2d_grad_weight",
     "epilogue",
     "output_shape",
+    "traced",
 ]
 
 _EXPERTS = "Tensor? out_expert, Tensor? in_expert"
@@ -204,12 +205,8 @@ def _wanted(ctx: Any, index: int) -> bool:
         return True
 
 
-def _watched(x: Tensor, other: Tensor) -> bool:
-    """Whether anything would see or change a call to an operator: a trace, a mode, a transform, a subclass, the profiler.
-
-    Where nothing does and no gradient is needed, the backend is called directly: a pass through the dispatcher and back
-    into Python costs 6 to 15 µs, more than a small layer's work.
-    """
+def traced(x: Tensor, other: Tensor) -> bool:
+    """Whether a call would be recorded or changed on its way: by a trace, a mode, a transform or a subclass."""
     return (
         torch.compiler.is_compiling()
         or type(x) not in (Tensor, torch.nn.Parameter)
@@ -217,9 +214,17 @@ def _watched(x: Tensor, other: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
         or x.is_meta
     )
+
+
+def _watched(x: Tensor, other: Tensor) -> bool:
+    """Whether anything would see or change a call to an operator: what traces it, or the profiler.
+
+    Where nothing does and no gradient is needed, the backend is called directly: a pass through the dispatcher and back
+    into Python costs 6 to 15 µs, more than a small layer's work.
+    """
+    return traced(x, other) or torch.autograd._profiler_enabled()
 
 
 def _refuse_tangents(args: Sequence[Any]) -> None:

@@ -33,8 +33,9 @@ class ExpertSlices:
         for name, value in (("total", self.total), ("width", self.width), *(("starts", s) for s in self.starts)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}: expected an integer, got {value!r}")
-        if self.total < 1 or self.width < 1:
-            raise ValueError(f"expected total >= 1 and width >= 1, got total={self.total}, width={self.width}")
+        for name, value in (("width", self.width), ("total", self.total)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
         if not self.starts:
             raise ValueError("starts: expected one start for each expert, got none")
         for expert, start in enumerate(self.starts):

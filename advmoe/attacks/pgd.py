@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -69,7 +70,7 @@ class PGD:
             raise ValueError(f"random_start: expected True, False or 'gaussian', got {self.random_start!r}")
         if self.mode not in ("eval", "keep"):
             raise ValueError(f"mode: expected eval or keep, got {self.mode!r}")
-        if self.epsilon < 0 or self.step_size < 0:
+        if not (0 <= self.epsilon < math.inf and 0 <= self.step_size < math.inf):
             raise ValueError(f"epsilon and step_size: expected >= 0, got {self.epsilon} and {self.step_size}")
         if self.loss == "kl" and self.random_start is False:
             raise ValueError(

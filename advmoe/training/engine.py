@@ -304,7 +304,12 @@ def train(config: RunConfig, folder: str | Path, quiet: bool = False) -> Run:
     trainer = Trainer(config, run, data, quiet)
     run.create(config)
     with run.log(logger):
-        trainer.fit()
+        try:
+            trainer.fit()
+        except Exception:
+            if not run.checkpoint().exists():  # no run yet: other settings may try the same folder
+                run.config_path.unlink()
+            raise
     return run
 
 

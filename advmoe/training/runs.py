@@ -48,12 +48,15 @@ class Run:
         """Makes the folder.
 
         Raises:
-            RunError: if it holds a run already.
+            RunError: if it holds a run already, or cannot be made.
         """
         if self.config_path.exists():
             raise RunError(f"{self.folder} holds a run already; choose another --out, or continue it with --resume")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        config.save(self.config_path)  # first of all: a folder without it is no run
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            config.save(self.config_path)  # first of all: a folder without it is no run
+        except OSError as error:
+            raise RunError(f"{self.folder} cannot be written: {error.strerror}; choose another --out") from error
 
     def config(self) -> RunConfig:
         if not self.config_path.is_file():

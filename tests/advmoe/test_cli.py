@@ -239,7 +239,7 @@ def test_a_fault_of_the_program_is_not_hidden(tmp_path: Path, monkeypatch: pytes
         (["train", "--out", "RUN", "--train-limit", "9999"], "train_limit: digits has 1294 training images"),
         (["train", "--out", "RUN", "--batch-size", "5000"], "batch_size: expected at most the 1294"),
         (["train", "--out", "RUN", "--epochs", "0"], "epochs: expected at least 1, got 0"),
-        (["train", "--out", "RUN", "--epsilon", "-1"], "epsilon and step_size: expected >= 0"),
+        (["train", "--out", "RUN", "--epsilon", "-1"], "epsilon: expected a finite number of at least 0"),
         (["train", "--resume", "RUN"], "is no run"),
         (["evaluate", "absent_module:function", "--data", "digits"], "absent_module:function cannot be loaded"),
         (["evaluate", "json:JSONEncoder", "--data", "digits"], "returned JSONEncoder, expected an nn.Module"),
@@ -302,3 +302,47 @@ def test_the_demo_refuses_a_folder_that_is_not_its_own(tmp_path: Path, capsys: p
     assert main(["demo", "--fast", "--out", str(tmp_path)]) == 2
     assert "is not empty and no earlier demo's" in capsys.readouterr().err
     assert (tmp_path / "thesis.tex").exists()
+
+
+def test_resume_refuses_an_option_that_equals_its_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert train(run, "--seed", "3") == 0
+    for given in (["--seed", "0"], ["--seed=0"], ["--out", str(run)], ["--lr", "0.1"]):
+        assert main(["train", "--resume", str(run), *given]) == 2
+        assert f"got {given[0].split('=')[0]} too" in capsys.readouterr().err
+    assert main(["train", "--res", str(run)]) == 0
+
+
+def test_a_run_that_fails_at_once_leaves_its_folder_free(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert train(run, "--lr", "1e30") == 1
+    assert "there is no checkpoint yet" in capsys.readouterr().err
+    assert train(run) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("epsilon", "nan"), ("epsilon", "-1"), ("step-size", "inf"), ("lr", "nan"), ("lr", "-0.1"), ("router-lr", "nan"),
+        ("momentum", "2"), ("momentum", "1"), ("weight-decay", "-1"), ("beta", "-1"), ("beta", "nan"),
+    ],
+)  # fmt: skip
+def test_a_setting_out_of_range_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
+    assert train(tmp_path / "run", f"--{option}={value}") == 2
+    assert f"{option.replace('-', '_')}: expected a" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluate_refuses_a_radius_that_is_not_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert train(run) == 0
+    assert main(["evaluate", str(run), "--epsilon", "nan", "--limit", "4"]) == 2
+    assert "epsilon" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert train(tmp_path / "file" / "run") == 2
+    assert "cannot be written" in capsys.readouterr().err

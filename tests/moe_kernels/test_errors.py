@@ -12,7 +12,7 @@ import torch
 from oracle import CallCounter, partition, whole, windows
 from torch import Tensor
 
-from moe_kernels import ExpertSlices, RoutedConv2d, RoutedLinear, Routing, functional, ops
+from moe_kernels import ExpertSlices, RoutedBatchNorm2d, RoutedConv2d, RoutedLinear, Routing, functional, ops
 
 B = 4
 X = torch.randn(B, 3, 6, 6)
@@ -538,3 +538,15 @@ def test_a_routing_converted_with_a_tree_of_tensors_raises(backend: str, dtype: 
     layer = RoutedConv2d(3, 4, 3, num_experts=2)
     with pytest.raises(TypeError, match=f"routing: expected expert to be int64, got {dtype}"):
         layer(X, routing)
+
+
+def test_a_layer_without_a_weight_raises() -> None:
+    layer = RoutedConv2d(3, 4, 3, num_experts=2).eval()
+    layer.weight = None
+    with pytest.raises(ValueError, match=r"weight: expected shape \[8, 3, 3, 3\], got None"):
+        layer(X, Routing(EXPERT, num_experts=2))
+
+
+def test_a_batch_norm_without_channels_raises() -> None:
+    with pytest.raises(ValueError, match="num_features: expected at least 1, got 0"):
+        RoutedBatchNorm2d(0, 4)

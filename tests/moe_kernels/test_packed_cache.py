@@ -411,3 +411,36 @@ def test_a_weight_changed_between_forward_and_backward_raises() -> None:
         layer.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("warm", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_jit_trace_reads_the_weights(calls: CallCounter, warm: bool, grad: bool) -> None:
+    """Packed weights would be constants of the trace, or memory that nobody has written."""
+    layer = _layer()
+    if warm:
+        layer(X, ROUTING)
+    before = calls["pack"]
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(_WithRouting(layer), (X, ROUTING.expert), check_trace=False)
+        assert torch.equal(traced(X, ROUTING.expert), _fresh(layer))
+        with torch.no_grad():
+            layer.weight.mul_(2)
+        assert torch.equal(traced(X, ROUTING.expert), _fresh(layer))
+    assert calls["pack"] == before
+
+
+class _WithRouting(nn.Module):
+    def __init__(self, layer: RoutedConv2d) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, expert: Tensor) -> Tensor:
+        return self.layer(x, Routing(expert, num_experts=3))
+
+
+def test_a_fake_mode_packs_nothing(calls: CallCounter) -> None:
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        y = _layer()(torch.randn(4, 5, 6, 6), Routing(torch.zeros(4, dtype=torch.int64), num_experts=3))
+    assert y.shape == (4, 6, 6, 6) and calls["pack"] == 0
