@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``advmoe demo``: five methods on scikit-learn's digits, trained, attacked and timed."""
+"""``advmoe demo``: five models on scikit-learn's digits, trained, attacked and timed."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def run(folder: Path, fast: bool = False, seed: int = 0) -> str:
     )
     notes += (
         ".\nSA: accuracy on clean images, RA: on attacked ones. With so little training MoEs lag behind dense models, "
-        "and routers of the first\nlayers may send everything to one expert (the warnings above); docs/results.md has "
+        "and routers of the first\nlayers may send everything to one expert; docs/results.md has "
         "larger runs, where they lag by less"
     )
     if fast:

@@ -184,7 +184,7 @@ class _RoutedLayer(nn.Module):
 
 
 _SETTINGS = ("stride", "padding", "dilation", "padding_mode")
-_FIXED = ("in_channels", "out_channels", "in_slices", "out_slices", "num_experts", "kernel_size", "groups")
+_FIXED = ("in_channels", "out_channels", "in_slices", "out_slices", "num_experts", "kernel_size", "groups", "geometry")
 
 
 class RoutedConv2d(_RoutedLayer):
@@ -245,7 +245,7 @@ class RoutedConv2d(_RoutedLayer):
         if name in _SETTINGS and "geometry" in self.__dict__:
             self._set_geometry(**{**{n: getattr(self, n) for n in _SETTINGS}, name: value})
             self.clear_cache()
-        elif name in _FIXED and name in self.__dict__:
+        elif name in _FIXED and name in self.__dict__ and value != self.__dict__[name]:
             raise AttributeError(f"{name}: a RoutedConv2d keeps what it was made with; make a new one")
         else:
             super().__setattr__(name, value)

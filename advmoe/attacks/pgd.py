@@ -71,7 +71,9 @@ class PGD:
         if self.mode not in ("eval", "keep"):
             raise ValueError(f"mode: expected eval or keep, got {self.mode!r}")
         if not (0 <= self.epsilon < math.inf and 0 <= self.step_size < math.inf):
-            raise ValueError(f"epsilon and step_size: expected >= 0, got {self.epsilon} and {self.step_size}")
+            raise ValueError(
+                f"epsilon and step_size: expected finite numbers of at least 0, got {self.epsilon} and {self.step_size}"
+            )
         if self.loss == "kl" and self.random_start is False:
             raise ValueError(
                 "random_start: expected True or 'gaussian' with loss 'kl', which is flat at the clean image; got False"

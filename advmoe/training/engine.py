@@ -9,7 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -292,6 +292,8 @@ def resolve(config: RunConfig, data: DataSet) -> RunConfig:
 def train(config: RunConfig, folder: str | Path, quiet: bool = False) -> Run:
     """Trains from the start into a new run folder.
 
+    A fault before the first checkpoint leaves no run there, only its log; after Ctrl-C it can be resumed.
+
     Raises:
         ValueError: for settings or data that do not fit (RunError, DataError among them).
         Interrupted, StepError, NonFiniteLossError and its kin: see :meth:`Trainer.fit`.
@@ -308,7 +310,8 @@ def train(config: RunConfig, folder: str | Path, quiet: bool = False) -> Run:
             trainer.fit()
         except Exception:
             if not run.checkpoint().exists():  # no run yet: other settings may try the same folder
-                run.config_path.unlink()
+                with suppress(OSError):
+                    run.config_path.unlink()
             raise
     return run
 

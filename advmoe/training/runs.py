@@ -50,9 +50,9 @@ class Run:
         Raises:
             RunError: if it holds a run already, or cannot be made.
         """
-        if self.config_path.exists():
-            raise RunError(f"{self.folder} holds a run already; choose another --out, or continue it with --resume")
         try:
+            if self.config_path.exists():
+                raise RunError(f"{self.folder} holds a run already; choose another --out, or continue it with --resume")
             self.folder.mkdir(parents=True, exist_ok=True)
             config.save(self.config_path)  # first of all: a folder without it is no run
         except OSError as error:

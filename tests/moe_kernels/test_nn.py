@@ -389,7 +389,10 @@ def test_a_wrong_change_changes_nothing() -> None:
             setattr(layer, name, value)
     for name in ("in_channels", "out_channels", "num_experts", "kernel_size", "groups", "out_slices", "in_slices"):
         with pytest.raises(AttributeError, match=f"^{name}: a RoutedConv2d keeps what it was made with"):
-            setattr(layer, name, 1)
+            setattr(layer, name, 7)
+    with pytest.raises(AttributeError, match=r"^geometry: a RoutedConv2d keeps"):
+        layer.geometry = layer.geometry._replace(out_width=100)
+    layer.groups, layer.num_experts = 1, N  # what they are
     assert (repr(layer), layer.geometry) == before
 
 
