@@ -54,7 +54,7 @@ class ReferenceBackend:
         out = input.new_empty((samples, g.out_width, *size))
         for v, (o, c) in enumerate(_slices(experts, g, samples)):
             x = input[v // g.samples_per_input].unsqueeze(0).to(wide)
-            w = _slice(weight, o, c, g).to(wide)
+            w = _slice(weight, o, c, g).to(wide).contiguous()  # torch reads past some strided ones
             with _without_autocast(input.device):
                 y = F.conv2d(x, w, None, g.stride, g.padding, g.dilation, g.groups)
             channels = slice(o, o + g.out_width)
@@ -85,7 +85,7 @@ class ReferenceBackend:
         samples = grad.shape[0]
         out = grad.new_zeros((samples // g.samples_per_input, g.in_width, *size), dtype=wide)
         for v, (o, c) in enumerate(_slices(experts, g, samples)):
-            w = _slice(weight, o, c, g).to(wide)
+            w = _slice(weight, o, c, g).to(wide).contiguous()
             one = [1, g.in_width, *size]
             dx = conv2d_input(one, w, grad[v : v + 1].to(wide), g.stride, g.padding, g.dilation, g.groups)
             out[v // g.samples_per_input] += dx[0]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_kernels import RoutedConv2d, Routing, functional, ops
+from moe_kernels import ExpertSlices, RoutedConv2d, Routing, functional, ops, use_backend
 
 ROUTING = Routing(torch.tensor([1, 0]), num_experts=2)
 
@@ -91,3 +91,18 @@ def test_autocast_does_not_take_packed_weights_for_cast_ones() -> None:
         y = ops.conv2d(x, layer.weight, ROUTING.expert, None, *layer.geometry, layer._cache.forward, None)
         torch.testing.assert_close(y, layer(x, ROUTING))
     assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_channel_of_a_channels_last_weight(backend: str) -> None:
+    """torch 2.13's own float32 convolution reads past such a slice, and the reference handed it one."""
+    slices = ExpertSlices(total=2, width=1, starts=(0, 1))
+    weight = torch.randn(17, 2, 7, 7).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(2, 1, 3, 3)
+    with use_backend(backend):
+        y = functional.routed_conv2d(
+            x, weight, ROUTING, out_slices=ExpertSlices.whole(17), in_slices=slices, stride=(1, 3), padding=(3, 2)
+        )
+    for i, e in enumerate(ROUTING.expert.tolist()):
+        one = F.conv2d(x[i : i + 1].double(), weight[:, e : e + 1].double().contiguous(), None, (1, 3), (3, 2))
+        torch.testing.assert_close(y[i : i + 1].double(), one, rtol=1e-4, atol=1e-4)
