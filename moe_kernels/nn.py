@@ -121,11 +121,11 @@ class _RoutedLayer(nn.Module):
             ValueError: for other shapes than the layer was made with; kernels would read past their end.
         """
         weight, bias = self.weight, self.bias
-        for name, value, expected in (("weight", weight, self._weight_shape), ("bias", bias, self._bias_shape)):
-            if value is None and name == "weight":
-                raise ValueError(f"weight: expected shape {list(expected)}, got None")
-            if value is not None and value.shape != expected:
-                raise ValueError(f"{name}: expected shape {list(expected)}, got {list(value.shape)}")
+        if weight is None or weight.shape != self._weight_shape:
+            got = None if weight is None else list(weight.shape)
+            raise ValueError(f"weight: expected shape {list(self._weight_shape)}, got {got}")
+        if bias is not None and bias.shape != self._bias_shape:
+            raise ValueError(f"bias: expected shape {list(self._bias_shape)}, got {list(bias.shape)}")
         return weight, bias
 
     def clear_cache(self) -> None:
