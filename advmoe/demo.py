@@ -93,8 +93,8 @@ def run(folder: Path, fast: bool = False, seed: int = 0) -> str:
         f"torch {torch.__version__}; seed {seed}, {minutes:.1f} minutes in all"
     )
     notes += (
-        ".\nSA: accuracy on clean images, RA: on attacked ones. One short run each on 1294 small images is no comparison of "
-        "methods; docs/results.md has larger runs"
+        ".\nSA: accuracy on clean images, RA: on attacked ones. One short run each on so few small images is no "
+        "comparison of methods; docs/results.md has larger runs"
     )
     if fast:
         notes += "; --fast: even fewer epochs and weaker attacks"
