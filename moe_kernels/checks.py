@@ -22,6 +22,7 @@ __all__ = [
     "choices",
     "epilogue",
     "experts",
+    "gate",
     "geometry",
     "image",
     "layer_input",
@@ -263,6 +264,14 @@ def epilogue(input: Tensor, values: Epilogue, width: int, total: int, top_k: int
     for name, value in (("scale", scale), ("shift", shift), ("residual", residual)):
         if value is not None and value.device != input.device:
             raise ValueError(f"{name}: expected the input's device {input.device}, got {value.device}")
+
+
+def gate(value: Tensor, samples: int) -> None:
+    """For operators that are called by themselves."""
+    if not value.is_floating_point():
+        raise TypeError(f"gate: expected a floating tensor, got {value.dtype}")
+    if tuple(value.shape) != (samples,):
+        raise ValueError(f"gate: expected shape [{samples}], got {tuple(value.shape)}")
 
 
 def layer_input(

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import checks, ops
 from .backends import Epilogue
 from .geometry import Conv2dGeometry, pair
+from .planning import plan_for
 from .routing import Routing, apply_gate
 from .rows import sum_choices
 from .slices import ExpertSlices
@@ -94,7 +95,8 @@ def routed_conv2d_fused(
     gate = routing.gate
     if k == 1 and not (torch.is_grad_enabled() and gate is not None and gate.requires_grad):
         values = values._replace(bias=bias, gate=None if gate is None or routing.unit_gate else gate.reshape(-1))
-        return ops.conv2d_fused(input, weight, out_expert, in_expert, *geometry, *values)
+        plan = plan_for(routing, in_routing, input, weight, out_expert, in_expert, geometry)
+        return ops.conv2d_fused(input, weight, out_expert, in_expert, *geometry, *values, None, plan)
     y = apply_geometry(input, weight, bias, routing, in_routing, geometry._replace(samples_per_input=1))
     choice = out_expert if k == 1 else None
     return ops.epilogue(y, choice, geometry, scale, shift, residual, relu)
@@ -134,7 +136,8 @@ def apply_geometry(
         input, weight, bias = _autocast(input, weight, bias)
     checks.layer_input(input, weight, bias, routing, routing if in_routing is None else in_routing, geometry)
     out_expert, in_expert, geometry = _experts(input, routing, in_routing, geometry)
-    gate = routing.gate
+    gate = None if routing.gate is None else routing.gate.reshape(-1)
+    plan = plan_for(routing, in_routing, input, weight, out_expert, in_expert, geometry)
     if not torch.is_grad_enabled() or not (
         input.requires_grad
         or weight.requires_grad
@@ -142,18 +145,22 @@ def apply_geometry(
         or (gate is not None and gate.requires_grad)
     ):
         # no gradient although it may be enabled: the operators' autograd layer has nothing to do
-        if gate is not None:
-            gate = None if routing.unit_gate else gate.reshape(-1)
+        if routing.unit_gate:
+            gate = None
         if bias is None and gate is None:
-            y = ops.call(ops.conv2d, input, weight, out_expert, in_expert, geometry, *packed)
+            y = ops.call(ops.conv2d, input, weight, out_expert, in_expert, geometry, *packed, plan)
         else:
             epilogue = Epilogue(bias, gate)
-            y = ops.call(ops.conv2d_fused, input, weight, out_expert, in_expert, geometry, *epilogue, packed[0])
+            y = ops.call(ops.conv2d_fused, input, weight, out_expert, in_expert, geometry, *epilogue, packed[0], plan)
+    elif gate is not None and (input.requires_grad or not gate.requires_grad):
+        unit = routing.unit_gate
+        y = ops.call(ops.conv2d_gated, input, weight, out_expert, in_expert, geometry, bias, gate, unit, *packed, plan)
     else:
-        y = ops.call(ops.conv2d, input, weight, out_expert, in_expert, geometry, *packed)
+        # without a gradient of the input, that of the gate costs less from the output
+        y = ops.call(ops.conv2d, input, weight, out_expert, in_expert, geometry, *packed, plan)
         y = ops.add_bias(y, bias, out_expert, geometry)
         if gate is not None:
-            y = apply_gate(y, gate.reshape(-1), routing.unit_gate)
+            y = apply_gate(y, gate, routing.unit_gate)
     return sum_choices(y, routing.top_k)
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["in_format", "is_channels_last", "memory_format_of"]
+__all__ = ["in_format", "is_channels_last", "memory_format_of", "nhwc"]
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -26,3 +26,8 @@ def in_format(x: Tensor, layout: torch.memory_format) -> Tensor:
     if x.is_contiguous(memory_format=layout) and is_channels_last(x) != (layout == torch.channels_last):
         return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout).copy_(x)
     return x.contiguous(memory_format=layout)
+
+
+def nhwc(x: Tensor) -> Tensor:
+    """In memory as kernels read it, its signs too: torch negates the imaginary part of a conjugate by a bit only."""
+    return x.contiguous(memory_format=torch.channels_last).resolve_neg()

@@ -8,6 +8,9 @@ derivative of each is made of the other two, so that any order of derivative nee
     D with cotangent v: d(dy) = F(v, w),  dw = G(dy, v)
     G with cotangent u: d(dy) = F(x, u),  dx = D(dy, u)
 
+``conv2d_gated`` is ``gate * (F + bias)``; its backward takes the input's and the gate's gradient from one pass,
+``conv2d_grad_gated``: by linearity ``<F(x[v], w), dy[v]> = <D(dy[v], w), x[v]>``, so that no output is kept for it.
+
 ``conv2d_fused`` is F with the epilogue bias, gate, scale and shift, residual, ReLU in one pass, for calls that need no
 gradient; where one does, its autograd form is composed of the same pieces.
 
@@ -35,17 +38,21 @@ from . import backends, checks
 from .backends import NO_EPILOGUE, Epilogue, Experts
 from .geometry import Conv2dGeometry, output_size
 from .layout import is_channels_last, memory_format_of
-from .rows import gather_rows
+from .routing import sample_dot
+from .rows import gather_rows, scatter_rows, sum_choices
 
 __all__ = [
     "add_bias",
     "call",
     "conv2d",
     "conv2d_fused",
+    "conv2d_gated",
+    "conv2d_grad_gated",
     "conv2d_grad_input",
     "conv2d_grad_weight",
     "epilogue",
     "output_shape",
+    "plan",
     "traced",
 ]
 
@@ -54,28 +61,41 @@ _GEOMETRY = (
     "int[] out_starts, int[] in_starts, int num_out, int num_in, int out_width, int in_width, int[2] stride, "
     "int[2] padding, int[2] dilation, int groups, int samples_per_input"
 )
-_PACKED = "Tensor? packed=None, Tensor? packed_grad=None"
+# What can be made from the other arguments and was made before: packed weights of the backend in use, the routing plan.
+_MADE = "Tensor? packed=None, Tensor? packed_grad=None, Tensor? plan=None"
 _G, _E = len(Conv2dGeometry._fields), len(Epilogue._fields)
 _Choice: TypeAlias = Tensor | None  # a sliced side's experts
 
 _lib = torch.library.Library("moe_kernels", "DEF")
-_lib.define(f"conv2d(Tensor input, Tensor weight, {_EXPERTS}, {_GEOMETRY}, {_PACKED}) -> Tensor")
+_lib.define(f"conv2d(Tensor input, Tensor weight, {_EXPERTS}, {_GEOMETRY}, {_MADE}) -> Tensor")
 _lib.define(
-    f"conv2d_grad_input(Tensor grad, Tensor weight, {_EXPERTS}, {_GEOMETRY}, SymInt[2] size, {_PACKED}) -> Tensor"
+    f"conv2d_grad_input(Tensor grad, Tensor weight, {_EXPERTS}, {_GEOMETRY}, SymInt[2] size, {_MADE}) -> Tensor"
 )
 _lib.define(
     f"conv2d_grad_weight(Tensor grad, Tensor input, {_EXPERTS}, {_GEOMETRY}, SymInt[4] weight_shape, "
-    "bool channels_last=False) -> Tensor"
+    "bool channels_last=False, Tensor? plan=None) -> Tensor"
+)
+_lib.define(
+    f"conv2d_gated(Tensor input, Tensor weight, {_EXPERTS}, {_GEOMETRY}, Tensor? bias, Tensor gate, bool unit, "
+    f"{_MADE}) -> Tensor"
+)
+_lib.define(
+    f"conv2d_grad_gated(Tensor grad, Tensor weight, {_EXPERTS}, {_GEOMETRY}, Tensor input, Tensor gate, bool unit, {_MADE}) "
+    "-> (Tensor, Tensor)"
 )
 _lib.define(
     f"conv2d_fused(Tensor input, Tensor weight, {_EXPERTS}, {_GEOMETRY}, Tensor? bias, Tensor? gate, Tensor? scale, "
-    "Tensor? shift, Tensor? residual, bool relu, Tensor? packed=None) -> Tensor"
+    "Tensor? shift, Tensor? residual, bool relu, Tensor? packed=None, Tensor? plan=None) -> Tensor"
 )
+_lib.define("plan(Tensor? out_expert, Tensor? in_expert, int num_out, int num_in) -> Tensor")
 
 conv2d = torch.ops.moe_kernels.conv2d.default
 conv2d_grad_input = torch.ops.moe_kernels.conv2d_grad_input.default
 conv2d_grad_weight = torch.ops.moe_kernels.conv2d_grad_weight.default
 conv2d_fused = torch.ops.moe_kernels.conv2d_fused.default
+conv2d_gated = torch.ops.moe_kernels.conv2d_gated.default
+conv2d_grad_gated = torch.ops.moe_kernels.conv2d_grad_gated.default
+plan = torch.ops.moe_kernels.plan.default
 
 
 def _geometry(args: Sequence[Any]) -> Conv2dGeometry:
@@ -86,31 +106,80 @@ def _geometry(args: Sequence[Any]) -> Conv2dGeometry:
 # --- the backends' calls ------------------------------------------------------------------------------------------------
 
 
-def _conv2d(input: Tensor, weight: Tensor, out: _Choice, inner: _Choice, g: Conv2dGeometry, *packed: Any) -> Tensor:
+def _nth(values: Sequence[Any], index: int) -> Any:
+    return values[index] if len(values) > index else None
+
+
+def _conv2d(input: Tensor, weight: Tensor, out: _Choice, inner: _Choice, g: Conv2dGeometry, *made: Any) -> Tensor:
     backend = backends.choose(input.device)
-    return backend.forward(input, weight, Experts(out, inner), g, NO_EPILOGUE, packed[0] if packed else None)
+    return backend.forward(input, weight, Experts(out, inner, _nth(made, 2)), g, NO_EPILOGUE, _nth(made, 0))
 
 
 def _conv2d_grad_input(
-    grad: Tensor, weight: Tensor, out: _Choice, inner: _Choice, g: Conv2dGeometry, size: Sequence[int], *packed: Any
+    grad: Tensor, weight: Tensor, out: _Choice, inner: _Choice, g: Conv2dGeometry, size: Sequence[int], *made: Any
 ) -> Tensor:
     backend = backends.choose(grad.device)
     height, width = size
-    packed_grad = packed[1] if len(packed) > 1 else None
-    return backend.grad_input(grad, weight, Experts(out, inner), g, (height, width), packed_grad)
+    return backend.grad_input(grad, weight, Experts(out, inner, _nth(made, 2)), g, (height, width), _nth(made, 1))
 
 
 def _conv2d_grad_weight(
     grad: Tensor, input: Tensor, out: _Choice, inner: _Choice, g: Conv2dGeometry, shape: Sequence[int], *last: Any
 ) -> Tensor:
     backend = backends.choose(grad.device)
-    return backend.grad_weight(grad, input, Experts(out, inner), g, tuple(shape), bool(last and last[0]))
+    return backend.grad_weight(grad, input, Experts(out, inner, _nth(last, 1)), g, tuple(shape), bool(_nth(last, 0)))
 
 
 def _conv2d_fused(input: Tensor, weight: Tensor, out: _Choice, inner: _Choice, g: Conv2dGeometry, *rest: Any) -> Tensor:
     backend = backends.choose(input.device)
-    packed = rest[_E] if len(rest) > _E else None
-    return backend.forward(input, weight, Experts(out, inner), g, Epilogue._make(rest[:_E]), packed)
+    experts = Experts(out, inner, _nth(rest, _E + 1))
+    return backend.forward(input, weight, experts, g, Epilogue._make(rest[:_E]), _nth(rest, _E))
+
+
+def _conv2d_gated(input: Tensor, weight: Tensor, out: _Choice, inner: _Choice, g: Conv2dGeometry, *rest: Any) -> Tensor:
+    bias, gate, unit, *made = rest
+    backend = backends.choose(input.device)
+    epilogue = NO_EPILOGUE if unit and bias is None else Epilogue(bias, None if unit else gate)
+    return backend.forward(input, weight, Experts(out, inner, _nth(made, 2)), g, epilogue, _nth(made, 0))
+
+
+def _conv2d_grad_gated(
+    grad: Tensor, weight: Tensor, out: _Choice, inner: _Choice, g: Conv2dGeometry, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    input, gate, unit, *made = rest
+    backend = backends.choose(grad.device)
+    experts = Experts(out, inner, _nth(made, 2))
+    both = backend.grad_input_gated(grad, weight, experts, g, input, None if unit else gate, _nth(made, 1))
+    if both is None:
+        return _grad_gated_by_parts(grad, weight, out, inner, g, *rest)
+    return both[0], both[1].to(gate.dtype)
+
+
+def _grad_gated_by_parts(
+    grad: Tensor, weight: Tensor, out: _Choice, inner: _Choice, g: Conv2dGeometry, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """From the ungated input gradient of each virtual sample; differentiable."""
+    input, gate, unit, *made = rest
+    k = g.samples_per_input
+    one_each = g._replace(samples_per_input=1)
+    made = [*made, None, None, None][:3]
+    dx = call(conv2d_grad_input, grad, weight, out, inner, one_each, input.shape[2:], *made)
+    x = input if k == 1 else input.repeat_interleave(k, 0)
+    dots = sample_dot(dx, x).to(gate.dtype)
+    return sum_choices(_times(dx, gate, unit), k), dots
+
+
+def _times(x: Tensor, gate: Tensor, unit: bool) -> Tensor:
+    """``x [V, ...]`` times ``gate [V]``: where its value is 1, only for the sake of a derivative."""
+    if unit and not (torch.is_grad_enabled() and gate.requires_grad):
+        return x
+    return x * gate.to(x.dtype)[:, None, None, None]
+
+
+def _plan(out: _Choice, inner: _Choice, num_out: int, num_in: int) -> Tensor:
+    first = out if out is not None else inner
+    assert first is not None
+    return backends.choose(first.device).plan(Experts(out, inner), num_out, num_in, first.shape[0], first.device)
 
 
 def _check(op: Any, *args: Any) -> None:
@@ -126,9 +195,15 @@ def _check(op: Any, *args: Any) -> None:
     more: dict[str, Tensor | None] = {"out_expert": out, "in_expert": inner}
     if op is conv2d_grad_weight:
         checks.operands(shapes[1], tuple(rest[_G]), ("grad", shapes[0]), g)
-    elif op is conv2d_grad_input:
-        size = (shapes[0][0] // g.samples_per_input, g.in_width, *rest[_G])
+    elif op is conv2d_grad_input or op is conv2d_grad_gated:
+        height, width = rest[_G] if op is conv2d_grad_input else rest[_G].shape[2:]
+        size = (shapes[0][0] // g.samples_per_input, g.in_width, height, width)
         checks.operands(size, shapes[1], ("grad", shapes[0]), g)
+        if op is conv2d_grad_gated:
+            more |= {"input": rest[_G], "gate": rest[_G + 1]}
+            if tuple(rest[_G].shape) != size:
+                raise ValueError(f"input: expected shape {size}, got {tuple(rest[_G].shape)}")
+            checks.gate(rest[_G + 1], shapes[0][0])
     else:
         shape = output_shape(first, second, g)
         checks.operands(shapes[0], shapes[1], ("output", shape), g)
@@ -136,6 +211,11 @@ def _check(op: Any, *args: Any) -> None:
             epilogue = Epilogue._make(rest[_G : _G + _E])
             checks.epilogue(first, epilogue, g.out_width, shapes[1][0], 1, shape)
             more |= {name: getattr(epilogue, name) for name in ("bias", "gate", "scale", "shift", "residual")}
+        if op is conv2d_gated:
+            bias, gate = rest[_G : _G + 2]
+            more |= {"bias": bias, "gate": gate}
+            checks.gate(gate, shape[0])
+            checks.epilogue(first, Epilogue(bias), g.out_width, shapes[1][0], 1, shape)
     checks.alike(**dict(zip(_OPERANDS[op], (first, second), strict=True)), **more)
 
 
@@ -144,12 +224,16 @@ _OPERANDS: dict[Any, tuple[str, str]] = {
     conv2d_grad_input: ("grad", "weight"),
     conv2d_grad_weight: ("grad", "input"),
     conv2d_fused: ("input", "weight"),
+    conv2d_gated: ("input", "weight"),
+    conv2d_grad_gated: ("grad", "weight"),
 }
 _RUN: dict[Any, Any] = {
     conv2d: _conv2d,
     conv2d_grad_input: _conv2d_grad_input,
     conv2d_grad_weight: _conv2d_grad_weight,
     conv2d_fused: _conv2d_fused,
+    conv2d_gated: _conv2d_gated,
+    conv2d_grad_gated: _conv2d_grad_gated,
 }
 
 
@@ -164,19 +248,39 @@ def output_shape(input: Tensor, weight: Tensor, g: Conv2dGeometry) -> tuple[int,
     return (input.shape[0] * g.samples_per_input, g.out_width, *size)
 
 
-def _conv2d_fake(input: Tensor, weight: Tensor, out_expert: Any, in_expert: Any, *rest: Any, **packed: Any) -> Tensor:
+def _conv2d_fake(input: Tensor, weight: Tensor, out_expert: Any, in_expert: Any, *rest: Any, **made: Any) -> Tensor:
     shape = output_shape(input, weight, _geometry(rest[:_G]))
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
 
 
-def _grad_input_fake(grad: Tensor, weight: Tensor, out_expert: Any, in_expert: Any, *rest: Any, **packed: Any) -> Tensor:
+def _grad_input_fake(grad: Tensor, weight: Tensor, out_expert: Any, in_expert: Any, *rest: Any, **made: Any) -> Tensor:
     g = _geometry(rest[:_G])
     shape = (grad.shape[0] // g.samples_per_input, g.in_width, *rest[_G])
     return torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format_of(grad))
 
 
+def _grad_gated_fake(
+    grad: Tensor, weight: Tensor, out_expert: Any, in_expert: Any, *rest: Any, **made: Any
+) -> tuple[Tensor, Tensor]:
+    input, gate = rest[_G : _G + 2]
+    dx = _grad_input_fake(grad, weight, out_expert, in_expert, *rest[:_G], input.shape[2:])
+    return dx, torch.empty_like(gate)
+
+
+def _plan_fake(out_expert: Any, in_expert: Any, num_out: int, num_in: int) -> Tensor:
+    first = out_expert if out_expert is not None else in_expert
+    count = max(num_out, 1) * max(num_in, 1)
+    return torch.empty((count + 2 + first.shape[0],), dtype=torch.int32, device=first.device)
+
+
 def _grad_weight_fake(
-    grad: Tensor, input: Tensor, out_expert: Any, in_expert: Any, *rest: Any, channels_last: bool = False
+    grad: Tensor,
+    input: Tensor,
+    out_expert: Any,
+    in_expert: Any,
+    *rest: Any,
+    channels_last: bool = False,
+    plan: Any = None,
 ) -> Tensor:
     channels_last = rest[_G + 1] if len(rest) > _G + 1 else channels_last
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -255,7 +359,7 @@ def _in_function(op: Any, *args: Any) -> Tensor:
     return _below_autograd(op, *args)
 
 
-def call(op: Any, first: Tensor, second: Tensor, out: _Choice, inner: _Choice, g: Conv2dGeometry, *rest: Any) -> Tensor:
+def call(op: Any, first: Tensor, second: Tensor, out: _Choice, inner: _Choice, g: Conv2dGeometry, *rest: Any) -> Any:
     """``op(first, second, out, inner, *g, *rest)`` with every argument given, past the dispatcher where nobody would
     notice."""
     _refuse_tangents((first, second, *rest))
@@ -264,9 +368,15 @@ def call(op: Any, first: Tensor, second: Tensor, out: _Choice, inner: _Choice, g
     if torch.is_grad_enabled():
         if op is conv2d_fused:
             return _fused_differentiable(first, second, out, inner, g, *rest)
-        if first.requires_grad or second.requires_grad:
+        if op is conv2d_grad_gated:
+            return _grad_gated_differentiable(first, second, out, inner, g, *rest)
+        if first.requires_grad or second.requires_grad or (op is conv2d_gated and _extra_gradient(rest[0], rest[1])):
             return _FUNCTION[op].apply(first, second, out, inner, g, *rest, _RUN[op])
     return _RUN[op](first, second, out, inner, g, *rest)
+
+
+def _extra_gradient(bias: Tensor | None, gate: Tensor) -> bool:
+    return gate.requires_grad or (bias is not None and bias.requires_grad)
 
 
 # Their last argument computes them: a backend where nothing watches, _in_function elsewhere.
@@ -275,66 +385,102 @@ def call(op: Any, first: Tensor, second: Tensor, out: _Choice, inner: _Choice, g
 class _Conv2d(_Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, out: _Choice, inner: _Choice, *rest: Any) -> Tensor:
-        g, packed, packed_grad, run = rest
-        ctx.save_for_backward(input, weight, out, inner, packed, packed_grad)
+        g, *made, run = rest
+        ctx.save_for_backward(input, weight, out, inner, *made)
         ctx.geometry = g
         return run(input, weight, out, inner, *rest[:-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        input, weight, out, inner, *packed = ctx.saved_tensors
+        input, weight, out, inner, *made = ctx.saved_tensors
         g = ctx.geometry
         dx = dw = None
         if _wanted(ctx, 0):
-            dx = call(conv2d_grad_input, grad, weight, out, inner, g, input.shape[2:], *packed)
+            dx = call(conv2d_grad_input, grad, weight, out, inner, g, input.shape[2:], *made)
         if _wanted(ctx, 1):
-            dw = call(conv2d_grad_weight, grad, input, out, inner, g, weight.shape, is_channels_last(weight))
-        return dx, dw, None, None, None, None, None, None
+            dw = call(conv2d_grad_weight, grad, input, out, inner, g, weight.shape, is_channels_last(weight), made[2])
+        return dx, dw, *[None] * 7
+
+
+class _GatedConv2d(_Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, out: _Choice, inner: _Choice, *rest: Any) -> Tensor:
+        g, bias, gate, unit, *made, run = rest
+        ctx.save_for_backward(input, weight, out, inner, bias, gate, *made)
+        ctx.geometry, ctx.unit = g, unit
+        return run(input, weight, out, inner, *rest[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        input, weight, out, inner, bias, gate, *made = ctx.saved_tensors
+        g, unit = ctx.geometry, ctx.unit
+        dx = dw = dbias = dgate = gated = None
+        if ctx.needs_input_grad[6]:
+            dx, dgate = call(conv2d_grad_gated, grad, weight, out, inner, g, input, gate, unit, *made)
+        elif _wanted(ctx, 0):
+            gated = _times(grad, gate, unit)
+            dx = call(conv2d_grad_input, gated, weight, out, inner, g, input.shape[2:], *made)
+        if _wanted(ctx, 1):
+            gated = _times(grad, gate, unit) if gated is None else gated
+            layout = is_channels_last(weight)
+            dw = call(conv2d_grad_weight, gated, input, out, inner, g, weight.shape, layout, made[2])
+        if bias is not None and (dgate is not None or ctx.needs_input_grad[5]):
+            sums = grad.to(_wide(grad).dtype).sum(3).sum(2)  # [V, K]
+            if dgate is not None:
+                rows = gather_rows(_wide(bias), out, g.num_out, g.out_starts, g.out_width)
+                dgate = dgate + (sums * rows).sum(1).to(dgate.dtype)
+            if ctx.needs_input_grad[5]:
+                sums = sums * gate.to(sums.dtype)[:, None]
+                total = bias.shape[0]
+                dbias = scatter_rows(sums, out, g.num_out, g.out_starts, g.out_width, total).to(bias.dtype)
+        return dx, dw, None, None, None, dbias, dgate, *[None] * 5
 
 
 class _Conv2dGradInput(_Function):
     @staticmethod
     def forward(ctx: Any, grad: Tensor, weight: Tensor, out: _Choice, inner: _Choice, *rest: Any) -> Tensor:
-        g, _, packed, packed_grad, run = rest
-        ctx.save_for_backward(grad, weight, out, inner, packed, packed_grad)
+        g, _, *made, run = rest
+        ctx.save_for_backward(grad, weight, out, inner, *made)
         ctx.geometry = g
         return run(grad, weight, out, inner, *rest[:-1])
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
-        grad, weight, out, inner, *packed = ctx.saved_tensors
+        grad, weight, out, inner, *made = ctx.saved_tensors
         g = ctx.geometry
         dg = dw = None
         if _wanted(ctx, 0):
-            dg = call(conv2d, v, weight, out, inner, g, *packed)
+            dg = call(conv2d, v, weight, out, inner, g, *made)
         if _wanted(ctx, 1):
-            dw = call(conv2d_grad_weight, grad, v, out, inner, g, weight.shape, is_channels_last(weight))
-        return dg, dw, None, None, None, None, None, None, None
+            dw = call(conv2d_grad_weight, grad, v, out, inner, g, weight.shape, is_channels_last(weight), made[2])
+        return dg, dw, *[None] * 8
 
 
 class _Conv2dGradWeight(_Function):
     @staticmethod
     def forward(ctx: Any, grad: Tensor, input: Tensor, out: _Choice, inner: _Choice, *rest: Any) -> Tensor:
-        ctx.save_for_backward(grad, input, out, inner)
-        ctx.geometry, *_, run = rest
+        g, _, _, plan, run = rest
+        ctx.save_for_backward(grad, input, out, inner, plan)
+        ctx.geometry = g
         return run(grad, input, out, inner, *rest[:-1])
 
     @staticmethod
     def backward(ctx: Any, u: Tensor) -> tuple[Any, ...]:
-        grad, input, out, inner = ctx.saved_tensors
+        grad, input, out, inner, plan = ctx.saved_tensors
         g = ctx.geometry
         dg = dx = None
         if _wanted(ctx, 0):
-            dg = call(conv2d, input, u, out, inner, g, None, None)
+            dg = call(conv2d, input, u, out, inner, g, None, None, plan)
         if _wanted(ctx, 1):
-            dx = call(conv2d_grad_input, grad, u, out, inner, g, input.shape[2:], None, None)
-        return dg, dx, None, None, None, None, None, None
+            dx = call(conv2d_grad_input, grad, u, out, inner, g, input.shape[2:], None, None, plan)
+        return dg, dx, *[None] * 7
 
 
 _FUNCTION: dict[Any, Any] = {
     conv2d: _Conv2d,
     conv2d_grad_input: _Conv2dGradInput,
     conv2d_grad_weight: _Conv2dGradWeight,
+    conv2d_gated: _GatedConv2d,
 }
 
 
@@ -347,7 +493,8 @@ def _differentiable(op: Any, required: int, **defaults: Any) -> Any:
         args = (*args, *(kwargs.get(name, value) for name, value in rest))
         args = (*args[:4], _geometry(args[4 : 4 + _G]), *args[4 + _G :])
         _refuse_tangents(args)
-        if not (torch.is_grad_enabled() and (args[0].requires_grad or args[1].requires_grad)):
+        needed = args[0].requires_grad or args[1].requires_grad or (op is conv2d_gated and _extra_gradient(args[5], args[6]))
+        if not (torch.is_grad_enabled() and needed):
             return _below_autograd(op, *args)
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
@@ -357,25 +504,40 @@ def _differentiable(op: Any, required: int, **defaults: Any) -> Any:
     return differentiable
 
 
-def _differentiable_fused(*args: Any, packed: Tensor | None = None) -> Tensor:
+def _differentiable_fused(*args: Any, packed: Tensor | None = None, plan: Tensor | None = None) -> Tensor:
     rest = args[4 + _G :]
-    rest = rest if len(rest) > _E else (*rest, packed)
+    rest = (*rest, *(packed, plan)[len(rest) - _E :])
     return _fused_differentiable(*args[:4], _geometry(args[4 : 4 + _G]), *rest)
 
 
 def _fused_differentiable(
     input: Tensor, weight: Tensor, out: _Choice, inner: _Choice, g: Conv2dGeometry, *rest: Any
 ) -> Tensor:
-    bias, gate, scale, shift, residual, relu, packed = rest
+    bias, gate, scale, shift, residual, relu, packed, plan = rest
     tensors = (input, weight, bias, gate, scale, shift, residual)
     _refuse_tangents(tensors)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return _below_autograd(conv2d_fused, input, weight, out, inner, g, *rest)
-    y = conv2d(input, weight, out, inner, *g, packed, None)
+    y = conv2d(input, weight, out, inner, *g, packed, None, plan)
     y = add_bias(y, bias, out, g)
     if gate is not None:
         y = y * gate.to(y.dtype)[:, None, None, None]
     return epilogue(y, out, g, scale, shift, residual, relu)
+
+
+def _differentiable_grad_gated(*args: Any, **made: Any) -> tuple[Tensor, Tensor]:
+    rest = (*args[4 + _G :], *(made.get(name) for name in ("packed", "packed_grad", "plan")[len(args) - _G - 7 :]))
+    return _grad_gated_differentiable(*args[:4], _geometry(args[4 : 4 + _G]), *rest)
+
+
+def _grad_gated_differentiable(
+    grad: Tensor, weight: Tensor, out: _Choice, inner: _Choice, g: Conv2dGeometry, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    tensors = (grad, weight, *rest[:2])
+    _refuse_tangents(tensors)
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
+        return _below_autograd(conv2d_grad_gated, grad, weight, out, inner, g, *rest)
+    return _grad_gated_by_parts(grad, weight, out, inner, g, *rest)
 
 
 def epilogue(
@@ -402,7 +564,8 @@ def add_bias(y: Tensor, bias: Tensor | None, out_expert: Tensor | None, g: Conv2
     if bias is None:
         return y
     rows = gather_rows(_wide(bias), out_expert, g.num_out, g.out_starts, g.out_width)
-    return y + rows.to(y.dtype)[:, :, None, None]
+    # one dimension after the other, and so the sums of its derivative: a sum down to one number would be split among threads
+    return y + rows.to(y.dtype)[:, :, None, None].expand(-1, -1, y.shape[2], 1).expand(-1, -1, -1, y.shape[3])
 
 
 def _affine_rows(value: Tensor, out_expert: Tensor | None, g: Conv2dGeometry) -> Tensor:
@@ -420,12 +583,12 @@ def _wide(value: Tensor) -> Tensor:
 
 
 def _autocast(op: Any, device: str, key: torch._C.DispatchKey) -> Any:
-    given = _G + (10 if op is conv2d_fused else 4)
+    given = _G + {conv2d_fused: 10, conv2d_gated: 7}.get(op, 4)
     exclude = torch._C.DispatchKeySet(key)
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
-        # packed weights, the last of an operator's arguments, fit only the uncast weight
+        # packed weights, the last of an operator's arguments, fit only the uncast weight; a plan is made again
         args = args[:given]
         # float64 is left alone, as by torch's own list of operators
         cast = [
@@ -452,27 +615,31 @@ def _autograd(op: Any, differentiable: Any, *args: Any, **kwargs: Any) -> Tensor
 
 
 def _register() -> None:
-    packed = {"packed": None, "packed_grad": None}
+    made = {"packed": None, "packed_grad": None, "plan": None}
     implementations: dict[str, tuple[Any, Any, Any]] = {
-        "conv2d": (conv2d, _conv2d_fake, _differentiable(conv2d, _G + 4, **packed)),
+        "conv2d": (conv2d, _conv2d_fake, _differentiable(conv2d, _G + 4, **made)),
         "conv2d_grad_input": (
             conv2d_grad_input,
             _grad_input_fake,
-            _differentiable(conv2d_grad_input, _G + 5, **packed),
+            _differentiable(conv2d_grad_input, _G + 5, **made),
         ),
         "conv2d_grad_weight": (
             conv2d_grad_weight,
             _grad_weight_fake,
-            _differentiable(conv2d_grad_weight, _G + 5, channels_last=False),
+            _differentiable(conv2d_grad_weight, _G + 5, channels_last=False, plan=None),
         ),
         "conv2d_fused": (conv2d_fused, _conv2d_fake, _differentiable_fused),
+        "conv2d_gated": (conv2d_gated, _conv2d_fake, _differentiable(conv2d_gated, _G + 7, **made)),
+        "conv2d_grad_gated": (conv2d_grad_gated, _grad_gated_fake, _differentiable_grad_gated),
     }
     for name, (op, fake, differentiable) in implementations.items():
         _lib.impl(name, functools.partial(_kernel, op), "CompositeExplicitAutograd")
         _lib.impl(name, functools.partial(_autograd, op, differentiable), "Autograd")
         torch.library.register_fake(f"moe_kernels::{name}", fake, lib=_lib)
+    _lib.impl("plan", _plan, "CompositeExplicitAutograd")
+    torch.library.register_fake("moe_kernels::plan", _plan_fake, lib=_lib)
     for device, key in (("cpu", torch._C.DispatchKey.AutocastCPU), ("cuda", torch._C.DispatchKey.AutocastCUDA)):
-        for name in ("conv2d", "conv2d_fused"):
+        for name in ("conv2d", "conv2d_fused", "conv2d_gated"):
             op = getattr(torch.ops.moe_kernels, name).default
             _lib.impl(name, _autocast(op, device, key), key.name)
 
@@ -487,12 +654,16 @@ def _flops(samples: int, rows: int, columns: int, weight_shape: Any, g: Conv2dGe
 def _register_flops() -> None:
     packet = torch.ops.moe_kernels
 
-    @register_flop_formula([packet.conv2d, packet.conv2d_fused])
+    @register_flop_formula([packet.conv2d, packet.conv2d_fused, packet.conv2d_gated])
     def conv2d_flops(input_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
         return _flops(out_shape[0], out_shape[2], out_shape[3], weight_shape, _geometry(args[2 : 2 + _G]))
 
     @register_flop_formula(packet.conv2d_grad_input)
     def grad_input_flops(grad_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return _flops(grad_shape[0], grad_shape[2], grad_shape[3], weight_shape, _geometry(args[2 : 2 + _G]))
+
+    @register_flop_formula(packet.conv2d_grad_gated)
+    def grad_gated_flops(grad_shape: Any, weight_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
         return _flops(grad_shape[0], grad_shape[2], grad_shape[3], weight_shape, _geometry(args[2 : 2 + _G]))
 
     @register_flop_formula(packet.conv2d_grad_weight)

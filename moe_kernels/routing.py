@@ -51,13 +51,14 @@ class Routing:
     Indices are checked where they are used on the CPU, and by :meth:`validate` on any device.
     """
 
-    __slots__ = ("choices", "expert", "gate", "num_experts", "unit_gate")
+    __slots__ = ("choices", "expert", "gate", "num_experts", "plans", "unit_gate")
 
     expert: Tensor  # int64 [B] or [B, k]
     gate: Tensor | None  # floating, shaped as expert
     num_experts: int
     unit_gate: bool  # the gate's value is exactly 1 and only its gradient matters
     choices: int  # k of the routing that expand() made this one from; 1 otherwise
+    plans: dict[Any, Any]  # kept by planning.py; shared by the routings that make the same choice
 
     def __init__(self, expert: Tensor, gate: Tensor | None = None, *, num_experts: int) -> None:
         checks.routing(expert, gate, num_experts)
@@ -66,17 +67,25 @@ class Routing:
         self.num_experts = num_experts
         self.unit_gate = False
         self.choices = 1
+        self.plans = {}
         if _debug():
             self.validate()
 
     @classmethod
     def _make(
-        cls, expert: Tensor, gate: Tensor | None, num_experts: int, unit_gate: bool = False, choices: int = 1
+        cls,
+        expert: Tensor,
+        gate: Tensor | None,
+        num_experts: int,
+        unit_gate: bool = False,
+        choices: int = 1,
+        plans: dict[Any, Any] | None = None,
     ) -> Routing:
         """No checks: what the pytree rebuilds may hold placeholders instead of tensors."""
         self = cls.__new__(cls)
         self.expert, self.gate, self.num_experts = expert, gate, num_experts
         self.unit_gate, self.choices = unit_gate, choices
+        self.plans = {} if plans is None else plans
         return self
 
     @classmethod
@@ -124,14 +133,15 @@ class Routing:
 
     def ungated(self) -> Routing:
         """The same choice without gates."""
-        return Routing._make(self.expert, None, self.num_experts, choices=self.choices)
+        return Routing._make(self.expert, None, self.num_experts, choices=self.choices, plans=self.plans)
 
     def expand(self) -> Routing:
         """``[B, k]`` as ``B * k`` virtual samples, without gates: sample ``v`` is choice ``v % k`` of input ``v // k``.
 
         A routed layer given the ``B`` inputs reads input ``v // k`` without a copy; one given ``B * k`` reads one to one.
         """
-        return Routing._make(self.expert.reshape(-1), None, self.num_experts, choices=self.top_k * self.choices)
+        choices = self.top_k * self.choices
+        return Routing._make(self.expert.reshape(-1), None, self.num_experts, choices=choices, plans=self.plans)
 
     def combine(self, y: Tensor) -> Tensor:
         """``[B * k, ...]`` to ``[B, ...]``: applies the gates and sums over the k choices.
@@ -165,6 +175,7 @@ class Routing:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.expert, self.gate, self.num_experts, self.unit_gate, self.choices = state
+        self.plans = {}
 
     def __repr__(self) -> str:
         gate = "None" if self.gate is None else "1 (straight-through)" if self.unit_gate else str(self.gate.dtype)

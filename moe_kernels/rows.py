@@ -3,25 +3,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["gather_rows", "scatter_rows", "sum_choices"]
+__all__ = ["gather_rows", "scatter_rows", "starts_on", "sum_choices"]
 
 
 def gather_rows(value: Tensor, expert: Tensor | None, count: int, starts: Sequence[int], width: int) -> Tensor:
     """``value [total]`` to ``[V, width]``: each sample's slice; ``[1, width]`` where the side is whole (count 0).
 
-    Empty ``starts`` mean a partition. By index_select, whose derivative index_add sums in one order on the CPU; that of
-    indexing with a tensor does not, with many threads.
+    Empty ``starts`` mean a partition. On the CPU by index_select, whose derivative index_add sums in one order there; that
+    of indexing with a tensor does not, with many threads.
     """
     if not count or expert is None:
         return value[None]
-    if not starts:
-        return value.view(count, width).index_select(0, expert)
-    return value.index_select(0, _channels(value, starts, width)).view(count, width).index_select(0, expert)
+    slices = value.view(count, width) if not starts else _of_slices(value, starts, width).view(count, width)
+    if value.device.type == "cpu":
+        return slices.index_select(0, expert)
+    # Elsewhere an index out of range would end the process: it takes a row of NaN. And the derivative of indexing adds in
+    # one order there, which index_add does not.
+    beyond = slices.new_full((1, width), math.nan)
+    return torch.cat([slices, beyond])[_in_range(expert, count)]
 
 
 def scatter_rows(
@@ -30,8 +35,14 @@ def scatter_rows(
     """``rows [V, width]`` summed into ``[total]`` channels: the transpose of :func:`gather_rows`."""
     if not count or expert is None:
         return rows.sum(0)
-    slices = rows.new_zeros(count, width).index_add(0, expert, rows).view(-1)
-    return slices if not starts else rows.new_zeros(total).index_add(0, _channels(rows, starts, width), slices)
+    if rows.device.type == "cpu":
+        slices = rows.new_zeros(count, width).index_add(0, expert, rows).view(-1)
+        return slices if not starts else rows.new_zeros(total).index_add(0, _channels(rows, starts, width), slices)
+    slices = rows.new_zeros(count + 1, width).index_put((_in_range(expert, count),), rows, accumulate=True)[:count]
+    if not starts:
+        return slices.reshape(-1)
+    channels = _channels(rows, starts, width)
+    return rows.new_zeros(total).index_put((channels,), slices.reshape(-1), accumulate=True)
 
 
 def sum_choices(y: Tensor, k: int) -> Tensor:
@@ -45,7 +56,41 @@ def sum_choices(y: Tensor, k: int) -> Tensor:
     return total.to(y.dtype)
 
 
+def _of_slices(value: Tensor, starts: Sequence[int], width: int) -> Tensor:
+    channels = _channels(value, starts, width)
+    return value.index_select(0, channels) if value.device.type == "cpu" else value[channels]
+
+
+def _in_range(expert: Tensor, count: int) -> Tensor:
+    """``expert``, and ``count`` in place of an index out of range."""
+    return torch.where((expert < 0) | (expert >= count), count, expert)
+
+
 def _channels(like: Tensor, starts: Sequence[int], width: int) -> Tensor:
     """The channels of all slices, one after the other, ``[N * width]``."""
-    first = torch.tensor(starts, dtype=torch.int64, device=like.device)
+    first = starts_on(starts, like.device)
+    assert first is not None
     return (first[:, None] + torch.arange(width, device=like.device)).view(-1)
+
+
+_starts: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+
+
+def starts_on(starts: Sequence[int], device: torch.device) -> Tensor | None:
+    """The first channels of the slices as int64 ``[N]`` on ``device``; None for a partition.
+
+    Kept for the process where that is safe. On CUDA they are filled in by kernels: a copy from the host would synchronise,
+    and could not be captured.
+    """
+    if not starts:
+        return None
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return torch.tensor(starts, dtype=torch.int64, device=device)
+    key = (tuple(starts), device)
+    value = _starts.get(key)
+    if value is None:
+        value = torch.cat([torch.full((1,), start, dtype=torch.int64, device=device) for start in starts])
+        # memory of a graph that is being captured belongs to it, and holds nothing before its first replay
+        if type(value) is Tensor and not torch.cuda.is_current_stream_capturing():
+            _starts[key] = value
+    return value

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from . import cpu, reference
+from . import cpu, reference, triton
 from .interface import NO_EPILOGUE, Backend, BackendUnavailable, Epilogue, Experts
 
 __all__ = [
@@ -28,8 +28,12 @@ __all__ = [
     "use_backend",
 ]
 
-_BACKENDS: dict[str, Backend] = {"reference": reference.ReferenceBackend(), "cpu": cpu.CpuBackend()}
-_AUTO = {"cpu": "cpu"}
+_BACKENDS: dict[str, Backend] = {
+    "reference": reference.ReferenceBackend(),
+    "cpu": cpu.CpuBackend(),
+    "triton": triton.TritonBackend(),
+}
+_AUTO = {"cpu": "cpu", "cuda": "triton"}
 _environment = os.environ.get("MOE_KERNELS_BACKEND") or "auto"  # read once: a look at it costs a microsecond a call
 # Process-wide and not per thread: the backward pass of some devices runs in the engine's own threads.
 _override: list[str] = []

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .. import checks
 from ..geometry import output_size
-from ..layout import in_format, memory_format_of
+from ..layout import in_format, memory_format_of, nhwc
 from ..rows import sum_choices
-from .interface import NO_EPILOGUE
+from .interface import NO_EPILOGUE, Backend
 
 if TYPE_CHECKING:
     from ..geometry import Conv2dGeometry
@@ -36,7 +36,7 @@ _NHWC = torch.channels_last
 _MAX_PACKED_RATIO = 8
 
 
-class CpuBackend:
+class CpuBackend(Backend):
     name = "cpu"
 
     def unavailable(self) -> str | None:
@@ -85,7 +85,7 @@ class CpuBackend:
         rows = output_size(height, kh, g.stride[0], g.padding[0], g.dilation[0])
         columns = output_size(width, kw, g.stride[1], g.padding[1], g.dilation[1])
         samples = batch * g.samples_per_input
-        x, weight = _nhwc(input), weight.resolve_neg()
+        x, weight = nhwc(input), weight.resolve_neg()
         y = torch.empty((samples, g.out_width, rows, columns), dtype=dtype, device=input.device, memory_format=_NHWC)
         shape = _shape(samples, g, channels, height, width, rows, columns, kh, kw)
         slices, keep = _slices(experts, g, samples)
@@ -108,7 +108,7 @@ class CpuBackend:
     ) -> Tensor:
         g = geometry
         samples, _, rows, columns = grad.shape
-        dy, weight = _nhwc(grad), weight.resolve_neg()
+        dy, weight = nhwc(grad), weight.resolve_neg()
         dx = torch.empty((samples, g.in_width, *size), dtype=grad.dtype, device=grad.device, memory_format=_NHWC)
         native_shape = _shape(samples, g, g.in_width, *size, rows, columns, weight.shape[2], weight.shape[3])
         slices, keep = _slices(experts, g, samples)
@@ -132,8 +132,8 @@ class CpuBackend:
         g = geometry
         samples, _, rows, columns = grad.shape
         _, channels, height, width = input.shape
-        dy = _nhwc(grad)
-        x = _nhwc(input)
+        dy = nhwc(grad)
+        x = nhwc(input)
         layout = _NHWC if channels_last else torch.contiguous_format
         dw = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
         native_shape = _shape(samples, g, channels, height, width, rows, columns, shape[2], shape[3])
@@ -161,11 +161,6 @@ class CpuBackend:
         threads = torch.get_num_threads()
         _C.pack(direction, dtype, threads, shape, slices, weight.stride(), weight.data_ptr(), block.data_ptr())
         return block
-
-
-def _nhwc(x: Tensor) -> Tensor:
-    """In memory as the kernels read it, its signs too: torch negates the imaginary part of a conjugate by a bit only."""
-    return x.contiguous(memory_format=_NHWC).resolve_neg()
 
 
 def _shape(
@@ -197,7 +192,7 @@ def _epilogue(epilogue: Epilogue, dtype: torch.dtype, width: int) -> tuple[tuple
     values = [None if t is None else t.detach().to(acc).contiguous().resolve_neg() for t in epilogue[:4]]
     residual = epilogue.residual
     if residual is not None:
-        residual = _nhwc(residual)
+        residual = nhwc(residual)
     affine = epilogue.scale if epilogue.scale is not None else epilogue.shift
     per_slice = affine is not None and affine.shape[0] != width
     pointers = (*map(_pointer, values), per_slice, _pointer(residual), epilogue.relu)

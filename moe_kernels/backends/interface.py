@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,16 @@ class Experts(NamedTuple):
 
     out: Tensor | None
     inner: Tensor | None
+    plan: Tensor | None = None  # the routing plan, where the backend makes one (Backend.plan) and it was made before
+
+    def same_choice(self) -> bool:
+        """Whether both sides follow one choice; told by their memory, so that no value is read."""
+        out, inner = self.out, self.inner
+        if out is inner:
+            return True
+        if out is None or inner is None or out.shape != inner.shape or out.stride() != inner.stride():
+            return False
+        return out.data_ptr() == inner.data_ptr()
 
 
 class Epilogue(NamedTuple):
@@ -39,19 +49,23 @@ class Epilogue(NamedTuple):
 NO_EPILOGUE = Epilogue()
 
 
-class Backend(Protocol):
-    """The three calls, forward with its epilogue, and what each backend says of itself."""
+class Backend:
+    """The three calls, forward with its epilogue; what each backend says of itself; and what some have a faster way for."""
 
     name: str
+    plans = False  # whether its calls read a plan, which is then made once for a Routing
 
     def unavailable(self) -> str | None:
         """None, or why this backend cannot run in this process."""
+        return None
 
     def unsupported(self, device: torch.device) -> str | None:
         """None, or why it cannot compute on this device."""
+        return self.unavailable()
 
     def describe(self) -> str:
         """What runs here, in one line, for bug reports; only where it is available."""
+        raise NotImplementedError
 
     def forward(
         self,
@@ -62,7 +76,7 @@ class Backend(Protocol):
         epilogue: Epilogue,
         packed: Tensor | None,
     ) -> Tensor:  # [V, w_out, P, Q]
-        ...
+        raise NotImplementedError
 
     def grad_input(
         self,
@@ -73,7 +87,7 @@ class Backend(Protocol):
         size: tuple[int, int],  # H, W
         packed: Tensor | None,
     ) -> Tensor:  # [B, C, H, W]
-        ...
+        raise NotImplementedError
 
     def grad_weight(
         self,
@@ -83,7 +97,40 @@ class Backend(Protocol):
         geometry: Conv2dGeometry,
         shape: tuple[int, ...],  # of the weight
         channels_last: bool,  # the memory format of what is returned
-    ) -> Tensor: ...
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def grad_input_gated(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        experts: Experts,
+        geometry: Conv2dGeometry,
+        input: Tensor,  # [B, C, H, W], of the forward
+        gate: Tensor | None,  # [V]; None: exactly 1
+        packed: Tensor | None,
+    ) -> tuple[Tensor, Tensor] | None:  # [B, C, H, W], [V]
+        """The gradients of ``gate * conv2d`` for the input and the gate in one pass; None: no way better than two."""
+        return None
 
     def pack(self, weight: Tensor, geometry: Conv2dGeometry, backward: bool) -> Tensor | None:
         """The weight as forward wants it (``backward``: as grad_input does), or None where keeping it would not pay."""
+        return None
+
+    def plan(self, experts: Experts, num_out: int, num_in: int, samples: int, device: torch.device) -> Tensor:
+        """The samples in the order of their groups: int32 ``[G + 2 + V]``, where each group begins and the order.
+
+        A group is a pair of experts, ``out * num_in + inner`` (``num_in`` is 0 where the input side follows the output
+        side's choice); G = max(num_out, 1) * max(num_in, 1). Samples with an index out of range make group G, the last.
+        In torch's own operators, without a synchronisation.
+        """
+        count = max(num_out, 1) * max(num_in, 1)
+        group = torch.zeros(samples, dtype=torch.int64, device=device)
+        valid = torch.ones(samples, dtype=torch.bool, device=device)
+        for expert, number in ((experts.out, num_out), (experts.inner, num_in)):
+            if number and expert is not None:
+                group = group * number + expert
+                valid = valid & (expert >= 0) & (expert < number)
+        ordered, order = torch.where(valid, group, count).sort(stable=True)
+        offsets = torch.searchsorted(ordered, torch.arange(count + 2, device=device))
+        return torch.cat([offsets, order]).to(torch.int32)

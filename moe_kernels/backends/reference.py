@@ -15,6 +15,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from .. import checks
 from ..geometry import output_size
 from ..layout import in_format, memory_format_of
+from .interface import Backend
 
 if TYPE_CHECKING:
     from ..geometry import Conv2dGeometry
@@ -23,14 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["ReferenceBackend"]
 
 
-class ReferenceBackend:
+class ReferenceBackend(Backend):
     name = "reference"
-
-    def unavailable(self) -> str | None:
-        return None
-
-    def unsupported(self, device: torch.device) -> str | None:
-        return None
 
     def describe(self) -> str:
         return "available; a loop over samples in torch, for any device"
@@ -109,9 +104,6 @@ class ReferenceBackend:
             dy = grad[v : v + 1].to(wide)
             part += conv2d_weight(x, list(part.shape), dy, g.stride, g.padding, g.dilation, g.groups)
         return in_format(out.to(grad.dtype), torch.channels_last if channels_last else torch.contiguous_format)
-
-    def pack(self, weight: Tensor, geometry: Conv2dGeometry, backward: bool) -> Tensor | None:
-        return None
 
 
 def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_kernels import ExpertSlices, Routing, backends, functional
+from moe_kernels import ExpertSlices, Routing, available_backends, backends, functional
 
 BACKENDS = ("cpu", "reference")
+INTERPRETED = available_backends()["triton"] is None and not torch.cuda.is_available()
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last", "sliced", "sliced_channels_last", "transposed", "repeated")
 CHANNELS = (1, 2, 3, 4, 6, 8, 12, 16, 17, 31, 33)

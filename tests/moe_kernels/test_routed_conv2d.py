@@ -356,7 +356,7 @@ def test_fused_gradients_equal_the_composition(backend: str, case: Case, per_sli
 
 
 @hypothesis.given(case=cases(top_k=(2, 3)), backend=st.sampled_from(("cpu", "cpu", "reference")))
-def test_expand_and_combine_equal_the_routing_itself_bit_for_bit(case: Case, backend: str) -> None:
+def test_expand_and_combine_equal_the_routing_itself(case: Case, backend: str) -> None:
     values = numbers(case)
     routing = values.routing(case)
     sides = {"out_slices": case.out_slices, "in_slices": case.in_slices, "in_routing": values.in_routing(case)}
@@ -376,14 +376,12 @@ def test_expand_and_combine_equal_the_routing_itself_bit_for_bit(case: Case, bac
             combined = routing.combine(inner)
             assert torch.equal(combined, y)
             again = torch.autograd.grad(combined, leaves, values.grad)
-            if number == 0:
-                assert all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))
-            else:
-                limit = 1e-9 if case.dtype == torch.float64 else 100 * torch.finfo(case.dtype).eps
-                for a, b in zip(again, grads, strict=True):
-                    torch.testing.assert_close(
-                        a, b, rtol=limit, atol=limit * max(1.0, b.abs().max().item() if b.numel() else 1.0)
-                    )
+            # the layer's gate is applied inside its backward, the combined one before it
+            limit = 1e-9 if case.dtype == torch.float64 else 100 * torch.finfo(case.dtype).eps
+            for a, b in zip(again, grads, strict=True):
+                torch.testing.assert_close(
+                    a, b, rtol=limit, atol=limit * max(1.0, b.abs().max().item() if b.numel() else 1.0)
+                )
 
 
 def test_expanded_virtual_sample_v_reads_input_v_div_k(backend: str) -> None:
@@ -411,7 +409,8 @@ def test_permuting_samples_permutes_outputs_bit_for_bit(case: Case, backend: str
         gate=None if values.gate is None else values.gate.detach()[order],
         in_expert=None if values.in_expert is None else values.in_expert[order],
     )
-    moved.x.requires_grad_()
+    for leaf in moved.leaves().values():
+        leaf.requires_grad_()
     with use_backend(backend):
         y, z = run(case, values), run(case, moved)
         assert torch.equal(z, y[order])

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernels: for CUDA tensors, and with TRITON_INTERPRET=1 in numpy for CPU tensors, for tests.
+
+| file | what |
+|---|---|
+| ``plan.py`` | the routing plan, made on the device |
+| ``routed_conv2d.py`` | forward, input gradient with the gate's, weight gradient |
+| ``batch_norm.py`` | statistics of each expert's samples, and what a BatchNorm's passes are made of |
+| ``configs.py``, ``configs/*.json`` | tiles of each architecture, and which is taken |
+| ``tuning.py`` | measured choices, kept on disk |
+| ``launch.py`` | starting a kernel; telling one that cannot be built |
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..interface import Backend, Epilogue, Experts
+
+if TYPE_CHECKING:
+    from ...geometry import Conv2dGeometry
+
+try:
+    import triton
+
+    _import_error: str | None = None
+except ImportError as error:
+    _import_error = str(error)
+
+if _import_error is None:
+    from ... import checks
+    from ...layout import in_format, is_channels_last, memory_format_of, nhwc
+    from ...rows import sum_choices
+    from . import plan, routed_conv2d
+    from .launch import INTERPRETED, BuildError
+
+__all__ = ["TritonBackend"]
+
+_T = TypeVar("_T")
+_REFERENCE = reference.ReferenceBackend()
+
+
+class TritonBackend(Backend):
+    name = "triton"
+    plans = True
+
+    def unavailable(self) -> str | None:
+        if _import_error is not None:
+            return f"the package triton cannot be imported ({_import_error}); `pip install triton`"
+        if not INTERPRETED and not torch.cuda.is_available():
+            return "torch sees no CUDA device; TRITON_INTERPRET=1, set before the import, runs the kernels in numpy"
+        return None
+
+    def unsupported(self, device: torch.device) -> str | None:
+        reason = self.unavailable()
+        if reason is not None or device.type == "cuda" or (INTERPRETED and device.type == "cpu"):
+            return reason
+        return f"computes on CUDA devices only (on the CPU with TRITON_INTERPRET=1), got {device}"
+
+    def describe(self) -> str:
+        where = "interpreted in numpy" if INTERPRETED else torch.cuda.get_device_name()
+        return f"available; Triton {triton.__version__}, {where}"
+
+    def forward(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        experts: Experts,
+        geometry: Conv2dGeometry,
+        epilogue: Epilogue,
+        packed: Tensor | None,
+    ) -> Tensor:
+        def build() -> Tensor:
+            checks.choices(experts, geometry, input.shape[0] * geometry.samples_per_input)
+            values = [None if t is None else t.detach().contiguous().resolve_neg() for t in epilogue[:4]]
+            residual = None if epilogue.residual is None else nhwc(epilogue.residual)
+            ready = Epilogue(*values, residual, epilogue.relu)
+            y = routed_conv2d.forward(nhwc(input), _weight(weight, packed), experts, geometry, ready)
+            return in_format(y, memory_format_of(input))
+
+        return _or_reference(
+            "forward", input, build, lambda: _REFERENCE.forward(input, weight, experts, geometry, epilogue, None)
+        )
+
+    def grad_input(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        experts: Experts,
+        geometry: Conv2dGeometry,
+        size: tuple[int, int],
+        packed: Tensor | None,
+    ) -> Tensor:
+        def build() -> Tensor:
+            checks.choices(experts, geometry, grad.shape[0])
+            dx, _ = routed_conv2d.grad_input(nhwc(grad), _weight(weight, packed), experts, geometry, size)
+            return in_format(sum_choices(dx, geometry.samples_per_input), memory_format_of(grad))
+
+        return _or_reference(
+            "grad_input", grad, build, lambda: _REFERENCE.grad_input(grad, weight, experts, geometry, size, None)
+        )
+
+    def grad_input_gated(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        experts: Experts,
+        geometry: Conv2dGeometry,
+        input: Tensor,
+        gate: Tensor | None,
+        packed: Tensor | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        def build() -> tuple[Tensor, Tensor]:
+            checks.choices(experts, geometry, grad.shape[0])
+            size = (input.shape[2], input.shape[3])
+            value = None if gate is None else gate.contiguous().resolve_neg()
+            dx, dots = routed_conv2d.grad_input(
+                nhwc(grad), _weight(weight, packed), experts, geometry, size, value, nhwc(input)
+            )
+            assert dots is not None
+            return in_format(sum_choices(dx, geometry.samples_per_input), memory_format_of(grad)), dots
+
+        return _or_reference("grad_input", grad, build, lambda: None)
+
+    def grad_weight(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        experts: Experts,
+        geometry: Conv2dGeometry,
+        shape: tuple[int, ...],
+        channels_last: bool,
+    ) -> Tensor:
+        def build() -> Tensor:
+            checks.choices(experts, geometry, grad.shape[0])
+            layout = torch.channels_last if channels_last else torch.contiguous_format
+            target = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+            routed_conv2d.grad_weight(nhwc(grad), nhwc(input), experts, geometry, target)
+            return target
+
+        return _or_reference(
+            "grad_weight",
+            grad,
+            build,
+            lambda: _REFERENCE.grad_weight(grad, input, experts, geometry, shape, channels_last),
+        )
+
+    def pack(self, weight: Tensor, geometry: Conv2dGeometry, backward: bool) -> Tensor | None:
+        if _reads_well(weight):
+            return None
+        return weight.contiguous(memory_format=torch.channels_last)
+
+    def plan(self, experts: Experts, num_out: int, num_in: int, samples: int, device: torch.device) -> Tensor:
+        def build() -> Tensor:
+            return plan.make(experts, num_out, num_in, samples, device)
+
+        return _or_reference("plan", None, build, lambda: super(TritonBackend, self).plan(experts, num_out, num_in, samples, device))
+
+
+def _reads_well(weight: Tensor) -> bool:
+    """Whether the channels that a tile reads together lie together."""
+    return is_channels_last(weight) or weight.shape[2] * weight.shape[3] == 1 or weight.shape[1] == 1
+
+
+def _weight(weight: Tensor, packed: Tensor | None) -> Tensor:
+    """Channels last: reading a contiguous 3×3 weight in place would fetch every ninth element."""
+    if packed is not None:
+        return packed
+    weight = weight.detach().resolve_neg()
+    return weight if _reads_well(weight) else weight.contiguous(memory_format=torch.channels_last)
+
+
+def _or_reference(what: str, x: Tensor | None, build: Callable[[], _T], fall_back: Callable[[], _T]) -> _T:
+    """The kernels' result; the loop's in float64, and where Triton cannot build a kernel, each with one warning."""
+    if x is not None and x.dtype == torch.float64:
+        _warn_once("float64 runs in the slow reference loop, which synchronises with the device; the kernels have no float64")
+        return fall_back()
+    try:
+        return build()
+    except BuildError as error:
+        _warn_once(f"{what} runs in the slow reference loop, because Triton cannot build its kernel here: {error}")
+        return fall_back()
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(f"moe_kernels, backend triton: {message}", RuntimeWarning, stacklevel=5)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tile configurations: data files, one for each architecture, and the heuristic that picks from them.
+
+``configs/sm_90.json`` and its siblings list a few tiles for each kernel and kind of arithmetic: ``half`` (bfloat16 and
+float16), ``tf32`` and ``ieee`` (float32 without and with full products). ``efficiency`` is the share of the matrix units'
+rate that a tile is taken to reach against the best of its list; an estimate until it is tuned on the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .launch import INTERPRETED
+
+__all__ = ["KERNELS", "KINDS", "Problem", "TileConfig", "architecture", "block_k", "candidates", "estimated_best", "kind", "multiprocessors"]
+
+KERNELS = ("convolution", "grad_weight")
+KINDS = ("half", "tf32", "ieee")
+_ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+_SMALLEST_BLOCK = 16  # of tl.dot
+
+
+class TileConfig(NamedTuple):
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    efficiency: float = 1.0
+
+
+class Problem(NamedTuple):
+    """What the choice of a tile depends on: a GEMM of ``rows`` × ``columns`` × ``depth``, ``times`` over."""
+
+    kernel: str  # one of KERNELS
+    kind: str  # one of KINDS
+    rows: int
+    columns: int
+    depth: int
+    times: int = 1
+
+
+@functools.cache
+def _table(name: str) -> dict[str, Any]:
+    return json.loads((Path(__file__).parent / "configs" / f"{name}.json").read_text())
+
+
+def candidates(name: str, kernel: str, kind: str) -> list[TileConfig]:
+    """The configurations of an architecture, ``"sm_90"`` for one."""
+    return [TileConfig(**entry) for entry in _table(name)[kernel][kind]]
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The table for a device: of the newest architecture that is not newer than it; ``"interpreter"`` in numpy."""
+    if INTERPRETED:
+        return "interpreter"
+    major, minor = torch.cuda.get_device_capability(device)
+    fitting = [name for name in _ARCHITECTURES if int(name.removeprefix("sm_")) <= 10 * major + minor]
+    return fitting[-1] if fitting else _ARCHITECTURES[0]
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    if INTERPRETED:
+        return _table("interpreter")["multiprocessors"]
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def kind(x: Tensor) -> str:
+    """The arithmetic of a dtype. float32 follows the switch that nn.Conv2d obeys, ``torch.backends.cudnn``'s."""
+    if x.dtype != torch.float32:
+        return "half"
+    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+
+
+def block_k(config: TileConfig, depth: int) -> tuple[int, bool]:
+    """The block of the reduction for a number of channels, and whether blocks straddle taps: where none divides them."""
+    block = config.block_k
+    while block >= _SMALLEST_BLOCK:
+        if depth % block == 0:
+            return block, False
+        block //= 2
+    return min(config.block_k, max(_SMALLEST_BLOCK, 32)), True
+
+
+def estimated_best(problem: Problem, device: torch.device) -> TileConfig:
+    """The configuration with the least estimated time."""
+    configs = candidates(architecture(device), problem.kernel, problem.kind)
+    return min(configs, key=lambda config: _estimate(problem, config, multiprocessors(device)))
+
+
+def _estimate(problem: Problem, config: TileConfig, multiprocessors: int) -> float:
+    """Time in arbitrary units: full waves of tiles, each as long as its products take at its efficiency."""
+    tiles = math.ceil(problem.rows / config.block_m) * math.ceil(problem.columns / config.block_n) * problem.times
+    # Two small tiles share a multiprocessor in the time of one large one: waves are counted in units of work.
+    waves = max(1.0, tiles / multiprocessors)
+    return waves * config.block_m * config.block_n / config.efficiency

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starting a Triton kernel: on its tensors' device, and telling a kernel that cannot be built from one that failed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+
+__all__ = ["INTERPRETED", "BuildError", "launch"]
+
+# Decided when the kernels are decorated, at their import: TRITON_INTERPRET=1 runs them in numpy, on CPU tensors too.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+class BuildError(RuntimeError):
+    """Triton cannot build a kernel for this device; the cause is its ``__cause__``."""
+
+
+def launch(kernel: Any, grid: Sequence[int], device: torch.device, *args: Any, **meta: Any) -> None:
+    """``kernel[grid](*args, **meta)`` on ``device``, torch's current stream of it; nothing for an empty grid.
+
+    Raises:
+        BuildError: if the kernel cannot be compiled or does not fit the device.
+    """
+    if 0 in grid:
+        return
+    if INTERPRETED:
+        meta = {name: value for name, value in meta.items() if name not in ("num_warps", "num_stages")}
+        kernel[tuple(grid)](*args, **meta)
+    elif device.index is None or device.index == torch.cuda.current_device():
+        _run(kernel, grid, args, meta)
+    else:
+        with torch.cuda.device(device):
+            _run(kernel, grid, args, meta)
+
+
+def _run(kernel: Any, grid: Sequence[int], args: Sequence[Any], meta: dict[str, Any]) -> None:
+    try:
+        kernel[tuple(grid)](*args, **meta)
+    except RuntimeError as error:
+        # A launch that failed says so in these words, and must not be taken for a kernel that cannot be built.
+        if str(error).startswith("Triton Error [CUDA]"):
+            raise
+        raise BuildError(f"{kernel.__name__}: {_first_line(error)}") from error
+    except triton.TritonError as error:
+        raise BuildError(f"{kernel.__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return f"{type(error).__name__}: {text.splitlines()[-1]}"

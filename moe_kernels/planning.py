@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a layer's routing plan is made, and that it is made once for a Routing."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import backends, ops
+
+if TYPE_CHECKING:
+    from .geometry import Conv2dGeometry
+    from .routing import Routing
+
+__all__ = ["plan_for"]
+
+# Where the pixels of one sample fill tiles of any size up to 128 well, no tile takes rows of several samples, and the
+# forward and the input gradient need no plan.
+_TILE, _MANY = 128, 512
+
+
+def plan_for(
+    routing: Routing,
+    in_routing: Routing | None,
+    input: Tensor,  # [B, C, H, W]
+    weight: Tensor,
+    out_expert: Tensor | None,  # [V]
+    in_expert: Tensor | None,  # [V]
+    geometry: Conv2dGeometry,
+) -> Tensor | None:
+    """The plan that the backend's calls for this layer will read, or None where they read none.
+
+    Kept on the routing, and on what ``ungated`` and ``expand`` make of it, as long as it is plainly that of the same
+    values. In a compiled graph it is a node; there the graph's own elimination of common subexpressions shares it.
+    """
+    if input.is_meta:
+        return None
+    tracing = torch.compiler.is_compiling()
+    if tracing:  # the backend is chosen when the graph runs
+        if input.device.type != "cuda":
+            return None
+    elif not backends.choose(input.device).plans:
+        return None
+    if (out_expert is None and in_expert is None) or not _reads_plan(input, weight, geometry):
+        return None
+    same = out_expert is not None and (in_routing is None or in_routing is routing) and geometry.num_in > 0
+    num_in = 0 if same else geometry.num_in
+    inner = in_expert if num_in else None
+    if tracing or ops.traced(input, weight):
+        return ops.plan(out_expert, inner, geometry.num_out, num_in)
+    made_of = [t for t in (routing.expert if geometry.num_out else None, _chosen(in_routing, routing, num_in)) if t is not None]
+    now = _moment(made_of, input.device)
+    key = (geometry.num_out, num_in)
+    kept = routing.plans.get(key)
+    if kept is not None and now is not None and kept[1] == now and all(a is b for a, b in zip(kept[0], made_of, strict=True)):
+        return kept[2]
+    plan = ops.plan(out_expert, inner, geometry.num_out, num_in)
+    if now is not None:
+        routing.plans[key] = (made_of, now, plan)
+    return plan
+
+
+def _chosen(in_routing: Routing | None, routing: Routing, num_in: int) -> Tensor | None:
+    return (routing if in_routing is None else in_routing).expert if num_in else None
+
+
+def _reads_plan(input: Tensor, weight: Tensor, g: Conv2dGeometry) -> bool:
+    """From shapes and from what is differentiated: whether a call of this layer reads a plan."""
+    gradients = torch.is_grad_enabled()
+    if gradients and weight.requires_grad:
+        return True
+    if input.shape[0] * g.samples_per_input < 2:
+        return False
+    rows, columns = ops.output_shape(input, weight, g)[2:]
+    if _mixes(rows * columns):
+        return True
+    residues = [-(-input.shape[2 + a] // g.stride[a]) for a in (0, 1)]
+    return gradients and input.requires_grad and _mixes(residues[0] * residues[1])
+
+
+def _mixes(pixels: int) -> bool:
+    return pixels < _MANY and pixels % _TILE != 0
+
+
+def _moment(tensors: list[Tensor], device: torch.device) -> Any:
+    """What tells one value of these tensors from a later one; None where nothing does, and no plan is kept."""
+    if any(t.is_inference() for t in tensors):
+        return None
+    versions = [t._version for t in tensors]
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return versions, 0
+    # A plan made outside a capture is no part of the graph, and one made in another capture is part of that graph.
+    capture = _capture(torch.cuda.current_stream(device).cuda_stream)
+    return None if capture is None else (versions, capture)
+
+
+@functools.cache
+def _driver() -> Any:
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2
+    except (OSError, AttributeError):
+        return None
+
+
+def _capture(stream: int) -> int | None:
+    """The driver's number of the capture that a stream is in, or None where it does not say."""
+    query = _driver()
+    if query is None:
+        return None
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    arguments = (ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None)
+    return number.value if query(*arguments) == 0 and number.value else None
