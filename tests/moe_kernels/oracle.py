@@ -22,8 +22,10 @@ from torch import Tensor
 
 from moe_kernels import ExpertSlices, Routing, available_backends, backends, functional
 
-BACKENDS = ("cpu", "reference")
+BACKENDS: tuple[str, ...] = ("cpu", "reference")
 INTERPRETED = available_backends()["triton"] is None and not torch.cuda.is_available()
+if INTERPRETED:
+    BACKENDS = (*BACKENDS, "triton")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last", "sliced", "sliced_channels_last", "transposed", "repeated")
 CHANNELS = (1, 2, 3, 4, 6, 8, 12, 16, 17, 31, 33)

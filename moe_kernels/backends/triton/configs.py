@@ -8,9 +8,11 @@ rate that a tile is taken to reach against the best of its list; an estimate unt
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from .launch import INTERPRETED
 
-__all__ = ["KERNELS", "KINDS", "Problem", "TileConfig", "architecture", "block_k", "candidates", "estimated_best", "kind", "multiprocessors"]
+__all__ = ["KERNELS", "KINDS", "Problem", "TileConfig", "architecture", "assume", "assumed", "block_k", "candidates", "estimated_best", "kind", "multiprocessors"]
 
 KERNELS = ("convolution", "grad_weight")
 KINDS = ("half", "tf32", "ieee")
@@ -57,9 +59,32 @@ def candidates(name: str, kernel: str, kind: str) -> list[TileConfig]:
     return [TileConfig(**entry) for entry in _table(name)[kernel][kind]]
 
 
-@functools.cache
+_assumed: list[tuple[str, TileConfig | None]] = []
+
+
+@contextlib.contextmanager
+def assume(name: str, config: TileConfig | None = None) -> Iterator[None]:
+    """Inside, every device is taken for one of that architecture, and ``config``, if given, is every kernel's: for
+    compiling without the device."""
+    _assumed.append((name, config))
+    try:
+        yield
+    finally:
+        _assumed.pop()
+
+
+def assumed() -> TileConfig | None:
+    """The configuration that :func:`assume` gave."""
+    return _assumed[-1][1] if _assumed else None
+
+
 def architecture(device: torch.device) -> str:
     """The table for a device: of the newest architecture that is not newer than it; ``"interpreter"`` in numpy."""
+    return _assumed[-1][0] if _assumed else _architecture(device)
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
     if INTERPRETED:
         return "interpreter"
     major, minor = torch.cuda.get_device_capability(device)
@@ -67,10 +92,14 @@ def architecture(device: torch.device) -> str:
     return fitting[-1] if fitting else _ARCHITECTURES[0]
 
 
-@functools.cache
 def multiprocessors(device: torch.device) -> int:
-    if INTERPRETED:
-        return _table("interpreter")["multiprocessors"]
+    if _assumed or INTERPRETED:
+        return _table(architecture(device))["multiprocessors"]
+    return _multiprocessors(device)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

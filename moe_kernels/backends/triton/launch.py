@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
-__all__ = ["INTERPRETED", "BuildError", "launch"]
+__all__ = ["INTERPRETED", "OPTIONS", "BuildError", "Launch", "launch", "record"]
 
 # Decided when the kernels are decorated, at their import: TRITON_INTERPRET=1 runs them in numpy, on CPU tensors too.
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -17,6 +18,31 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 class BuildError(RuntimeError):
     """Triton cannot build a kernel for this device; the cause is its ``__cause__``."""
+
+
+class Launch(NamedTuple):
+    """A launch that was asked for."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    meta: dict[str, Any]
+
+
+# Products and sums may be fused: said because Triton's default is about to change.
+OPTIONS = {"enable_fp_fusion": True}
+_recorded: list[list[Launch]] = []
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Inside, launches are written down and not made: what a call would start, with tensors of any device."""
+    launches: list[Launch] = []
+    _recorded.append(launches)
+    try:
+        yield launches
+    finally:
+        _recorded.pop()
 
 
 def launch(kernel: Any, grid: Sequence[int], device: torch.device, *args: Any, **meta: Any) -> None:
@@ -27,7 +53,9 @@ def launch(kernel: Any, grid: Sequence[int], device: torch.device, *args: Any, *
     """
     if 0 in grid:
         return
-    if INTERPRETED:
+    if _recorded:
+        _recorded[-1].append(Launch(kernel, tuple(grid), args, meta))
+    elif INTERPRETED:
         meta = {name: value for name, value in meta.items() if name not in ("num_warps", "num_stages")}
         kernel[tuple(grid)](*args, **meta)
     elif device.index is None or device.index == torch.cuda.current_device():
@@ -39,7 +67,7 @@ def launch(kernel: Any, grid: Sequence[int], device: torch.device, *args: Any, *
 
 def _run(kernel: Any, grid: Sequence[int], args: Sequence[Any], meta: dict[str, Any]) -> None:
     try:
-        kernel[tuple(grid)](*args, **meta)
+        kernel[tuple(grid)](*args, **meta, **OPTIONS)
     except RuntimeError as error:
         # A launch that failed says so in these words, and must not be taken for a kernel that cannot be built.
         if str(error).startswith("Triton Error [CUDA]"):

@@ -106,6 +106,7 @@ def convolution_kernel(
     PER_SLICE: tl.constexpr,  # scale and shift belong to the channels of the whole side
     RELU: tl.constexpr,
     FLAT: tl.constexpr,  # the reduction's blocks straddle taps: BK does not divide depth
+    EVEN_N: tl.constexpr,  # BN divides width
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,  # the interpreter multiplies the bits of bfloat16 as integers
     GROUPS: tl.constexpr,
@@ -213,12 +214,7 @@ def convolution_kernel(
     k = tl.arange(0, BK)
     accumulator = tl.zeros((BM, BN), tl.float32)
     if FLAT:
-        steps = tl.cdiv(taps_r * taps_s * depth, BK)
-    else:
-        blocks_k = depth // BK
-        steps = taps_r * taps_s * blocks_k
-    for step in range(steps):
-        if FLAT:
+        for step in range(tl.cdiv(taps_r * taps_s * depth, BK)):
             flat = step * BK + k
             tap = flat // depth
             c = flat - tap * depth
@@ -231,26 +227,58 @@ def convolution_kernel(
             seen = seen & (y >= 0) & (y < source_rows) & (x >= 0) & (x < source_columns)
             a_offset = base[:, None] + ((y * source_columns + x) * source_channels + c[None, :])
             b_offset = (r * STEP_R * weight_r + s * STEP_S * weight_s + c * weight_k)[:, None] + (n * weight_n)[None, :]
-            b_inside = k_inside[:, None] & n_inside[None, :]
-        else:
-            tap = step // blocks_k
-            c = (step - tap * blocks_k) * BK + k
-            r = tap // taps_s
-            s = tap - r * taps_s
-            y = source_h + r * step_h
-            x = source_w + s * step_w
-            seen = inside & (y >= 0) & (y < source_rows) & (x >= 0) & (x < source_columns)
-            a_offset = (base + (y * source_columns + x) * source_channels)[:, None] + c[None, :]
-            seen = seen[:, None]
-            tap_offset = r * STEP_R * weight_r + s * STEP_S * weight_s
-            b_offset = tap_offset + (c * weight_k)[:, None] + (n * weight_n)[None, :]
-            b_inside = n_inside[None, :]
-        a = tl.load(source + a_offset, mask=seen, other=0.0)  # [BM, BK]
-        b = tl.load(weight + b_offset, mask=b_inside, other=0.0)  # [BK, BN]
-        if WIDEN:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
+            a = tl.load(source + a_offset, mask=seen, other=0.0)  # [BM, BK]
+            b = tl.load(weight + b_offset, mask=k_inside[:, None] & n_inside[None, :], other=0.0)  # [BK, BN]
+            if WIDEN:
+                a = a.to(tl.float32)
+                b = b.to(tl.float32)
+            accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
+    else:
+        # Which taps of a row lie in the source: a bit each, found once. In the loop a row costs a shift and an addition
+        # instead of four comparisons and two products, which would take longer than a small tile's matrix instructions.
+        MORE: tl.constexpr = R * S > 32
+        bits = tl.zeros((BM,), tl.int64 if MORE else tl.int32)
+        for r in tl.static_range((R + STEP_R - 1) // STEP_R):
+            for s in tl.static_range((S + STEP_S - 1) // STEP_S):
+                y = source_h + r * step_h
+                x = source_w + s * step_w
+                seen = inside & (y >= 0) & (y < source_rows) & (x >= 0) & (x < source_columns)
+                seen = seen & (r < taps_r) & (s < taps_s)
+                bits |= seen.to(bits.dtype) << (r * taps_s + s)
+        a_pointer = source + (base + (source_h * source_columns + source_w) * source_channels)[:, None] + k[None, :]
+        b_pointer = weight + (k * weight_k)[:, None] + (n * weight_n)[None, :]
+        zero = tl.program_id(0) * 0  # a number that Triton does not fold
+        c = zero
+        tap = zero
+        r = zero
+        s = zero
+        for step in range(taps_r * taps_s * (depth // BK)):
+            c = tl.multiple_of(c, BK)
+            seen = ((bits >> tap) & 1) != 0
+            a_offset = (r * step_h * source_columns + s * step_w) * source_channels + c
+            b_offset = c * weight_k
+            if R > 1:  # of a dimension of size 1 the stride is anything, and would hide how pointers are aligned
+                b_offset += r * STEP_R * weight_r
+            if S > 1:
+                b_offset += s * STEP_S * weight_s
+            a = tl.load(a_pointer + a_offset, mask=seen[:, None], other=0.0)  # [BM, BK]
+            if EVEN_N:
+                b = tl.load(b_pointer + b_offset)  # [BK, BN]
+            else:
+                b = tl.load(b_pointer + b_offset, mask=n_inside[None, :], other=0.0)
+            if WIDEN:
+                a = a.to(tl.float32)
+                b = b.to(tl.float32)
+            accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
+            # the next block of channels, or the next tap
+            c += BK
+            last = c >= depth
+            c = tl.where(last, 0, c)
+            tap = tl.where(last, tap + 1, tap)
+            s = tl.where(last, s + 1, s)
+            last = s >= taps_s
+            s = tl.where(last, 0, s)
+            r = tl.where(last, r + 1, r)
 
     channel = n
     if SPLIT:
@@ -295,14 +323,14 @@ def grad_weight_kernel(
     samples_per_input,
     groups,
     segment,  # samples of one segment
-    rows,
-    columns,
-    source_rows,
-    source_columns,
     grad_channels,  # K
     source_channels,  # C
     depth,  # C / conv_groups
     width,  # K / conv_groups
+    P: tl.constexpr,  # constants, because rows are divided by them at every step
+    Q: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -313,6 +341,7 @@ def grad_weight_kernel(
     DILATION_W: tl.constexpr,
     SPLIT: tl.constexpr,
     FLAT: tl.constexpr,  # a block of columns straddles taps: BN does not divide depth
+    EVEN_M: tl.constexpr,  # BM divides width
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,  # the interpreter multiplies the bits of bfloat16 as integers
     GROUPS: tl.constexpr,
@@ -347,33 +376,35 @@ def grad_weight_kernel(
     if SPLIT:
         channel_m = conv_group * width + m
         channel_n = conv_group * depth + c
-    pixels = rows * columns
-    last = tl.minimum(first + segment, count) * pixels
+    last = tl.minimum(first + segment, count) * (P * Q)
     accumulator = tl.zeros((BM, BN), tl.float32)
-    for start in range(first * pixels, last, BK):
+    for start in range(first * (P * Q), last, BK):
         row = start + tl.arange(0, BK)
         inside = row < last
-        local = row // pixels
-        pixel = row - local * pixels
+        local = row // (P * Q)
+        pixel = row - local * (P * Q)
         sample = tl.load(plan + groups + 2 + place + local, mask=inside, other=0)
-        i = pixel // columns
-        j = pixel - i * columns
-        at = (sample.to(tl.int64) * pixels + pixel) * grad_channels
-        dy = tl.load(grad + at[:, None] + channel_m[None, :], mask=inside[:, None] & m_inside[None, :], other=0.0)
-        base = (sample // samples_per_input).to(tl.int64) * (source_rows * source_columns * source_channels)
+        i = pixel // Q
+        j = pixel - i * Q
+        at = (sample.to(tl.int64) * (P * Q) + pixel) * grad_channels
+        if EVEN_M:
+            dy = tl.load(grad + at[:, None] + channel_m[None, :], mask=inside[:, None], other=0.0)  # [BK, BM]
+        else:
+            dy = tl.load(grad + at[:, None] + channel_m[None, :], mask=inside[:, None] & m_inside[None, :], other=0.0)
+        base = (sample // samples_per_input).to(tl.int64) * (H * W * source_channels)
         y = i * STRIDE_H - PAD_H
         x = j * STRIDE_W - PAD_W
         if FLAT:
             y = y[:, None] + (r * DILATION_H)[None, :]
             x = x[:, None] + (s * DILATION_W)[None, :]
             seen = inside[:, None] & (column < all_columns)[None, :]
-            seen = seen & (y >= 0) & (y < source_rows) & (x >= 0) & (x < source_columns)
-            at = base[:, None] + ((y * source_columns + x) * source_channels + channel_n[None, :])
+            seen = seen & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+            at = base[:, None] + ((y * W + x) * source_channels + channel_n[None, :])
         else:
             y = y + r * DILATION_H
             x = x + s * DILATION_W
-            seen = inside & (y >= 0) & (y < source_rows) & (x >= 0) & (x < source_columns)
-            at = (base + (y * source_columns + x) * source_channels)[:, None] + channel_n[None, :]
+            seen = inside & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+            at = (base + (y * W + x) * source_channels)[:, None] + channel_n[None, :]
             seen = seen[:, None]
         shifted = tl.load(image + at, mask=seen, other=0.0)  # [BK, BN]
         if WIDEN:
@@ -456,6 +487,7 @@ def reduce_kernel(
 _REDUCE_TILE = {"BM": 16, "BN": 128, "num_warps": 4}
 _PACK_BELOW = 0.8  # a tile of one sample with a smaller share of rows in use takes rows of several samples instead
 _MAX_PACKED_GROUPS = 1023  # with more, finding a tile's group costs more than rows left unused
+_MAX_TAP_BITS = 64
 _MAX_WORKSPACE = 1 << 26  # bytes of partial weight gradients, where segments of one sample would take more
 
 
@@ -566,6 +598,7 @@ def _convolve(
 
     def run(config: TileConfig) -> Tensor | None:
         block, flat = block_k(config, depth)
+        flat = flat or taps[0] * taps[1] > _MAX_TAP_BITS
         packed = _packs(tiling, samples, config, max(g.num_out, 1) * max(g.num_in, 1))
         if packed:
             plan, groups, pairs = _plan(experts, g, samples, device)
@@ -590,7 +623,7 @@ def _convolve(
             DILATION_H=g.dilation[0], DILATION_W=g.dilation[1],
             STEP_R=steps[0], STEP_S=steps[1],
             GRAD_INPUT=backward, PACKED=packed, PAIRS=pairs, SPLIT=g.groups > 1,
-            PER_SLICE=affine is not None and affine.shape[0] != g.out_width, RELU=epilogue.relu, FLAT=flat,
+            PER_SLICE=affine is not None and affine.shape[0] != g.out_width, RELU=epilogue.relu, FLAT=flat, EVEN_N=width % config.block_n == 0,
             PRECISION=_precision(tiling.problem.kind), WIDEN=_widen(source), GROUPS=triton.next_power_of_2(groups + 1),
             BM=config.block_m, BN=config.block_n, BK=block, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
@@ -624,11 +657,10 @@ def grad_weight(
         blocks = triton.cdiv(width, config.block_m) * triton.cdiv(all_columns, block_n) * g.groups
         launch(
             grad_weight_kernel, (segments, blocks), device,
-            grad, image, plan, partial, g.samples_per_input, groups, segment, rows, columns,
-            image.shape[2], image.shape[3], channels, image.shape[1], depth, width,
-            R=taps[0], S=taps[1], STRIDE_H=g.stride[0], STRIDE_W=g.stride[1], PAD_H=g.padding[0], PAD_W=g.padding[1],
+            grad, image, plan, partial, g.samples_per_input, groups, segment, channels, image.shape[1], depth, width,
+            P=rows, Q=columns, H=image.shape[2], W=image.shape[3], R=taps[0], S=taps[1], STRIDE_H=g.stride[0], STRIDE_W=g.stride[1], PAD_H=g.padding[0], PAD_W=g.padding[1],
             DILATION_H=g.dilation[0], DILATION_W=g.dilation[1], SPLIT=g.groups > 1, FLAT=flat,
-            PRECISION=_precision(problem.kind), WIDEN=_widen(grad), GROUPS=triton.next_power_of_2(groups + 1),
+            EVEN_M=width % config.block_m == 0, PRECISION=_precision(problem.kind), WIDEN=_widen(grad), GROUPS=triton.next_power_of_2(groups + 1),
             BM=config.block_m, BN=block_n, BK=config.block_k, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import triton
 
+from . import configs
 from .configs import Problem, TileConfig, architecture, candidates, estimated_best
 from .launch import INTERPRETED, BuildError
 
@@ -50,6 +51,9 @@ def active() -> bool:
 
 def choose(problem: Problem, device: torch.device) -> TileConfig:
     """A tuned configuration where there is one, else the one with the least estimated time."""
+    given = configs.assumed()
+    if given is not None:
+        return given
     return _choose(problem, device, _generation[0])
 
 
@@ -82,8 +86,8 @@ def fastest(problem: Problem, device: torch.device, run: Callable[[TileConfig], 
         return
     if not INTERPRETED and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("tuning measures, which a CUDA graph cannot capture; run once before the capture")
-    configs = candidates(architecture(device), problem.kernel, problem.kind)
-    times = {config: _milliseconds(run, config) for config in configs}
+    listed = candidates(architecture(device), problem.kernel, problem.kind)
+    times = {config: _milliseconds(run, config) for config in listed}
     best = min(times, key=lambda config: times[config])
     if not math.isfinite(times[best]):
         return  # none can be built here: the call that follows says so
