@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import backends, checks, ops
+from . import backends, checks, norm, ops, planning
 from .functional import apply_geometry
 from .geometry import Conv2dGeometry, pair
 from .routing import Routing
@@ -459,13 +459,16 @@ class RoutedBatchNorm2d(nn.Module):
             raise ValueError(f"routing: expected {self.num_experts} experts, got {routing.num_experts}")
         if not self.slices.is_whole:
             checks.experts("routing", expert, self.num_experts)
+        if planning.has_kernels_for_norm(input) and not self.slices.is_whole:
+            return self._by_kernels(input, routing, expert)
         wide = torch.promote_types(input.dtype, torch.float32)
         x = input.to(wide)
-        if self.training or self.running_mean is None or self.running_var is None:
+        if self._takes_statistics():
             mean, var, count = self._batch_statistics(x, expert)
             if self.training and self.track_running_stats:
                 self._update(mean.detach(), var.detach(), count)
         else:
+            assert self.running_mean is not None and self.running_var is not None
             mean, var = self.running_mean.to(wide), self.running_var.to(wide)
         scale = torch.rsqrt(var + self.eps)
         if self.affine:
@@ -475,6 +478,30 @@ class RoutedBatchNorm2d(nn.Module):
         if self.affine:
             y = y + self._rows(self.bias.to(wide), expert)
         return y.to(input.dtype)
+
+    def _takes_statistics(self) -> bool:
+        """Whether the batch's own statistics are used, and not the running ones."""
+        return self.training or self.running_mean is None or self.running_var is None
+
+    def _by_kernels(self, input: Tensor, routing: Routing, expert: Tensor) -> Tensor:
+        s = self.slices
+        side = backends.Side(expert, s.num_experts, () if s.is_partition else s.starts, s.width, s.total)
+        wide = torch.promote_types(input.dtype, torch.float32)
+        if not self._takes_statistics():
+            assert self.running_mean is not None and self.running_var is not None
+            scale = torch.rsqrt(self.running_var.to(wide) + self.eps)
+            if self.affine:
+                scale = scale * self.weight.to(wide)
+            shift = self.bias.to(wide) if self.affine else None
+            return norm.affine(input, scale, self.running_mean.to(wide), shift, side, None)
+        if checks.readable(input):
+            self._refuse_single_values(input, expert)
+        plan = planning.plan_for_norm(routing, input, s.num_experts)
+        weight, bias = (self.weight, self.bias) if self.affine else (None, None)
+        y, mean, var, count = norm.batch_norm(input, weight, bias, self.eps, side, plan)
+        if self.training and self.track_running_stats:
+            self._update(mean, var, count)
+        return y
 
     def _rows(self, value: Tensor, expert: Tensor) -> Tensor:
         s = self.slices
@@ -488,6 +515,19 @@ class RoutedBatchNorm2d(nn.Module):
 
     def _batch_statistics(self, x: Tensor, expert: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, biased variance and number of values of each channel of the whole side: ``[total]`` each."""
+        count = self._refuse_single_values(x, expert)
+        safe = count.clamp_min(1)
+        mean = self._sum(x.sum(3).sum(2), expert) / safe
+        centred = x - self._rows(mean, expert)
+        var = self._sum((centred * centred).sum(3).sum(2), expert) / safe
+        return mean, var, count
+
+    def _refuse_single_values(self, x: Tensor, expert: Tensor) -> Tensor:
+        """The number of values of each channel of the whole side.
+
+        Raises:
+            ValueError: if one has a single value, where that can be read.
+        """
         pixels = x.shape[2] * x.shape[3]
         count = self._sum(x.new_full((x.shape[0], x.shape[1]), float(pixels)), expert)
         if checks.readable(x) and bool((count == 1).any()):
@@ -499,11 +539,7 @@ class RoutedBatchNorm2d(nn.Module):
                 f"expert {' and '.join(names)} (input shape {tuple(x.shape)}); a larger batch, fewer experts or a shared "
                 "BatchNorm avoid it"
             )
-        safe = count.clamp_min(1)
-        mean = self._sum(x.sum(3).sum(2), expert) / safe
-        centred = x - self._rows(mean, expert)
-        var = self._sum((centred * centred).sum(3).sum(2), expert) / safe
-        return mean, var, count
+        return count
 
     @torch.no_grad()
     def _update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .geometry import Conv2dGeometry
     from .routing import Routing
 
-__all__ = ["plan_for"]
+__all__ = ["has_kernels_for_norm", "plan_for", "plan_for_norm"]
 
 # Where the pixels of one sample fill tiles of any size up to 128 well, no tile takes rows of several samples, and the
 # forward and the input gradient need no plan.
@@ -39,33 +39,61 @@ def plan_for(
     """
     if input.is_meta:
         return None
-    tracing = torch.compiler.is_compiling()
-    if tracing:  # the backend is chosen when the graph runs
-        if input.device.type != "cuda":
-            return None
-    elif not backends.choose(input.device).plans:
+    if not _wanted(input, "plans") or (out_expert is None and in_expert is None):
         return None
-    if (out_expert is None and in_expert is None) or not _reads_plan(input, weight, geometry):
+    if not _reads_plan(input, weight, geometry):
         return None
     same = out_expert is not None and (in_routing is None or in_routing is routing) and geometry.num_in > 0
     num_in = 0 if same else geometry.num_in
-    inner = in_expert if num_in else None
-    if tracing or ops.traced(input, weight):
-        return ops.plan(out_expert, inner, geometry.num_out, num_in)
-    made_of = [t for t in (routing.expert if geometry.num_out else None, _chosen(in_routing, routing, num_in)) if t is not None]
-    now = _moment(made_of, input.device)
-    key = (geometry.num_out, num_in)
+    chosen = [routing.expert] if geometry.num_out else []
+    if num_in:
+        chosen.append((routing if in_routing is None else in_routing).expert)
+    traced = ops.traced(input, weight)
+    return _shared(routing, chosen, out_expert, in_expert if num_in else None, geometry.num_out, num_in, traced)
+
+
+def plan_for_norm(routing: Routing, input: Tensor, num_experts: int) -> Tensor | None:
+    """The plan for statistics of each expert's samples: that of a partition on the output side."""
+    if not _wanted(input, "normalises"):
+        return None
+    expert = routing.expert.reshape(-1)
+    return _shared(routing, [routing.expert], expert, None, num_experts, 0, ops.traced(input, input))
+
+
+def has_kernels_for_norm(input: Tensor) -> bool:
+    """Whether the backend for ``input`` normalises by its own kernels."""
+    return _wanted(input, "normalises")
+
+
+def _wanted(input: Tensor, ability: str) -> bool:
+    if input.is_meta:
+        return False
+    if torch.compiler.is_compiling():  # the backend is chosen when the graph runs
+        return input.device.type == "cuda"
+    return getattr(backends.choose(input.device), ability)
+
+
+def _shared(
+    routing: Routing,
+    chosen: list[Tensor],  # whose identity and version tell whether a kept plan holds
+    out_expert: Tensor | None,
+    inner: Tensor | None,
+    num_out: int,
+    num_in: int,
+    traced: bool,
+) -> Tensor:
+    if traced:
+        return ops.plan(out_expert, inner, num_out, num_in)
+    now = _moment(chosen)
+    key = (num_out, num_in)
     kept = routing.plans.get(key)
-    if kept is not None and now is not None and kept[1] == now and all(a is b for a, b in zip(kept[0], made_of, strict=True)):
-        return kept[2]
-    plan = ops.plan(out_expert, inner, geometry.num_out, num_in)
+    if kept is not None and now is not None and kept[1] == now:
+        if len(kept[0]) == len(chosen) and all(a is b for a, b in zip(kept[0], chosen, strict=True)):
+            return kept[2]
+    plan = ops.plan(out_expert, inner, num_out, num_in)
     if now is not None:
-        routing.plans[key] = (made_of, now, plan)
+        routing.plans[key] = (chosen, now, plan)
     return plan
-
-
-def _chosen(in_routing: Routing | None, routing: Routing, num_in: int) -> Tensor | None:
-    return (routing if in_routing is None else in_routing).expert if num_in else None
 
 
 def _reads_plan(input: Tensor, weight: Tensor, g: Conv2dGeometry) -> bool:
@@ -86,11 +114,12 @@ def _mixes(pixels: int) -> bool:
     return pixels < _MANY and pixels % _TILE != 0
 
 
-def _moment(tensors: list[Tensor], device: torch.device) -> Any:
+def _moment(tensors: list[Tensor]) -> Any:
     """What tells one value of these tensors from a later one; None where nothing does, and no plan is kept."""
     if any(t.is_inference() for t in tensors):
         return None
     versions = [t._version for t in tensors]
+    device = tensors[0].device
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         return versions, 0
     # A plan made outside a capture is no part of the graph, and one made in another capture is part of that graph.

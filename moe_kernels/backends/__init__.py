@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from . import cpu, reference, triton
-from .interface import NO_EPILOGUE, Backend, BackendUnavailable, Epilogue, Experts
+from .interface import NO_EPILOGUE, Backend, BackendUnavailable, Epilogue, Experts, Side
 
 __all__ = [
     "NO_EPILOGUE",
@@ -22,6 +22,7 @@ __all__ = [
     "BackendUnavailable",
     "Epilogue",
     "Experts",
+    "Side",
     "available_backends",
     "choose",
     "describe",

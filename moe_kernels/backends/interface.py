@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..rows import gather_rows, scatter_rows
+
 if TYPE_CHECKING:
     from ..geometry import Conv2dGeometry
 
-__all__ = ["NO_EPILOGUE", "Backend", "BackendUnavailable", "Epilogue", "Experts"]
+__all__ = ["NO_EPILOGUE", "Backend", "BackendUnavailable", "Epilogue", "Experts", "Side"]
 
 
 class BackendUnavailable(RuntimeError):
@@ -35,6 +38,24 @@ class Experts(NamedTuple):
         return out.data_ptr() == inner.data_ptr()
 
 
+class Side(NamedTuple):
+    """The slices of one side, and the choice of each sample: whose values a per-channel quantity belongs to."""
+
+    expert: Tensor  # [V]
+    num_experts: int
+    starts: Sequence[int]  # empty: a partition
+    width: int
+    total: int
+
+    def rows(self, value: Tensor) -> Tensor:
+        """``[total]`` to each sample's slice, ``[V, width]``."""
+        return gather_rows(value, self.expert, self.num_experts, self.starts, self.width)
+
+    def sum(self, rows: Tensor) -> Tensor:
+        """``[V, width]`` summed into ``[total]``."""
+        return scatter_rows(rows, self.expert, self.num_experts, self.starts, self.width, self.total)
+
+
 class Epilogue(NamedTuple):
     """What follows the convolution: ``relu(scale * (gate * (conv + bias)) + shift + residual)``."""
 
@@ -54,6 +75,7 @@ class Backend:
 
     name: str
     plans = False  # whether its calls read a plan, which is then made once for a Routing
+    normalises = False  # whether it has kernels for a BatchNorm of each expert's own; elsewhere that is torch's operators
 
     def unavailable(self) -> str | None:
         """None, or why this backend cannot run in this process."""
@@ -134,3 +156,41 @@ class Backend:
         ordered, order = torch.where(valid, group, count).sort(stable=True)
         offsets = torch.searchsorted(ordered, torch.arange(count + 2, device=device))
         return torch.cat([offsets, order]).to(torch.int32)
+
+    def moments(self, x: Tensor, side: Side, plan: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, biased variance and number of values of each channel of the whole side, over the samples whose slice has
+        it: ``[total]`` in float32 at least."""
+        x = _wide(x)
+        count = side.sum(x.new_full((x.shape[0], x.shape[1]), float(x.shape[2] * x.shape[3])))
+        safe = count.clamp_min(1)
+        mean = side.sum(x.sum(3).sum(2)) / safe
+        centred = x - side.rows(mean)[:, :, None, None]
+        return mean, side.sum((centred * centred).sum(3).sum(2)) / safe, count
+
+    def sums(self, x: Tensor, grad: Tensor, mean: Tensor, side: Side, plan: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The sums of ``grad`` and of ``grad * (x - mean)`` over each channel of the whole side: ``[total]``."""
+        grad = _wide(grad)
+        product = grad * (_wide(x) - side.rows(mean)[:, :, None, None])
+        return side.sum(grad.sum(3).sum(2)), side.sum(product.sum(3).sum(2))
+
+    def affine(
+        self,
+        x: Tensor,  # [V, C, H, W]
+        side: Side,
+        scale: Tensor,  # [total], as the others
+        mean: Tensor,
+        shift: Tensor | None,
+        grad: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> Tensor:
+        """``scale * (x - mean) + shift + grad_scale * grad`` with the values of each sample's slice."""
+        y = (_wide(x) - side.rows(mean)[:, :, None, None]) * side.rows(scale)[:, :, None, None]
+        if shift is not None:
+            y = y + side.rows(shift)[:, :, None, None]
+        if grad is not None and grad_scale is not None:
+            y = y + _wide(grad) * side.rows(grad_scale)[:, :, None, None]
+        return y.to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

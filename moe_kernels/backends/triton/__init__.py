@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..interface import Backend, Epilogue, Experts
+from ..interface import Backend, Epilogue, Experts, Side
 
 if TYPE_CHECKING:
     from ...geometry import Conv2dGeometry
@@ -38,7 +38,7 @@ if _import_error is None:
     from ... import checks
     from ...layout import in_format, is_channels_last, memory_format_of, nhwc
     from ...rows import sum_choices
-    from . import plan, routed_conv2d
+    from . import batch_norm, plan, routed_conv2d
     from .launch import INTERPRETED, BuildError
 
 __all__ = ["TritonBackend"]
@@ -50,6 +50,7 @@ _REFERENCE = reference.ReferenceBackend()
 class TritonBackend(Backend):
     name = "triton"
     plans = True
+    normalises = True
 
     def unavailable(self) -> str | None:
         if _import_error is not None:
@@ -162,6 +163,44 @@ class TritonBackend(Backend):
             return plan.make(experts, num_out, num_in, samples, device)
 
         return _or_reference("plan", None, build, lambda: super(TritonBackend, self).plan(experts, num_out, num_in, samples, device))
+
+    def moments(self, x: Tensor, side: Side, plan: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        def build() -> tuple[Tensor, Tensor, Tensor]:
+            return batch_norm.moments(nhwc(x), self._plan_of(side, plan), side.starts, side.total)
+
+        return _or_reference("moments", x, build, lambda: super(TritonBackend, self).moments(x, side, plan))
+
+    def sums(self, x: Tensor, grad: Tensor, mean: Tensor, side: Side, plan: Tensor | None) -> tuple[Tensor, Tensor]:
+        def build() -> tuple[Tensor, Tensor]:
+            return batch_norm.sums(nhwc(x), nhwc(grad), mean.contiguous(), self._plan_of(side, plan), side.starts)
+
+        return _or_reference("sums", x, build, lambda: super(TritonBackend, self).sums(x, grad, mean, side, plan))
+
+    def affine(
+        self,
+        x: Tensor,
+        side: Side,
+        scale: Tensor,
+        mean: Tensor,
+        shift: Tensor | None,
+        grad: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> Tensor:
+        def build() -> Tensor:
+            dy = None if grad is None else nhwc(grad)
+            values = [None if t is None else t.contiguous() for t in (scale, mean, shift)]
+            where = (side.expert, side.num_experts, side.starts)
+            y = batch_norm.affine(nhwc(x), *where, *values, dy, grad_scale)  # type: ignore[arg-type]
+            return in_format(y, memory_format_of(x))
+
+        return _or_reference(
+            "affine", x, build, lambda: super(TritonBackend, self).affine(x, side, scale, mean, shift, grad, grad_scale)
+        )
+
+    def _plan_of(self, side: Side, plan: Tensor | None) -> Tensor:
+        if plan is not None:
+            return plan
+        return self.plan(Experts(side.expert, None), side.num_experts, 0, side.expert.shape[0], side.expert.device)
 
 
 def _reads_well(weight: Tensor) -> bool:
