@@ -101,8 +101,9 @@ class Routing:
                 does; it diverges easily. ``"none"``: no gate.
 
         Raises:
-            ValueError: if a score is NaN (checked on the CPU in eager mode), ``top_k`` does not fit, the gate is unknown,
-                or a straight-through gate is asked for with ``top_k > 1``.
+            ValueError: if a score is NaN (on the CPU in eager mode; on other devices that sample's expert is
+                ``num_experts``, out of range), ``top_k`` does not fit, the gate is unknown, or a straight-through gate is
+                asked for with ``top_k > 1``.
         """
         checks.scores(scores, top_k, gate, GATES)
         num_experts = scores.shape[1]
@@ -113,6 +114,11 @@ class Routing:
         else:
             expert = torch.argsort(scores.detach(), dim=1, descending=True, stable=True)[:, :top_k].contiguous()
         index = expert.unsqueeze(1) if top_k == 1 else expert
+        if scores.device.type != "cpu":
+            # A NaN score cannot raise here without a synchronisation. Its sample gets an index out of range instead: the
+            # layers answer with NaN, and validate() raises. Looking up such an index would end the process.
+            expert = torch.where(scores.detach().isnan().any(1).view(-1, *[1] * (expert.dim() - 1)), num_experts, expert)
+            index = index.clamp_max(num_experts - 1)
         value, unit = None, False
         if gate == "softmax":
             value = scores.softmax(1).gather(1, index) if top_k == 1 else scores.gather(1, index).softmax(1)

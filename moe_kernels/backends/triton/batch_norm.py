@@ -53,8 +53,8 @@ def accumulate_kernel(
     begin = first * pixels
     end = tl.minimum(first + segment, count) * pixels
     if MOMENTS:
-        sample = tl.load(plan + groups + 2 + place + first).to(tl.int64)
-        about = tl.load(x + sample * pixels * channels + c, mask=c_inside, other=0.0).to(tl.float32)
+        opening = tl.load(plan + groups + 2 + place + first).to(tl.int64)
+        about = tl.load(x + opening * pixels * channels + c, mask=c_inside, other=0.0).to(tl.float32)
     else:
         if starts is not None:
             start = tl.load(starts + group)
