@@ -8,9 +8,11 @@ are:
 - 2 FLOP for a multiply-accumulate, taps that meet only padding among them, because the kernels multiply those too. The
   input gradient of a stride counts each residue's own taps.
 - each byte of the input that some tap meets, and each of the output, once; the weights of the ``min(N, B)`` experts in
-  use. The weight gradient writes all N experts' rows, and writes and reads float32 partial sums as the kernel splits them.
+  use. The weight gradient writes all N experts' rows, and writes and reads float32 partial sums as the kernel's rule
+  splits them.
 
-One expert a sample, samples spread evenly, caches that hold nothing from the layer before. The tile and the number of tiles are those that the library's own rules pick for the device, untuned.
+One expert a sample, samples spread evenly, caches that hold nothing from the layer before. The tile and the number of
+tiles are those that the library's own rules pick for the device, untuned.
 """
 
 from __future__ import annotations
@@ -38,10 +40,17 @@ __all__ = ["DEVICES", "DIRECTIONS", "NETWORKS", "Layer", "count", "main", "resid
 
 BATCHES = (1, 128, 1024)
 DIRECTIONS = ("forward", "grad_input", "grad_weight")
-LAUNCH = 2e-6  # seconds; an assumption: about a kernel's in a CUDA graph, a call from Python takes several times as long
+LAUNCH = 2e-6  # seconds: stated, not measured
 DISCLAIMER = (
     "Counted, not measured: these are lower bounds from the data sheet, not measurements and not predictions of a time."
 )
+_NOTES = f"""\
+MoE: one expert's width; dense: twice that on both sides, but for an input of fixed width. In no sum: plain layers, the
+stem, routers, normalisation, the classifier. Every layer is taken to find its data in memory, not in a cache.
+Weight gradients: MoE with partial sums and with all N experts' rows written, dense without partial sums.
+launch: matrix and memory time are both below {LAUNCH * 1e6:.0f} µs, which a launch is taken for; in the columns with
+launches each layer takes that long at least.
+"""
 _META = torch.device("meta")
 _ELEMENT = 2  # bytes, bfloat16
 _PARTIAL = 4  # bytes, float32
@@ -365,13 +374,7 @@ def _report(device: Device, experts: int, all_rows: Sequence[dict[str, Any]]) ->
             here = [r for r in all_rows if (r["network"], r["batch"], r["direction"]) == (network, batch, "forward")]
             print(f"\n{network}, forward, B = {batch}\n\n{_layer_table(here)}")
     print(f"\nSums of the roofline times over the routed layers of a network\n\n{_summary_table(summary(all_rows))}\n")
-    print(
-        "MoE: one expert's width; dense: twice that on both sides, but for an input of fixed width. In no sum: plain layers,\n"
-        "the stem, routers, normalisation, the classifier. Every layer is taken to find its data in memory, not in a cache.\n"
-        "Weight gradients: MoE with partial sums and with all N experts' rows written, dense without partial sums.\n"
-        f"launch: matrix and memory time are both below the {LAUNCH * 1e6:.0f} µs that a launch is taken for; "
-        "in the columns with launches\neach layer takes that long at least.\n"
-    )
+    print(_NOTES)
     print(DISCLAIMER)
 
 

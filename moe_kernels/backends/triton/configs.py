@@ -21,12 +21,14 @@ from torch import Tensor
 
 from .launch import INTERPRETED
 
-__all__ = ["KERNELS", "KINDS", "Problem", "TileConfig", "architecture", "assume", "assumed", "block_k", "candidates", "estimated_best", "kind", "multiprocessors"]
+__all__ = ["KERNELS", "KINDS", "SMALLEST_BLOCK", "Problem", "TileConfig", "architecture", "assume", "assumed", "block_k", "candidates", "estimated_best", "kind", "multiprocessors"]
 
 KERNELS = ("convolution", "grad_weight")
 KINDS = ("half", "tf32", "ieee")
 _ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-_SMALLEST_BLOCK = 16  # of tl.dot
+SMALLEST_BLOCK = 16  # of tl.dot
+# What a step of a loop is taken to be worth for each element of its reduction: short steps spend more on addresses.
+_STEP_RATE = {64: 1.0, 32: 0.85, 16: 0.6}
 
 
 class TileConfig(NamedTuple):
@@ -39,7 +41,8 @@ class TileConfig(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What the choice of a tile depends on: a GEMM of ``rows`` × ``columns`` × ``depth``, ``times`` over."""
+    """What the choice of a tile depends on: a GEMM of ``rows`` × ``columns`` × ``depth``, ``times`` over. ``times`` counts
+    what has tiles of its own: convolution groups, residues of a stride, and taps and segments of a weight gradient."""
 
     kernel: str  # one of KERNELS
     kind: str  # one of KINDS
@@ -111,13 +114,15 @@ def kind(x: Tensor) -> str:
 
 
 def block_k(config: TileConfig, depth: int) -> tuple[int, bool]:
-    """The block of the reduction for a number of channels, and whether blocks straddle taps: where none divides them."""
-    block = config.block_k
-    while block >= _SMALLEST_BLOCK:
-        if depth % block == 0:
-            return block, False
-        block //= 2
-    return min(config.block_k, max(_SMALLEST_BLOCK, 32)), True
+    """The block of the reduction for a number of channels, and whether blocks straddle taps.
+
+    Up to the configuration's own: the one with the most useful work, the rest of a tap's last block being zeros. So few
+    channels that most of the smallest block would be zeros straddle taps, at the price of an address for each element.
+    """
+    if depth < SMALLEST_BLOCK:
+        return min(config.block_k, 32), True
+    blocks = [block for block in _STEP_RATE if block <= config.block_k]
+    return max(blocks, key=lambda block: _STEP_RATE[block] * depth / (math.ceil(depth / block) * block)), False
 
 
 def estimated_best(problem: Problem, device: torch.device) -> TileConfig:

@@ -28,7 +28,7 @@ from ...geometry import output_size
 from ...rows import starts_on
 from ..interface import Epilogue
 from . import tuning
-from .configs import Problem, TileConfig, block_k, kind, multiprocessors
+from .configs import SMALLEST_BLOCK, Problem, TileConfig, block_k, kind, multiprocessors
 from .launch import INTERPRETED, launch
 from .plan import find_tile, make, tile_bound
 
@@ -105,8 +105,9 @@ def convolution_kernel(
     SPLIT: tl.constexpr,  # more than one convolution group
     PER_SLICE: tl.constexpr,  # scale and shift belong to the channels of the whole side
     RELU: tl.constexpr,
-    FLAT: tl.constexpr,  # the reduction's blocks straddle taps: BK does not divide depth
+    FLAT: tl.constexpr,  # the reduction's blocks straddle taps
     EVEN_N: tl.constexpr,  # BN divides width
+    EVEN_K: tl.constexpr,  # BK divides depth
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,  # the interpreter multiplies the bits of bfloat16 as integers
     GROUPS: tl.constexpr,
@@ -252,7 +253,7 @@ def convolution_kernel(
         tap = zero
         r = zero
         s = zero
-        for step in range(taps_r * taps_s * (depth // BK)):
+        for step in range(taps_r * taps_s * tl.cdiv(depth, BK)):
             c = tl.multiple_of(c, BK)
             seen = ((bits >> tap) & 1) != 0
             a_offset = (r * step_h * source_columns + s * step_w) * source_channels + c
@@ -261,11 +262,16 @@ def convolution_kernel(
                 b_offset += r * STEP_R * weight_r
             if S > 1:
                 b_offset += s * STEP_S * weight_s
-            a = tl.load(a_pointer + a_offset, mask=seen[:, None], other=0.0)  # [BM, BK]
-            if EVEN_N:
-                b = tl.load(b_pointer + b_offset)  # [BK, BN]
+            if EVEN_K:
+                a = tl.load(a_pointer + a_offset, mask=seen[:, None], other=0.0)  # [BM, BK]
+                if EVEN_N:
+                    b = tl.load(b_pointer + b_offset)  # [BK, BN]
+                else:
+                    b = tl.load(b_pointer + b_offset, mask=n_inside[None, :], other=0.0)
             else:
-                b = tl.load(b_pointer + b_offset, mask=n_inside[None, :], other=0.0)
+                k_inside = c + k < depth
+                a = tl.load(a_pointer + a_offset, mask=seen[:, None] & k_inside[None, :], other=0.0)
+                b = tl.load(b_pointer + b_offset, mask=k_inside[:, None] & n_inside[None, :], other=0.0)
             if WIDEN:
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)
@@ -340,8 +346,9 @@ def grad_weight_kernel(
     DILATION_H: tl.constexpr,
     DILATION_W: tl.constexpr,
     SPLIT: tl.constexpr,
-    FLAT: tl.constexpr,  # a block of columns straddles taps: BN does not divide depth
+    FLAT: tl.constexpr,  # a block of columns straddles taps
     EVEN_M: tl.constexpr,  # BM divides width
+    EVEN_N: tl.constexpr,  # BN divides depth
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,  # the interpreter multiplies the bits of bfloat16 as integers
     GROUPS: tl.constexpr,
@@ -357,18 +364,22 @@ def grad_weight_kernel(
     m_block = tl.program_id(1) % blocks_m
     rest = tl.program_id(1) // blocks_m
     all_columns = R * S * depth
-    blocks_n = tl.cdiv(all_columns, BN)
-    n_block = rest % blocks_n
-    conv_group = rest // blocks_n
     m = m_block * BM + tl.arange(0, BM)
     m_inside = m < width
-    column = n_block * BN + tl.arange(0, BN)
     if FLAT:
+        blocks_n = tl.cdiv(all_columns, BN)
+        column = (rest % blocks_n) * BN + tl.arange(0, BN)
         tap = column // depth
         c = column - tap * depth
+        n_inside = column < all_columns
     else:
-        tap = n_block * BN // depth
-        c = column - tap * depth
+        blocks_c = tl.cdiv(depth, BN)
+        blocks_n = R * S * blocks_c
+        tap = (rest % blocks_n) // blocks_c
+        c = (rest % blocks_c) * BN + tl.arange(0, BN)
+        column = tap * depth + c
+        n_inside = c < depth
+    conv_group = rest // blocks_n
     r = tap // S
     s = tap - r * S
     channel_m = m
@@ -397,7 +408,7 @@ def grad_weight_kernel(
         if FLAT:
             y = y[:, None] + (r * DILATION_H)[None, :]
             x = x[:, None] + (s * DILATION_W)[None, :]
-            seen = inside[:, None] & (column < all_columns)[None, :]
+            seen = inside[:, None] & n_inside[None, :]
             seen = seen & (y >= 0) & (y < H) & (x >= 0) & (x < W)
             at = base[:, None] + ((y * W + x) * source_channels + channel_n[None, :])
         else:
@@ -405,14 +416,17 @@ def grad_weight_kernel(
             x = x + s * DILATION_W
             seen = inside & (y >= 0) & (y < H) & (x >= 0) & (x < W)
             at = (base + (y * W + x) * source_channels)[:, None] + channel_n[None, :]
-            seen = seen[:, None]
+            if EVEN_N:
+                seen = seen[:, None]
+            else:
+                seen = seen[:, None] & n_inside[None, :]
         shifted = tl.load(image + at, mask=seen, other=0.0)  # [BK, BN]
         if WIDEN:
             dy = dy.to(tl.float32)
             shifted = shifted.to(tl.float32)
         accumulator = tl.dot(tl.trans(dy), shifted, accumulator, input_precision=PRECISION)
     at = (tl.program_id(0).to(tl.int64) * grad_channels + channel_m) * all_columns
-    written = m_inside[:, None] & (column < all_columns)[None, :]
+    written = m_inside[:, None] & n_inside[None, :]
     tl.store(partial + at[:, None] + column[None, :], accumulator, mask=written)
 
 
@@ -624,6 +638,7 @@ def _convolve(
             STEP_R=steps[0], STEP_S=steps[1],
             GRAD_INPUT=backward, PACKED=packed, PAIRS=pairs, SPLIT=g.groups > 1,
             PER_SLICE=affine is not None and affine.shape[0] != g.out_width, RELU=epilogue.relu, FLAT=flat, EVEN_N=width % config.block_n == 0,
+            EVEN_K=depth % block == 0,
             PRECISION=_precision(tiling.problem.kind), WIDEN=_widen(source), GROUPS=triton.next_power_of_2(groups + 1),
             BM=config.block_m, BN=config.block_n, BK=block, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
@@ -650,18 +665,26 @@ def grad_weight(
     segment = _segment(samples, triton.cdiv(width, 64) * triton.cdiv(all_columns, 64) * g.groups, channels * all_columns, device)
     segments = tile_bound(samples, 1, segment, groups)
     partial = torch.empty((segments, channels, all_columns), dtype=torch.float32, device=device)
-    problem = Problem("grad_weight", kind(grad), width, all_columns, terms, g.groups * segments)
+    flat = depth < SMALLEST_BLOCK  # few channels of an image
+    # the segments that a routing in equal parts has; the bound has room for others
+    parts = triton.cdiv(samples, segment) * g.groups
+    if flat:
+        problem = Problem("grad_weight", kind(grad), width, all_columns, terms, parts)
+    else:
+        problem = Problem("grad_weight", kind(grad), width, depth, terms, parts * taps[0] * taps[1])
 
     def run(config: TileConfig) -> None:
-        block_n, flat = block_k(config._replace(block_k=config.block_n), depth)
-        blocks = triton.cdiv(width, config.block_m) * triton.cdiv(all_columns, block_n) * g.groups
+        columns_n = triton.cdiv(all_columns, config.block_n)
+        if not flat:
+            columns_n = taps[0] * taps[1] * triton.cdiv(depth, config.block_n)
+        blocks = triton.cdiv(width, config.block_m) * columns_n * g.groups
         launch(
             grad_weight_kernel, (segments, blocks), device,
             grad, image, plan, partial, g.samples_per_input, groups, segment, channels, image.shape[1], depth, width,
             P=rows, Q=columns, H=image.shape[2], W=image.shape[3], R=taps[0], S=taps[1], STRIDE_H=g.stride[0], STRIDE_W=g.stride[1], PAD_H=g.padding[0], PAD_W=g.padding[1],
             DILATION_H=g.dilation[0], DILATION_W=g.dilation[1], SPLIT=g.groups > 1, FLAT=flat,
-            EVEN_M=width % config.block_m == 0, PRECISION=_precision(problem.kind), WIDEN=_widen(grad), GROUPS=triton.next_power_of_2(groups + 1),
-            BM=config.block_m, BN=block_n, BK=config.block_k, num_warps=config.num_warps, num_stages=config.num_stages,
+            EVEN_M=width % config.block_m == 0, EVEN_N=depth % config.block_n == 0, PRECISION=_precision(problem.kind), WIDEN=_widen(grad), GROUPS=triton.next_power_of_2(groups + 1),
+            BM=config.block_m, BN=config.block_n, BK=config.block_k, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
     run(_config(problem, device, run))
