@@ -259,11 +259,15 @@ def main(arguments: list[str] | None = None) -> int:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     names = ("architecture", "kernel", "kind", "variant", "config", "warps", "registers", "spills", "shared", "matrix")
-    shown = [row for row in rows if row["faults"] or (row["variant"] in ("3x3, one sample a tile", "3x3", "grad_input 3x3"))]
+    shown = [
+        row for row in rows if row["faults"] or (row["variant"] in ("3x3, one sample a tile", "3x3", "grad_input 3x3"))
+    ]
     print(table(list(names), [[str(row[name]) for name in names] for row in shown]))
     bad = [row for row in rows if row["faults"]]
     for row in bad:
-        print(f"{row['architecture']} {row['kernel']} {row['kind']} {row['variant']} {row['config']}: {'; '.join(row['faults'])}")
+        print(
+            f"{row['architecture']} {row['kernel']} {row['kind']} {row['variant']} {row['config']}: {'; '.join(row['faults'])}"
+        )
     print(f"\n{len(rows)} kernels compiled by Triton {triton.__version__} in {seconds:.0f} s, {len(bad)} with faults")
     return 1 if bad else 0
 

@@ -106,7 +106,7 @@ class ComputeAllAndMask(_Contender):
         y = self._conv(x, self.weight)
         mask = F.one_hot(expert, self.num_experts).to(y.dtype).repeat_interleave(self.shape.out_channels, 1)
         y = y * mask[:, :, None, None]
-        return y.unflatten(1, (self.num_experts, -1))[torch.arange(len(x)), expert]
+        return y.unflatten(1, (self.num_experts, -1))[torch.arange(len(x), device=x.device), expert]
 
 
 class IndexSelect(_Contender):

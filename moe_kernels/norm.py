@@ -145,8 +145,7 @@ def _derivatives(ctx: Any, y: Tensor, inputs: Sequence[Tensor | None], grad: Ten
     wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed and t is not None]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
     return [
-        next(found) if needed and t is not None else None
-        for t, needed in zip(inputs, ctx.needs_input_grad, strict=False)
+        next(found) if needed and t is not None else None for t, needed in zip(inputs, ctx.needs_input_grad, strict=False)
     ]
 
 

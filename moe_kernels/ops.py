@@ -68,9 +68,7 @@ _Choice: TypeAlias = Tensor | None  # a sliced side's experts
 
 _lib = torch.library.Library("moe_kernels", "DEF")
 _lib.define(f"conv2d(Tensor input, Tensor weight, {_EXPERTS}, {_GEOMETRY}, {_MADE}) -> Tensor")
-_lib.define(
-    f"conv2d_grad_input(Tensor grad, Tensor weight, {_EXPERTS}, {_GEOMETRY}, SymInt[2] size, {_MADE}) -> Tensor"
-)
+_lib.define(f"conv2d_grad_input(Tensor grad, Tensor weight, {_EXPERTS}, {_GEOMETRY}, SymInt[2] size, {_MADE}) -> Tensor")
 _lib.define(
     f"conv2d_grad_weight(Tensor grad, Tensor input, {_EXPERTS}, {_GEOMETRY}, SymInt[4] weight_shape, "
     "bool channels_last=False, Tensor? plan=None) -> Tensor"
@@ -493,7 +491,9 @@ def _differentiable(op: Any, required: int, **defaults: Any) -> Any:
         args = (*args, *(kwargs.get(name, value) for name, value in rest))
         args = (*args[:4], _geometry(args[4 : 4 + _G]), *args[4 + _G :])
         _refuse_tangents(args)
-        needed = args[0].requires_grad or args[1].requires_grad or (op is conv2d_gated and _extra_gradient(args[5], args[6]))
+        needed = (
+            args[0].requires_grad or args[1].requires_grad or (op is conv2d_gated and _extra_gradient(args[5], args[6]))
+        )
         if not (torch.is_grad_enabled() and needed):
             return _below_autograd(op, *args)
         if torch._C._are_functorch_transforms_active():

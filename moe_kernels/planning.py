@@ -88,7 +88,7 @@ def _shared(
     key = (num_out, num_in)
     kept = routing.plans.get(key)
     if kept is not None and now is not None and kept[1] == now:
-        if len(kept[0]) == len(chosen) and all(a is b for a, b in zip(kept[0], chosen, strict=True)):
+        if len(kept[0]) == len(chosen) and all(map(_same_tensor, kept[0], chosen)):
             return kept[2]
     plan = ops.plan(out_expert, inner, num_out, num_in)
     if now is not None:
@@ -112,6 +112,14 @@ def _reads_plan(input: Tensor, weight: Tensor, g: Conv2dGeometry) -> bool:
 
 def _mixes(pixels: int) -> bool:
     return pixels < _MANY and pixels % _TILE != 0
+
+
+def _same_tensor(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one, or views of one with the same elements in the same order: versions are shared then."""
+    if a is b:
+        return True
+    related = (a if a._base is None else a._base) is (b if b._base is None else b._base)
+    return related and a.data_ptr() == b.data_ptr() and a.numel() == b.numel() and a.is_contiguous() and b.is_contiguous()
 
 
 def _moment(tensors: list[Tensor]) -> Any:

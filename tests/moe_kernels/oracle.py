@@ -368,7 +368,10 @@ def cases(
     borders = st.sampled_from((0, 1, 2) if small else (0, 1, 2, 3, 9))  # 9: outputs that see nothing but padding
     padding = draw(st.tuples(borders, borders))
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
-    size = tuple(draw(st.integers(max(1, r - 2 * p), max(1, r - 2 * p) + (3 if small else 8))) for r, p in zip(reach, padding, strict=True))
+    size = tuple(
+        draw(st.integers(max(1, r - 2 * p), max(1, r - 2 * p) + (3 if small else 8)))
+        for r, p in zip(reach, padding, strict=True)
+    )
     return Case(
         out_slices,
         in_slices,

@@ -73,7 +73,10 @@ def test_use_backend_governs_the_backward(calls: CallCounter) -> None:
 
 
 def test_unknown_backend_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"backend: expected one of auto, reference, cpu, triton, got 'tpu'"), use_backend("tpu"):
+    with (
+        pytest.raises(ValueError, match=r"backend: expected one of auto, reference, cpu, triton, got 'tpu'"),
+        use_backend("tpu"),
+    ):
         pass
     monkeypatch.setattr(backends, "_environment", "tpu")
     with pytest.raises(ValueError, match=r"backend: expected one of auto, reference, cpu, triton, got 'tpu'"):

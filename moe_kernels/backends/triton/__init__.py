@@ -162,7 +162,9 @@ class TritonBackend(Backend):
         def build() -> Tensor:
             return plan.make(experts, num_out, num_in, samples, device)
 
-        return _or_reference("plan", None, build, lambda: super(TritonBackend, self).plan(experts, num_out, num_in, samples, device))
+        return _or_reference(
+            "plan", None, build, lambda: super(TritonBackend, self).plan(experts, num_out, num_in, samples, device)
+        )
 
     def moments(self, x: Tensor, side: Side, plan: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         def build() -> tuple[Tensor, Tensor, Tensor]:
@@ -219,7 +221,9 @@ def _weight(weight: Tensor, packed: Tensor | None) -> Tensor:
 def _or_reference(what: str, x: Tensor | None, build: Callable[[], _T], fall_back: Callable[[], _T]) -> _T:
     """The kernels' result; the loop's in float64, and where Triton cannot build a kernel, each with one warning."""
     if x is not None and x.dtype == torch.float64:
-        _warn_once("float64 runs in the slow reference loop, which synchronises with the device; the kernels have no float64")
+        _warn_once(
+            "float64 runs in the slow reference loop, which synchronises with the device; the kernels have no float64"
+        )
         return fall_back()
     try:
         return build()

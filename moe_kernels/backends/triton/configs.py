@@ -21,7 +21,21 @@ from torch import Tensor
 
 from .launch import INTERPRETED
 
-__all__ = ["KERNELS", "KINDS", "SMALLEST_BLOCK", "Problem", "TileConfig", "architecture", "assume", "assumed", "block_k", "candidates", "estimated_best", "kind", "multiprocessors"]
+__all__ = [
+    "KERNELS",
+    "KINDS",
+    "SMALLEST_BLOCK",
+    "Problem",
+    "TileConfig",
+    "architecture",
+    "assume",
+    "assumed",
+    "block_k",
+    "candidates",
+    "estimated_best",
+    "kind",
+    "multiprocessors",
+]
 
 KERNELS = ("convolution", "grad_weight")
 KINDS = ("half", "tf32", "ieee")

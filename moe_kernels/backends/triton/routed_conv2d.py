@@ -662,7 +662,9 @@ def grad_weight(
     out, inner = _sides(experts, g)
     terms = samples * rows * columns
     all_columns = taps[0] * taps[1] * depth
-    segment = _segment(samples, triton.cdiv(width, 64) * triton.cdiv(all_columns, 64) * g.groups, channels * all_columns, device)
+    segment = _segment(
+        samples, triton.cdiv(width, 64) * triton.cdiv(all_columns, 64) * g.groups, channels * all_columns, device
+    )
     segments = tile_bound(samples, 1, segment, groups)
     partial = torch.empty((segments, channels, all_columns), dtype=torch.float32, device=device)
     flat = depth < SMALLEST_BLOCK  # few channels of an image
