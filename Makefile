@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(CXX_SOURCES)
 
-.PHONY: demo test lint nightly bench table examples install clean
+.PHONY: demo test lint nightly aot bench gpu table examples install clean
 
 install: $(VENV)/.installed
 
@@ -37,6 +37,14 @@ lint: install
 examples: install
 	$(BIN)/python examples/train_digits.py
 	$(BIN)/python examples/own_model.py
+
+# The Triton kernels for GPUs that are not here.
+aot: install
+	$(BIN)/python -m bench.aot
+
+# On a machine with a GPU: tests and figures.
+gpu: install
+	$(BIN)/python -m bench.gpu --json bench/results/gpu.json
 
 bench: install
 	$(BIN)/python -m pytest bench --benchmark-only

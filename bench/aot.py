@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m bench.aot``: compiles the Triton kernels for GPUs that are not here, and looks at what came out.
 
-Every configuration of every kernel, for sm_80, sm_90 and sm_100: registers, spilled bytes, shared memory, and which matrix
-instructions its loop has, from the cubin and the PTX. What is compiled is what the library would start: its own launch code
-runs on tensors without memory, and the launches are written down. Exits with 1 where a main configuration spills, asks for
-more shared memory than the device has, or multiplies without matrix instructions (float32 with full products has none).
+Every configuration of every kernel, for sm_80, sm_90 and sm_100: registers, spills, shared memory, and which matrix
+instructions its loop has, from the cubin and the PTX. What is compiled is what the library would start: its own launch
+code runs on tensors without memory, and the launches are written down. Exits with 1 where a main configuration spills,
+asks for more shared memory than the device has, or multiplies without matrix instructions (float32 with full products
+has none). ``--model`` compiles, in one process, what a training step of a whole model starts, and says how long it took.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
 
+from advmoe.models import create_model
 from advmoe.tables import table
+from moe_kernels import backends, use_backend
 from moe_kernels.backends.interface import Epilogue, Experts
 from moe_kernels.backends.triton import batch_norm, plan, routed_conv2d
 from moe_kernels.backends.triton.configs import KERNELS, KINDS, TileConfig, assume, candidates
@@ -52,7 +56,7 @@ class Job(NamedTuple):
 
 # --- what is compiled -------------------------------------------------------------------------------------------------
 
-# variant: (input channels, output channels, size, kernel, stride, groups, windows, backward, epilogue and gate's gradient)
+# (input channels, output channels, size, kernel, stride, groups, windows, backward, epilogue and gate's gradient)
 _VARIANTS: dict[str, tuple[Any, ...]] = {
     "3x3, one sample a tile": (64, 64, 32, 3, 1, 1, False, False, False),
     "3x3, packed": (256, 256, 4, 3, 1, 1, False, False, False),
@@ -76,9 +80,15 @@ _GRAD_WEIGHT = {
     "3x3 in 4 groups": (64, 64, 32, 3, 1, 4, False),
 }
 _MAIN = {
-    "3x3, one sample a tile", "3x3, packed, epilogue", "3x3 stride 2, windows", "grad_input 3x3",
-    "grad_input 3x3, packed, gate", "grad_input 3x3 stride 2", "3x3",
+    "3x3, one sample a tile",
+    "3x3, packed, epilogue",
+    "grad_input 3x3, packed, gate",
+    "grad_input 3x3 stride 2",
+    "3x3",
 }  # fmt: skip
+
+
+_PLAIN = {"3x3, one sample a tile", "3x3"}
 
 
 def jobs(architectures: list[str], every: bool) -> Iterator[Job]:
@@ -90,6 +100,8 @@ def jobs(architectures: list[str], every: bool) -> Iterator[Job]:
                 for number, config in enumerate(candidates(architecture, kernel, kind)):
                     for variant in variants:
                         main = variant in _MAIN
+                        if kind == "ieee" and variant not in _PLAIN and not every:
+                            continue
                         if every or main or (number == 0 and architecture == "sm_90"):
                             yield Job(architecture, kernel, kind, variant, config, main)
         yield Job(architecture, "other", "half", "plan, BatchNorm", TileConfig(0, 0, 0, 0, 0), True)
@@ -186,9 +198,9 @@ def _cuobjdump() -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and how many instructions go through local memory: what a spill costs. A frame that nothing
-    touches is none."""
+def _look(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread; instructions that go through local memory, which is what a spill costs (a frame that nothing
+    touches is none); instructions of the innermost loop that has matrix instructions, and how many of those."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -196,9 +208,21 @@ def _usage(cubin: bytes) -> tuple[int, int]:
         def ask(what: str) -> str:
             return subprocess.run([_cuobjdump(), what, file.name], capture_output=True, text=True, check=True).stdout
 
-        usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", ask("--dump-resource-usage"))}
-        spills = len(re.findall(r"\b(?:STL|LDL)\b", ask("-sass"))) if usage["STACK"] + usage["LOCAL"] else 0
-    return usage["REG"], spills
+        registers = int(re.findall(r"REG:(\d+)", ask("--dump-resource-usage"))[0])
+        code = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);", ask("-sass"))
+    place = {int(address, 16): number for number, (address, _) in enumerate(code)}
+    loops = []
+    for number, (_, text) in enumerate(code):
+        jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        first = place.get(int(jump.group(1), 16)) if jump else None
+        if first is not None and first < number:
+            body = code[first : number + 1]
+            matrix = sum(1 for _, line in body if re.search(r"\bU?\w*MMA\b", line))
+            if matrix:
+                loops.append((len(body), matrix))
+    loop, matrix = min(loops, default=(0, 0))
+    spills = sum(1 for _, text in code if re.search(r"\b(?:STL|LDL)\b", text))
+    return {"registers": registers, "spills": spills, "loop": loop, "loop_matrix": matrix}
 
 
 def build(job: Job) -> list[dict[str, Any]]:
@@ -210,14 +234,14 @@ def build(job: Job) -> list[dict[str, Any]]:
         start = time.perf_counter()
         compiled = triton.compile(source, target=target, options=options)
         seconds = time.perf_counter() - start
-        registers, spills = _usage(compiled.asm["cubin"])
+        seen = _look(compiled.asm["cubin"])
         ptx = compiled.asm["ptx"]
         found = {name: len(re.findall(pattern, ptx)) for name, pattern in _INSTRUCTIONS.items()}
         config = f"{job.config.block_m}x{job.config.block_n}x{job.config.block_k}" if job.config.block_m else "-"
         row = {
             "architecture": job.architecture, "kernel": launch.kernel.__name__, "kind": job.kind, "variant": job.variant,
             "config": config, "warps": options.get("num_warps", 4), "stages": options.get("num_stages", 3),
-            "registers": registers, "spills": spills, "shared": compiled.metadata.shared,
+            **seen, "shared": compiled.metadata.shared,
             "matrix": next((name for name in MATRIX[job.architecture] if found[name]), "none"), "main": job.main,
             "seconds": round(seconds, 2),
         }  # fmt: skip
@@ -233,9 +257,41 @@ def _faults(row: dict[str, Any]) -> list[str]:
     if row["shared"] > SHARED_LIMIT[row["architecture"]]:
         faults.append(f"{row['shared']} bytes of shared memory, the device has {SHARED_LIMIT[row['architecture']]}")
     multiplies = row["kernel"] in ("convolution_kernel", "grad_weight_kernel")
-    if row["main"] and multiplies and row["kind"] != "ieee" and row["matrix"] == "none":
-        faults.append("no matrix instructions")
+    if row["main"] and multiplies and row["kind"] != "ieee" and (row["matrix"] == "none" or not row["loop"]):
+        faults.append("no loop with matrix instructions")
     return faults
+
+
+def compile_model(architecture: str, arch: str, batch: int) -> tuple[int, float]:
+    """Kernels that a training step (bfloat16 by autocast) and an inference of an MoE of ``arch`` start, and the seconds
+    that compiling them one after the other takes."""
+    backend = type(backends._BACKENDS["triton"])
+    model = create_model(arch, kind="moe", image_size=32).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.zeros(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    with (
+        mock.patch.object(backend, "unsupported", lambda self, device: None),
+        mock.patch.object(backend, "unavailable", lambda self: None),
+        mock.patch.object(torch, "empty", _zeros),
+        use_backend("triton"),
+        assume(architecture),
+        record() as launches,
+    ):
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x).float().sum().backward()
+        with torch.no_grad():
+            model.eval().to(torch.bfloat16)(x.bfloat16())
+    target = triton.backends.compiler.GPUTarget("cuda", ARCHITECTURES[architecture], 32)
+    start, hashes = time.perf_counter(), set()
+    for launch in launches:
+        source, options = _source(launch)
+        hashes.add(triton.compile(source, target=target, options=options).hash)
+    return len(hashes), time.perf_counter() - start
+
+
+def _zeros(*shape: Any, memory_format: Any = None, **more: Any) -> Tensor:
+    """In the place of torch.empty: nothing is launched, and what would be computed must not be NaN by chance."""
+    out = torch.zeros(*shape, **more)
+    return out if memory_format is None else out.contiguous(memory_format=memory_format)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -244,9 +300,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="every variant with every configuration, not the main ones")
     parser.add_argument("--json", type=Path, help="write the rows")
     parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--model", help="compile what a training step of this backbone starts, and nothing else")
     options = parser.parse_args(arguments)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
+    if options.model:
+        for architecture in options.arch:
+            count, seconds = compile_model(architecture, options.model, 128)
+            print(f"{options.model}, {architecture}: {count} kernels in {seconds:.0f} s, Triton {triton.__version__}")
+        return 0
     start = time.perf_counter()
     rows = []
     context = multiprocessing.get_context("spawn")
@@ -258,16 +320,24 @@ def main(arguments: list[str] | None = None) -> int:
         record = {"triton": triton.__version__, "torch": torch.__version__, "rows": rows}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(record, indent=1) + "\n")
-    names = ("architecture", "kernel", "kind", "variant", "config", "warps", "registers", "spills", "shared", "matrix")
-    shown = [
-        row for row in rows if row["faults"] or (row["variant"] in ("3x3, one sample a tile", "3x3", "grad_input 3x3"))
-    ]
+    names = (
+        "architecture",
+        "kernel",
+        "kind",
+        "variant",
+        "config",
+        "warps",
+        "registers",
+        "spills",
+        "shared",
+        "matrix",
+        "loop",
+    )
+    shown = [row for row in rows if row["faults"] or row["variant"] in _PLAIN]
     print(table(list(names), [[str(row[name]) for name in names] for row in shown]))
     bad = [row for row in rows if row["faults"]]
     for row in bad:
-        print(
-            f"{row['architecture']} {row['kernel']} {row['kind']} {row['variant']} {row['config']}: {'; '.join(row['faults'])}"
-        )
+        print(*(row[name] for name in names[:5]), "; ".join(row["faults"]), sep=": ")
     print(f"\n{len(rows)} kernels compiled by Triton {triton.__version__} in {seconds:.0f} s, {len(bad)} with faults")
     return 1 if bad else 0
 

@@ -28,8 +28,7 @@ from typing import Any
 import torch
 
 from advmoe.tables import percent, table
-from moe_kernels.backends.triton.configs import Problem, assume, block_k, estimated_best
-from moe_kernels.backends.triton.plan import tile_bound
+from moe_kernels.backends.triton.configs import SMALLEST_BLOCK, Problem, assume, block_k, estimated_best
 from moe_kernels.backends.triton.routed_conv2d import _packs, _segment, _tiling
 from moe_kernels.geometry import Conv2dGeometry, output_size
 from moe_kernels.slices import ExpertSlices
@@ -230,17 +229,19 @@ def tiles(layer: Layer, batch: int, direction: str, experts: int) -> Tiles:
     kernel = (layer.kernel, layer.kernel)
     if direction == "grad_weight":
         width, depth = layer.out_channels, layer.in_channels
-        columns = layer.kernel**2 * depth
         segment = _split(layer, batch)
-        started = tile_bound(batch, 1, segment, experts)
+        # columns of one tap, and how often they come: few channels of an image fill tiles across taps
+        columns, times = depth, layer.kernel**2
+        if depth < SMALLEST_BLOCK:
+            columns, times = columns * times, 1
         terms = batch * layer.out_size**2
-        config = estimated_best(Problem("grad_weight", "half", width, columns, terms, started), _META)
-        block_n, _ = block_k(config._replace(block_k=config.block_n), depth)
-        blocks_m, blocks_n = _cdiv(width, config.block_m), _cdiv(columns, block_n)
+        problem = Problem("grad_weight", "half", width, columns, terms, _cdiv(batch, segment) * times)
+        config = estimated_best(problem, _META)
+        blocks_m, blocks_n = _cdiv(width, config.block_m), _cdiv(columns, config.block_n)
         segments = sum(_cdiv(load, segment) for load in _loads(batch, experts))
         return Tiles(
-            config.block_m, block_n, config.block_k, False, segments * blocks_m * blocks_n,
-            width / (blocks_m * config.block_m), columns / (blocks_n * block_n),
+            config.block_m, config.block_n, config.block_k, False, segments * blocks_m * blocks_n * times,
+            width / (blocks_m * config.block_m), columns / (blocks_n * config.block_n),
         )  # fmt: skip
     backward = direction == "grad_input"
     size = layer.size if backward else layer.out_size

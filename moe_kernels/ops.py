@@ -78,8 +78,8 @@ _lib.define(
     f"{_MADE}) -> Tensor"
 )
 _lib.define(
-    f"conv2d_grad_gated(Tensor grad, Tensor weight, {_EXPERTS}, {_GEOMETRY}, Tensor input, Tensor gate, bool unit, {_MADE}) "
-    "-> (Tensor, Tensor)"
+    f"conv2d_grad_gated(Tensor grad, Tensor weight, {_EXPERTS}, {_GEOMETRY}, Tensor input, Tensor gate, bool unit, "
+    f"{_MADE}) -> (Tensor, Tensor)"
 )
 _lib.define(
     f"conv2d_fused(Tensor input, Tensor weight, {_EXPERTS}, {_GEOMETRY}, Tensor? bias, Tensor? gate, Tensor? scale, "
@@ -341,7 +341,7 @@ def _refuse_tangents(args: Sequence[Any]) -> None:
         raise NotImplementedError("routed operators have no forward-mode derivative; use reverse mode (torch.func.vjp)")
 
 
-def _below_autograd(op: Any, first: Tensor, second: Tensor, out: _Choice, inner: _Choice, g: Any, *rest: Any) -> Tensor:
+def _below_autograd(op: Any, first: Tensor, second: Tensor, out: _Choice, inner: _Choice, g: Any, *rest: Any) -> Any:
     if not _watched(first, second):
         return _RUN[op](first, second, out, inner, g, *rest)
     with torch._C._AutoDispatchBelowAutograd():
@@ -564,7 +564,8 @@ def add_bias(y: Tensor, bias: Tensor | None, out_expert: Tensor | None, g: Conv2
     if bias is None:
         return y
     rows = gather_rows(_wide(bias), out_expert, g.num_out, g.out_starts, g.out_width)
-    # one dimension after the other, and so the sums of its derivative: a sum down to one number would be split among threads
+    # one dimension after the other, and so the sums of its derivative: a sum down to one number would be split among
+    # threads
     return y + rows.to(y.dtype)[:, :, None, None].expand(-1, -1, y.shape[2], 1).expand(-1, -1, -1, y.shape[3])
 
 

@@ -87,9 +87,14 @@ def _shared(
     now = _moment(chosen)
     key = (num_out, num_in)
     kept = routing.plans.get(key)
-    if kept is not None and now is not None and kept[1] == now:
-        if len(kept[0]) == len(chosen) and all(map(_same_tensor, kept[0], chosen)):
-            return kept[2]
+    if (
+        kept is not None
+        and now is not None
+        and kept[1] == now
+        and len(kept[0]) == len(chosen)
+        and all(map(_same_tensor, kept[0], chosen))
+    ):
+        return kept[2]
     plan = ops.plan(out_expert, inner, num_out, num_in)
     if now is not None:
         routing.plans[key] = (chosen, now, plan)

@@ -15,8 +15,8 @@ __all__ = ["gather_rows", "scatter_rows", "starts_on", "sum_choices"]
 def gather_rows(value: Tensor, expert: Tensor | None, count: int, starts: Sequence[int], width: int) -> Tensor:
     """``value [total]`` to ``[V, width]``: each sample's slice; ``[1, width]`` where the side is whole (count 0).
 
-    Empty ``starts`` mean a partition. On the CPU by index_select, whose derivative index_add sums in one order there; that
-    of indexing with a tensor does not, with many threads.
+    Empty ``starts`` mean a partition. On the CPU by index_select, whose derivative index_add sums in one order there;
+    that of indexing with a tensor does not, with many threads.
     """
     if not count or expert is None:
         return value[None]
@@ -79,8 +79,8 @@ _starts: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 def starts_on(starts: Sequence[int], device: torch.device) -> Tensor | None:
     """The first channels of the slices as int64 ``[N]`` on ``device``; None for a partition.
 
-    Kept for the process where that is safe. On CUDA they are filled in by kernels: a copy from the host would synchronise,
-    and could not be captured.
+    Kept for the process where that is safe. On CUDA they are filled in by kernels: a copy from the host would
+    synchronise, and could not be captured.
     """
     if not starts:
         return None

@@ -71,7 +71,7 @@ NO_EPILOGUE = Epilogue()
 
 
 class Backend:
-    """The three calls, forward with its epilogue; what each backend says of itself; and what some have a faster way for."""
+    """The three calls, forward with its epilogue; what each backend says of itself; and what some do faster."""
 
     name: str
     plans = False  # whether its calls read a plan, which is then made once for a Routing

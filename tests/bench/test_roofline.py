@@ -171,7 +171,7 @@ def _recorded(layer: Layer, batch: int, direction: str, experts: int, config: Ti
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("batch", [1, 7, 128])
-@pytest.mark.parametrize("layer", LAYERS[::3], ids=str)
+@pytest.mark.parametrize("layer", [*LAYERS[::3], Layer(3, 64, 32, 1)], ids=str)
 def test_tiles_are_those_that_the_library_starts(layer: Layer, batch: int, direction: str) -> None:
     experts = 4
     with assume("sm_90"):
@@ -187,6 +187,9 @@ def test_tiles_are_those_that_the_library_starts(layer: Layer, batch: int, direc
         elements = layer.kernel**2 * layer.in_channels * layer.out_channels
         assert work.partial <= segments * elements * 4  # the workspace is for any routing, and not all of it is used
         assert cut.count * segments == started * (work.partial // (4 * elements))
+        columns = elements // layer.out_channels
+        blocks_m = -(-layer.out_channels // cut.block_m)
+        assert cut.columns_used == pytest.approx(columns / (launch.grid[1] // blocks_m * cut.block_n))
     else:
         width = layer.in_channels if direction == "grad_input" else layer.out_channels
         each = -(-width // cut.block_n) * launch.grid[1]  # programs of one tile of rows

@@ -80,9 +80,14 @@ class TritonBackend(Backend):
     ) -> Tensor:
         def build() -> Tensor:
             checks.choices(experts, geometry, input.shape[0] * geometry.samples_per_input)
-            values = [None if t is None else t.detach().contiguous().resolve_neg() for t in epilogue[:4]]
-            residual = None if epilogue.residual is None else nhwc(epilogue.residual)
-            ready = Epilogue(*values, residual, epilogue.relu)
+            ready = Epilogue(
+                bias=_plain(epilogue.bias),
+                gate=_plain(epilogue.gate),
+                scale=_plain(epilogue.scale),
+                shift=_plain(epilogue.shift),
+                residual=None if epilogue.residual is None else nhwc(epilogue.residual),
+                relu=epilogue.relu,
+            )
             y = routed_conv2d.forward(nhwc(input), _weight(weight, packed), experts, geometry, ready)
             return in_format(y, memory_format_of(input))
 
@@ -190,9 +195,9 @@ class TritonBackend(Backend):
     ) -> Tensor:
         def build() -> Tensor:
             dy = None if grad is None else nhwc(grad)
-            values = [None if t is None else t.contiguous() for t in (scale, mean, shift)]
+            add = None if shift is None else shift.contiguous()
             where = (side.expert, side.num_experts, side.starts)
-            y = batch_norm.affine(nhwc(x), *where, *values, dy, grad_scale)  # type: ignore[arg-type]
+            y = batch_norm.affine(nhwc(x), *where, scale.contiguous(), mean.contiguous(), add, dy, grad_scale)
             return in_format(y, memory_format_of(x))
 
         return _or_reference(
@@ -208,6 +213,10 @@ class TritonBackend(Backend):
 def _reads_well(weight: Tensor) -> bool:
     """Whether the channels that a tile reads together lie together."""
     return is_channels_last(weight) or weight.shape[2] * weight.shape[3] == 1 or weight.shape[1] == 1
+
+
+def _plain(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.detach().contiguous().resolve_neg()
 
 
 def _weight(weight: Tensor, packed: Tensor | None) -> Tensor:

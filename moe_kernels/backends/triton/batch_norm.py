@@ -2,9 +2,9 @@
 """What a BatchNorm of each expert's own is made of: statistics and sums over the samples of a slice, and the affine map.
 
 Statistics and sums read the images once: a segment is a few samples of one group of the plan; its sums are taken in
-float32 about its own first value, so that a large mean costs no digits, and the segments of all groups that cover a channel
-are merged in their order (Chan, Golub, LeVeque: Updating formulae and a pairwise algorithm for computing sample variances,
-1979).
+float32 about its own first value, so that a large mean costs no digits, and the segments of all groups that cover a
+channel are merged in their order (Chan, Golub, LeVeque: Updating formulae and a pairwise algorithm for computing sample
+variances, 1979).
 """
 
 from __future__ import annotations

@@ -55,8 +55,9 @@ class TileConfig(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What the choice of a tile depends on: a GEMM of ``rows`` × ``columns`` × ``depth``, ``times`` over. ``times`` counts
-    what has tiles of its own: convolution groups, residues of a stride, and taps and segments of a weight gradient."""
+    """What the choice of a tile depends on: a GEMM of ``rows`` × ``columns`` × ``depth``, ``times`` over. ``times``
+    counts what has tiles of its own: convolution groups, residues of a stride, and taps and segments of a weight
+    gradient."""
 
     kernel: str  # one of KERNELS
     kind: str  # one of KINDS
@@ -90,9 +91,9 @@ def assume(name: str, config: TileConfig | None = None) -> Iterator[None]:
         _assumed.pop()
 
 
-def assumed() -> TileConfig | None:
-    """The configuration that :func:`assume` gave."""
-    return _assumed[-1][1] if _assumed else None
+def assumed() -> tuple[bool, TileConfig | None]:
+    """Whether inside of :func:`assume`, and the configuration that it gave."""
+    return bool(_assumed), _assumed[-1][1] if _assumed else None
 
 
 def architecture(device: torch.device) -> str:

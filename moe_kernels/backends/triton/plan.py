@@ -4,9 +4,9 @@
 A group is what shares one slice of the weight on both sides. A plan is one int32 tensor ``[G + 2 + V]``: ``offsets``
 ``[G + 2]`` and ``order`` ``[V]``. Group G holds the samples whose expert index is out of range; they come last.
 
-A kernel's tiles of R rows are numbered group by group. How many there are depends on the routing, but there are never more
-than ``ceil(V * rows_per_sample / R) + G + 1``, which the host knows: that many programs start, each finds its group from
-the offsets (:func:`find_tile`), and those past the end leave at once. Nothing is read back.
+A kernel's tiles of R rows are numbered group by group. How many there are depends on the routing, but there are never
+more than ``ceil(V * rows_per_sample / R) + G + 1``, which the host knows: that many programs start, each finds its group
+from the offsets (:func:`find_tile`), and those past the end leave at once. Nothing is read back.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The three calls of a routed convolution as implicit GEMMs over channels_last images.
 
-Forward and input gradient are one kernel, :func:`convolution_kernel`: rows are pixels of the result, columns its channels,
-and the reduction runs over (tap, channel) in one flattened loop, so that loads are pipelined across taps. The input
-gradient runs once for each residue of its pixels modulo the stride, over the taps that meet that residue only: nothing is
-multiplied by inserted zeros.
+Forward and input gradient are one kernel, :func:`convolution_kernel`: rows are pixels of the result, columns its
+channels, and the reduction runs over (tap, channel) in one flattened loop, so that loads are pipelined across taps. The
+input gradient runs once for each residue of its pixels modulo the stride, over the taps that meet that residue only:
+nothing is multiplied by inserted zeros.
 
 The weight gradient is a GEMM over the pixels of one group's samples, split into segments of a fixed number of samples
-(:func:`grad_weight_kernel`); a second kernel adds the segments of each group in order (:func:`reduce_kernel`). No atomics:
-the same inputs give the same bits.
+(:func:`grad_weight_kernel`); a second kernel adds the segments of each group in order (:func:`reduce_kernel`). No
+atomics: the same inputs give the same bits.
 
 Letters: V virtual samples, P, Q output and H, W input size, C, K channels of one slice; BM, BN, BK the tile.
 """
@@ -356,7 +356,7 @@ def grad_weight_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """The weight gradient of one segment: samples of one group. BM output channels, BN (tap, input channel), BK pixels."""
+    """The weight gradient of one segment of a group's samples: BM output channels, BN (tap, input channel), BK pixels."""
     group, place, first, count = find_tile(plan, tl.program_id(0), 1, segment, groups, GROUPS)
     if group >= groups:
         return
@@ -637,8 +637,8 @@ def _convolve(
             DILATION_H=g.dilation[0], DILATION_W=g.dilation[1],
             STEP_R=steps[0], STEP_S=steps[1],
             GRAD_INPUT=backward, PACKED=packed, PAIRS=pairs, SPLIT=g.groups > 1,
-            PER_SLICE=affine is not None and affine.shape[0] != g.out_width, RELU=epilogue.relu, FLAT=flat, EVEN_N=width % config.block_n == 0,
-            EVEN_K=depth % block == 0,
+            PER_SLICE=affine is not None and affine.shape[0] != g.out_width, RELU=epilogue.relu, FLAT=flat,
+            EVEN_N=width % config.block_n == 0, EVEN_K=depth % block == 0,
             PRECISION=_precision(tiling.problem.kind), WIDEN=_widen(source), GROUPS=triton.next_power_of_2(groups + 1),
             BM=config.block_m, BN=config.block_n, BK=block, num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
@@ -683,10 +683,13 @@ def grad_weight(
         launch(
             grad_weight_kernel, (segments, blocks), device,
             grad, image, plan, partial, g.samples_per_input, groups, segment, channels, image.shape[1], depth, width,
-            P=rows, Q=columns, H=image.shape[2], W=image.shape[3], R=taps[0], S=taps[1], STRIDE_H=g.stride[0], STRIDE_W=g.stride[1], PAD_H=g.padding[0], PAD_W=g.padding[1],
+            P=rows, Q=columns, H=image.shape[2], W=image.shape[3], R=taps[0], S=taps[1],
+            STRIDE_H=g.stride[0], STRIDE_W=g.stride[1], PAD_H=g.padding[0], PAD_W=g.padding[1],
             DILATION_H=g.dilation[0], DILATION_W=g.dilation[1], SPLIT=g.groups > 1, FLAT=flat,
-            EVEN_M=width % config.block_m == 0, EVEN_N=depth % config.block_n == 0, PRECISION=_precision(problem.kind), WIDEN=_widen(grad), GROUPS=triton.next_power_of_2(groups + 1),
-            BM=config.block_m, BN=config.block_n, BK=config.block_k, num_warps=config.num_warps, num_stages=config.num_stages,
+            EVEN_M=width % config.block_m == 0, EVEN_N=depth % config.block_n == 0,
+            PRECISION=_precision(problem.kind), WIDEN=_widen(grad), GROUPS=triton.next_power_of_2(groups + 1),
+            BM=config.block_m, BN=config.block_n, BK=config.block_k,
+            num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
     run(_config(problem, device, run))

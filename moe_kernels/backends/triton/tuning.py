@@ -2,9 +2,9 @@
 """Tuned configurations: measured when asked for, kept on disk, one file for each device and Triton version.
 
 Off by default. Within ``with tune():``, or with ``MOE_KERNELS_TUNE=1``, the first call of each shape class times every
-configuration of its list with ``triton.testing.do_bench`` and keeps the fastest; that synchronises, and is refused while a
-CUDA graph is captured. Kept results are used from then on, also where tuning is off. ``MOE_KERNELS_CACHE`` names the folder
-(default: ``~/.cache/moe_kernels``).
+configuration of its list with ``triton.testing.do_bench`` and keeps the fastest; that synchronises, and is refused while
+a CUDA graph is captured. Kept results are used from then on, also where tuning is off. ``MOE_KERNELS_CACHE`` names the
+folder (default: ``~/.cache/moe_kernels``).
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def active() -> bool:
 
 def choose(problem: Problem, device: torch.device) -> TileConfig:
     """A tuned configuration where there is one, else the one with the least estimated time."""
-    given = configs.assumed()
-    if given is not None:
-        return given
+    assumed, given = configs.assumed()
+    if assumed:
+        return given if given is not None else estimated_best(problem, device)
     return _choose(problem, device, _generation[0])
 
 
