@@ -374,7 +374,10 @@ def test_expand_and_combine_equal_the_routing_itself(case: Case, backend: str) -
             inner = functional.routed_conv2d(x, values.weight, routing.expand(), values.bias, **given, **case.convolution)
             assert inner.shape[0] == case.virtual
             combined = routing.combine(inner)
-            assert torch.equal(combined, y)
+            if case.dtype in (torch.float32, torch.float64):
+                assert torch.equal(combined, y)
+            else:  # the layer rounds once, after its gate
+                torch.testing.assert_close(combined, y, rtol=4 * torch.finfo(case.dtype).eps, atol=0.1)
             again = torch.autograd.grad(combined, leaves, values.grad)
             # the layer's gate is applied inside its backward, the combined one before it
             limit = 1e-9 if case.dtype == torch.float64 else 100 * torch.finfo(case.dtype).eps
