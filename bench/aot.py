@@ -28,7 +28,7 @@ import torch
 import triton
 from torch import Tensor
 
-from advmoe.models import create_model
+from advmoe.models import create_model, list_models
 from advmoe.tables import table
 from moe_kernels import backends, use_backend
 from moe_kernels.backends.interface import Epilogue, Experts
@@ -117,8 +117,9 @@ def _launches(job: Job) -> list[Launch]:
         return x.contiguous(memory_format=torch.channels_last)
 
     expert = torch.empty(batch, dtype=torch.int64, device="meta")
-    tf32 = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = job.kind == "tf32"
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    precision = conv.fp32_precision
+    conv.fp32_precision = "tf32" if job.kind == "tf32" else "ieee"
     try:
         with record() as launches, assume(job.architecture, job.config if job.config.block_m else None):
             if job.kernel == "other":
@@ -148,7 +149,7 @@ def _launches(job: Job) -> list[Launch]:
                 epilogue = Epilogue(None, gate, affine, affine, residual, more)
                 routed_conv2d.forward(x, weight, both, g, epilogue)
     finally:
-        torch.backends.cudnn.allow_tf32 = tf32
+        conv.fp32_precision = precision
     # the reduction has one form whatever the configuration, and is compiled with the first; the plan is a job of its own
     first = job.config == candidates(job.architecture, job.kernel, job.kind)[0]
     apart = ("plan_kernel",) if first else ("plan_kernel", "reduce_kernel")
@@ -182,14 +183,15 @@ def _source(launch: Launch) -> tuple[Any, dict[str, Any]]:
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
         value = given[name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[name] = "*" + _TYPES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]  # torch's allocations are aligned to more
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if special and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     return triton.compiler.ASTSource(kernel, signature, constants, attributes), options
 
@@ -300,7 +302,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="every variant with every configuration, not the main ones")
     parser.add_argument("--json", type=Path, help="write the rows")
     parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
-    parser.add_argument("--model", help="compile what a training step of this backbone starts, and nothing else")
+    parser.add_argument(
+        "--model",
+        choices=list_models(),
+        help="compile what a training step and an inference of this backbone start, and nothing else",
+    )
     options = parser.parse_args(arguments)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")

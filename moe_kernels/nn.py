@@ -459,7 +459,7 @@ class RoutedBatchNorm2d(nn.Module):
             raise ValueError(f"routing: expected {self.num_experts} experts, got {routing.num_experts}")
         if not self.slices.is_whole:
             checks.experts("routing", expert, self.num_experts)
-        if planning.has_kernels_for_norm(input) and not self.slices.is_whole:
+        if not self.slices.is_whole and planning.has_kernels_for_norm(input):
             return self._by_kernels(input, routing, expert)
         wide = torch.promote_types(input.dtype, torch.float32)
         x = input.to(wide)
@@ -493,7 +493,9 @@ class RoutedBatchNorm2d(nn.Module):
             if self.affine:
                 scale = scale * self.weight.to(wide)
             shift = self.bias.to(wide) if self.affine else None
-            return norm.affine(input, scale, self.running_mean.to(wide), shift, side, None)
+            # kept for a backward, which a training step in between must not spoil
+            mean = self.running_mean.to(wide, copy=torch.is_grad_enabled())
+            return norm.affine(input, scale, mean, shift, side, None)
         if checks.readable(input):
             self._refuse_single_values(input, expert)
         plan = planning.plan_for_norm(routing, input, s.num_experts)

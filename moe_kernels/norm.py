@@ -18,6 +18,8 @@ from torch import Tensor
 
 from . import backends
 from .backends import Backend, Side
+from .layout import memory_format_of
+from .ops import wanted
 
 __all__ = ["affine", "batch_norm"]
 
@@ -81,7 +83,7 @@ def _affine(x: Tensor, scale: Tensor, mean: Tensor, shift: Any, grad: Any, grad_
 
 def _batch_norm_fake(x: Tensor, weight: Any, bias: Any, eps: float, *rest: Any) -> Any:
     total = rest[4]
-    return torch.empty_like(x), *(x.new_empty((total,), dtype=_wide(x)) for _ in range(3))
+    return _affine_fake(x), *(x.new_empty((total,), dtype=_wide(x)) for _ in range(3))
 
 
 def _sums_fake(x: Tensor, grad: Tensor, mean: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -89,7 +91,7 @@ def _sums_fake(x: Tensor, grad: Tensor, mean: Tensor, *rest: Any) -> tuple[Tenso
 
 
 def _affine_fake(x: Tensor, *rest: Any) -> Tensor:
-    return torch.empty_like(x)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
 
 
 def _set_up_batch_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -109,14 +111,17 @@ def _batch_norm_backward(ctx: Any, grad: Tensor, *others: Any) -> tuple[Any, ...
         return *_derivatives(ctx, y, (x, weight, bias), grad), *none
     rstd = torch.rsqrt(var + ctx.eps)
     scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
+    asked = [wanted(ctx, index) for index in range(3)]
+    if not any(asked):
+        return None, None, None, *none
     sum_grad, sum_product = _ops.batch_norm_sums.default(x, grad, mean, *side, plan)
     dx = None
-    if ctx.needs_input_grad[0]:
+    if asked[0]:
         each = scale / count.clamp_min(1)
         slope, shift = -each * rstd * rstd * sum_product, -each * sum_grad
         dx = _ops.batch_norm_affine.default(x, slope, mean, shift, grad, scale, *side, plan)
-    dw = (sum_product * rstd).to(weight.dtype) if ctx.needs_input_grad[1] else None
-    return dx, dw, sum_grad.to(bias.dtype) if ctx.needs_input_grad[2] else None, *none
+    dw = (sum_product * rstd).to(weight.dtype) if asked[1] else None
+    return dx, dw, sum_grad.to(bias.dtype) if asked[2] else None, *none
 
 
 def _set_up_affine(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -135,9 +140,10 @@ def _affine_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     dx = dscale = dshift = None
     if ctx.needs_input_grad[0]:
         dx = _ops.batch_norm_affine.default(grad, scale, torch.zeros_like(mean), None, None, None, *side, plan)
-    if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
+    slope, offset = wanted(ctx, 1), wanted(ctx, 3)  # an attack asks for neither
+    if slope or offset:
         dshift, dscale = _ops.batch_norm_sums.default(x, grad, mean, *side, plan)
-    return dx, dscale if ctx.needs_input_grad[1] else None, None, dshift if ctx.needs_input_grad[3] else None, *none
+    return dx, dscale if slope else None, None, dshift if offset else None, *none
 
 
 def _derivatives(ctx: Any, y: Tensor, inputs: Sequence[Tensor | None], grad: Tensor) -> list[Tensor | None]:

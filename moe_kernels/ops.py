@@ -39,7 +39,7 @@ from .backends import NO_EPILOGUE, Epilogue, Experts
 from .geometry import Conv2dGeometry, output_size
 from .layout import is_channels_last, memory_format_of
 from .routing import sample_dot
-from .rows import gather_rows, scatter_rows, sum_choices
+from .rows import gather_rows, keep_starts, scatter_rows, sum_choices
 
 __all__ = [
     "add_bias",
@@ -54,6 +54,7 @@ __all__ = [
     "output_shape",
     "plan",
     "traced",
+    "wanted",
 ]
 
 _EXPERTS = "Tensor? out_expert, Tensor? in_expert"
@@ -247,7 +248,10 @@ def output_shape(input: Tensor, weight: Tensor, g: Conv2dGeometry) -> tuple[int,
 
 
 def _conv2d_fake(input: Tensor, weight: Tensor, out_expert: Any, in_expert: Any, *rest: Any, **made: Any) -> Tensor:
-    shape = output_shape(input, weight, _geometry(rest[:_G]))
+    g = _geometry(rest[:_G])
+    keep_starts(g.out_starts, input.device)
+    keep_starts(g.in_starts, input.device)
+    shape = output_shape(input, weight, g)
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
 
 
@@ -288,7 +292,7 @@ def _grad_weight_fake(
 # --- autograd -----------------------------------------------------------------------------------------------------------
 
 
-def _wanted(ctx: Any, index: int) -> bool:
+def wanted(ctx: Any, index: int) -> bool:
     """Whether the running backward will use the gradient of the first (0) or the second tensor.
 
     needs_input_grad also says yes for a weight that requires grad while only d loss / d x is asked for, as in an attack;
@@ -393,9 +397,9 @@ class _Conv2d(_Function):
         input, weight, out, inner, *made = ctx.saved_tensors
         g = ctx.geometry
         dx = dw = None
-        if _wanted(ctx, 0):
+        if wanted(ctx, 0):
             dx = call(conv2d_grad_input, grad, weight, out, inner, g, input.shape[2:], *made)
-        if _wanted(ctx, 1):
+        if wanted(ctx, 1):
             dw = call(conv2d_grad_weight, grad, input, out, inner, g, weight.shape, is_channels_last(weight), made[2])
         return dx, dw, *[None] * 7
 
@@ -415,10 +419,10 @@ class _GatedConv2d(_Function):
         dx = dw = dbias = dgate = gated = None
         if ctx.needs_input_grad[6]:
             dx, dgate = call(conv2d_grad_gated, grad, weight, out, inner, g, input, gate, unit, *made)
-        elif _wanted(ctx, 0):
+        elif wanted(ctx, 0):
             gated = _times(grad, gate, unit)
             dx = call(conv2d_grad_input, gated, weight, out, inner, g, input.shape[2:], *made)
-        if _wanted(ctx, 1):
+        if wanted(ctx, 1):
             gated = _times(grad, gate, unit) if gated is None else gated
             layout = is_channels_last(weight)
             dw = call(conv2d_grad_weight, gated, input, out, inner, g, weight.shape, layout, made[2])
@@ -447,9 +451,9 @@ class _Conv2dGradInput(_Function):
         grad, weight, out, inner, *made = ctx.saved_tensors
         g = ctx.geometry
         dg = dw = None
-        if _wanted(ctx, 0):
+        if wanted(ctx, 0):
             dg = call(conv2d, v, weight, out, inner, g, *made)
-        if _wanted(ctx, 1):
+        if wanted(ctx, 1):
             dw = call(conv2d_grad_weight, grad, v, out, inner, g, weight.shape, is_channels_last(weight), made[2])
         return dg, dw, *[None] * 8
 
@@ -467,9 +471,9 @@ class _Conv2dGradWeight(_Function):
         grad, input, out, inner, plan = ctx.saved_tensors
         g = ctx.geometry
         dg = dx = None
-        if _wanted(ctx, 0):
+        if wanted(ctx, 0):
             dg = call(conv2d, input, u, out, inner, g, None, None, plan)
-        if _wanted(ctx, 1):
+        if wanted(ctx, 1):
             dx = call(conv2d_grad_input, grad, u, out, inner, g, input.shape[2:], None, None, plan)
         return dg, dx, *[None] * 7
 
@@ -589,7 +593,8 @@ def _autocast(op: Any, device: str, key: torch._C.DispatchKey) -> Any:
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device)
-        # packed weights, the last of an operator's arguments, fit only the uncast weight; a plan is made again
+        # packed weights fit only the uncast weight
+        plan = kwargs.get("plan", _nth(args, given + (1 if op is conv2d_fused else 2)))
         args = args[:given]
         # float64 is left alone, as by torch's own list of operators
         cast = [
@@ -599,7 +604,7 @@ def _autocast(op: Any, device: str, key: torch._C.DispatchKey) -> Any:
             for a in args
         ]
         with torch._C._ExcludeDispatchKeyGuard(exclude):
-            return op(*cast)
+            return op(*cast, plan=plan)
 
     return call
 

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends, ops
+from .backends import BackendUnavailable
 
 if TYPE_CHECKING:
     from .geometry import Conv2dGeometry
@@ -20,7 +22,7 @@ __all__ = ["has_kernels_for_norm", "plan_for", "plan_for_norm"]
 
 # Where the pixels of one sample fill tiles of any size up to 128 well, no tile takes rows of several samples, and the
 # forward and the input gradient need no plan.
-_TILE, _MANY = 128, 512
+_LARGEST_TILE, _MANY_PIXELS = 128, 512
 
 
 def plan_for(
@@ -35,15 +37,17 @@ def plan_for(
     """The plan that the backend's calls for this layer will read, or None where they read none.
 
     Kept on the routing, and on what ``ungated`` and ``expand`` make of it, as long as it is plainly that of the same
-    values. In a compiled graph it is a node; there the graph's own elimination of common subexpressions shares it.
+    values. In a compiled graph it is a node of each layer; where the graph is differentiated, torch's elimination of
+    common subexpressions leaves one.
     """
     if input.is_meta:
         return None
-    if not _wanted(input, "plans") or (out_expert is None and in_expert is None):
+    if not _able(input, "plans") or (out_expert is None and in_expert is None):
         return None
     if not _reads_plan(input, weight, geometry):
         return None
-    same = out_expert is not None and (in_routing is None or in_routing is routing) and geometry.num_in > 0
+    same = out_expert is not None and geometry.num_in > 0
+    same = same and (in_routing is None or _same_tensor(in_routing.expert, routing.expert))
     num_in = 0 if same else geometry.num_in
     chosen = [routing.expert] if geometry.num_out else []
     if num_in:
@@ -54,7 +58,7 @@ def plan_for(
 
 def plan_for_norm(routing: Routing, input: Tensor, num_experts: int) -> Tensor | None:
     """The plan for statistics of each expert's samples: that of a partition on the output side."""
-    if not _wanted(input, "normalises"):
+    if not _able(input, "normalises"):
         return None
     expert = routing.expert.reshape(-1)
     return _shared(routing, [routing.expert], expert, None, num_experts, 0, ops.traced(input, input))
@@ -62,15 +66,21 @@ def plan_for_norm(routing: Routing, input: Tensor, num_experts: int) -> Tensor |
 
 def has_kernels_for_norm(input: Tensor) -> bool:
     """Whether the backend for ``input`` normalises by its own kernels."""
-    return _wanted(input, "normalises")
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False  # torch's own operators have those derivatives
+    return _able(input, "normalises")
 
 
-def _wanted(input: Tensor, ability: str) -> bool:
+def _able(input: Tensor, ability: str) -> bool:
     if input.is_meta:
         return False
-    if torch.compiler.is_compiling():  # the backend is chosen when the graph runs
+    # under a trace the backend is chosen when the graph runs
+    if torch.compiler.is_compiling() or (input.device.type == "cuda" and ops.traced(input, input)):
         return input.device.type == "cuda"
-    return getattr(backends.choose(input.device), ability)
+    try:
+        return getattr(backends.choose(input.device), ability)
+    except BackendUnavailable:  # the operator that needs it says so
+        return False
 
 
 def _shared(
@@ -116,7 +126,7 @@ def _reads_plan(input: Tensor, weight: Tensor, g: Conv2dGeometry) -> bool:
 
 
 def _mixes(pixels: int) -> bool:
-    return pixels < _MANY and pixels % _TILE != 0
+    return pixels < _MANY_PIXELS and pixels % _LARGEST_TILE != 0
 
 
 def _same_tensor(a: Tensor, b: Tensor) -> bool:
@@ -133,11 +143,15 @@ def _moment(tensors: list[Tensor]) -> Any:
         return None
     versions = [t._version for t in tensors]
     device = tensors[0].device
-    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        return versions, 0
-    # A plan made outside a capture is no part of the graph, and one made in another capture is part of that graph.
-    capture = _capture(torch.cuda.current_stream(device).cuda_stream)
-    return None if capture is None else (versions, capture)
+    if device.type != "cuda":
+        return versions, 0, 0
+    # A plan made on another stream may not be there yet. One made outside a capture is no part of the graph, and one made
+    # in another capture is part of that graph.
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if not torch.cuda.is_current_stream_capturing():
+        return versions, stream, 0
+    capture = _capture(stream)
+    return None if capture is None else (versions, stream, capture)
 
 
 @functools.cache

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["gather_rows", "scatter_rows", "starts_on", "sum_choices"]
+__all__ = ["gather_rows", "keep_starts", "scatter_rows", "starts_on", "sum_choices"]
 
 
 def gather_rows(value: Tensor, expert: Tensor | None, count: int, starts: Sequence[int], width: int) -> Tensor:
@@ -73,7 +74,8 @@ def _channels(like: Tensor, starts: Sequence[int], width: int) -> Tensor:
     return (first[:, None] + torch.arange(width, device=like.device)).view(-1)
 
 
-_starts: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+# By device and stream: on another stream what was filled in here may not be there yet.
+_starts: dict[tuple[tuple[int, ...], torch.device, int], Tensor] = {}
 
 
 def starts_on(starts: Sequence[int], device: torch.device) -> Tensor | None:
@@ -84,13 +86,26 @@ def starts_on(starts: Sequence[int], device: torch.device) -> Tensor | None:
     """
     if not starts:
         return None
-    if device.type != "cuda" or torch.compiler.is_compiling():
+    if device.type != "cuda":
         return torch.tensor(starts, dtype=torch.int64, device=device)
-    key = (tuple(starts), device)
+    if torch.compiler.is_compiling():
+        return _filled(starts, device)
+    key = (tuple(starts), device, torch.cuda.current_stream(device).cuda_stream)
     value = _starts.get(key)
     if value is None:
-        value = torch.cat([torch.full((1,), start, dtype=torch.int64, device=device) for start in starts])
+        value = _filled(starts, device)
         # memory of a graph that is being captured belongs to it, and holds nothing before its first replay
         if type(value) is Tensor and not torch.cuda.is_current_stream_capturing():
             _starts[key] = value
     return value
+
+
+def keep_starts(starts: Sequence[int], device: torch.device) -> None:
+    """Makes them while a graph is traced, so that they do not end up in memory that belongs to a CUDA graph of it."""
+    if starts and device.type == "cuda" and torch.cuda.is_available():
+        with _disable_current_modes():
+            starts_on(starts, device)
+
+
+def _filled(starts: Sequence[int], device: torch.device) -> Tensor:
+    return torch.cat([torch.full((1,), start, dtype=torch.int64, device=device) for start in starts])

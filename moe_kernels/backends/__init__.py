@@ -55,7 +55,8 @@ def describe() -> dict[str, str]:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Runs the routed operators of the whole process with one backend: ``"reference"``, ``"cpu"`` or ``"auto"``.
+    """``with use_backend(name):`` runs the routed operators of the whole process, all its threads, with one backend: ``"reference"``, ``"cpu"``, ``"triton"`` or
+    ``"auto"``.
 
     Raises:
         ValueError: if there is no such backend.

@@ -7,6 +7,7 @@ The interpreter knows no races, no alignment and no rounding of matrix units; te
 from __future__ import annotations
 
 import json
+import subprocess
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -272,6 +273,43 @@ def test_batch_norm_has_a_second_derivative() -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 
+def test_batch_norm_under_transforms_and_kept_across_a_training_step() -> None:
+    layer = RoutedBatchNorm2d(4, 2, track_running_stats=False)
+    nn.init.normal_(layer.weight)
+    routing = Routing(torch.tensor([0, 1, 1, 0, 1]), num_experts=2)
+    x, v = torch.randn(5, 4, 3, 3), torch.randn(5, 4, 3, 3)
+    running = RoutedBatchNorm2d(4, 2)
+
+    def both(layer: RoutedBatchNorm2d) -> tuple[Tensor, ...]:
+        gradient = torch.func.grad(lambda x: (layer(x, routing) ** 3).sum())(x)
+        return (*torch.func.jvp(lambda x: layer(x, routing), (x,), (v,)), gradient)
+
+    for one in (layer, running.eval()):
+        found = []
+        for backend in ("triton", "cpu"):
+            with use_backend(backend):
+                found.append(both(one))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.detach().abs().max().item())
+    leaf = x.clone().requires_grad_()
+    y = running.eval()(leaf, routing)
+    running.train()(x, routing)  # writes the running statistics
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_attack_pays_for_no_sums_of_batch_norm_parameters(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = moe_kernels.backends._BACKENDS["triton"]
+    calls: list[str] = []
+    sums = backend.sums
+    monkeypatch.setattr(backend, "sums", lambda *args: (calls.append("sums"), sums(*args))[1])
+    layer = RoutedBatchNorm2d(4, 2).train(training)
+    x = torch.randn(5, 4, 3, 3, requires_grad=True)
+    y = layer(x, Routing(torch.tensor([0, 1, 1, 0, 1]), num_experts=2))
+    torch.autograd.grad(y.sum(), x)
+    assert len(calls) == int(training)  # in training dx is made of them
+
+
 def test_batch_norm_reads_the_input_once_for_its_statistics() -> None:
     x = torch.randn(6, 16, 8, 8).contiguous(memory_format=torch.channels_last)
     made = plan.make(Experts(torch.tensor([0, 1, 0, 1, 1, 1]), None), 2, 0, 6, x.device)
@@ -353,6 +391,45 @@ def test_a_plan_is_made_once_for_a_routing(monkeypatch: pytest.MonkeyPatch) -> N
     assert calls["plan"] == 2
     step(Routing(expert, num_experts=3))
     assert calls["plan"] == 3
+
+
+def test_one_choice_given_twice_makes_no_pairs() -> None:
+    layer = RoutedConv2d(ExpertSlices.windows(8, 0.5, 3), ExpertSlices.windows(8, 0.5, 3), 3, padding=1)
+    routing = Routing(torch.tensor([0, 2, 1]), num_experts=3)
+    layer(torch.randn(3, 4, 4, 4), routing, routing.ungated())
+    assert list(routing.plans) == [(3, 0)]
+
+
+def test_autocast_keeps_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = CallCounter(monkeypatch, "triton")
+    layer = RoutedConv2d(8, 8, 3, padding=1, num_experts=2)
+    routing = Routing(torch.tensor([0, 1, 1]), num_experts=2)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            functional.routed_conv2d_fused(
+                torch.randn(3, 8, 4, 4), layer.weight, routing, out_slices=layer.out_slices, padding=1
+            )
+    assert calls["plan"] == 1
+
+
+def test_a_plan_of_another_routing_is_refused() -> None:
+    x, layer = torch.randn(3, 8, 4, 4), RoutedConv2d(8, 8, 3, padding=1, num_experts=4)
+    wrong = plan.make(Experts(torch.tensor([0, 1]), None), 2, 0, 2, x.device)
+    expert = torch.tensor([0, 1, 1])
+    with pytest.raises(ValueError, match="plan: expected int32 for 3 samples"):
+        shape = list(layer.weight.shape)
+        moe_kernels.ops.conv2d_grad_weight(x, x, expert, None, *layer.geometry, shape, False, wrong)
+
+
+@pytest.mark.parametrize("groups", [1, 5, 1023, 1024, 3000])
+def test_tiles_are_found_among_any_number_of_groups(groups: int) -> None:
+    """More than 1024 groups are looked at in pieces: a weight gradient with one sample of each expert in use."""
+    layer = RoutedLinear(4, 1, bias=False, num_experts=groups)
+    expert = torch.tensor([0, groups - 1, groups // 2])
+    x = torch.randn(3, 4)
+    (dw,) = torch.autograd.grad(layer(x, Routing(expert, num_experts=groups)).sum(), layer.weight)
+    expected = torch.zeros(groups, 4).index_add(0, expert, x)
+    torch.testing.assert_close(dw, expected)
 
 
 def test_a_kept_plan_is_that_of_its_values() -> None:
@@ -510,14 +587,18 @@ def test_a_kernel_that_cannot_be_built_falls_back_with_a_warning(monkeypatch: py
     [
         (triton.runtime.errors.OutOfResources(300000, 232448, "shared memory"), launch.BuildError),
         (RuntimeError("PassManager::run failed"), launch.BuildError),
+        (subprocess.CalledProcessError(1, "gcc"), launch.BuildError),
+        (RuntimeError("Triton Error [CUDA]: device kernel image is invalid"), launch.BuildError),
         (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), RuntimeError),
         (ValueError("a fault of ours"), ValueError),
     ],
-    ids=["resources", "compiler", "launch", "other"],
+    ids=["resources", "compiler", "C compiler", "image", "launch", "other"],
 )
 def test_a_failed_launch_is_not_taken_for_a_kernel_that_cannot_be_built(
     error: Exception, raised: type[Exception]
 ) -> None:
+    launch._failed.clear()
+
     class Kernel:
         __name__ = "kernel"
 
@@ -530,6 +611,8 @@ def test_a_failed_launch_is_not_taken_for_a_kernel_that_cannot_be_built(
     with pytest.raises(raised) as caught:
         launch._run(Kernel(), (1,), (), {})
     assert isinstance(caught.value, launch.BuildError) == (raised is launch.BuildError)
+    assert bool(launch._failed) == (raised is launch.BuildError)  # and is not built again at the next call
+    launch._failed.clear()
 
 
 def test_another_device_and_a_missing_package_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -633,10 +716,20 @@ def test_a_tuned_configuration_of_an_older_list_is_not_used(cache: Path) -> None
     assert tuning.choose(problem, torch.device("cpu")) == configs.estimated_best(problem, torch.device("cpu"))
 
 
-def test_the_switch_of_nn_conv2d_decides_about_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    for allowed, expected in ((True, "tf32"), (False, "ieee")):
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
-        assert configs.kind(torch.zeros(1)) == expected
+def test_the_switch_of_nn_conv2d_decides_about_tf32() -> None:
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        for precision in ("tf32", "ieee"):
+            torch.backends.cudnn.conv.fp32_precision = precision
+            assert configs.kind(torch.zeros(1)) == precision
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        assert configs.kind(torch.zeros(1)) == "ieee"
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
+    assert configs.kind(torch.zeros(1)) == "tf32"
     assert configs.kind(torch.zeros(1, dtype=torch.bfloat16)) == "half"
 
 

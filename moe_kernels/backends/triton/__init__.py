@@ -60,8 +60,10 @@ class TritonBackend(Backend):
         return None
 
     def unsupported(self, device: torch.device) -> str | None:
+        if _import_error is None and (device.type == "cuda" or (INTERPRETED and device.type == "cpu")):
+            return None
         reason = self.unavailable()
-        if reason is not None or device.type == "cuda" or (INTERPRETED and device.type == "cpu"):
+        if reason is not None:
             return reason
         return f"computes on CUDA devices only (on the CPU with TRITON_INTERPRET=1), got {device}"
 
@@ -206,6 +208,8 @@ class TritonBackend(Backend):
 
     def _plan_of(self, side: Side, plan: Tensor | None) -> Tensor:
         if plan is not None:
+            if plan.shape != (side.num_experts + 2 + side.expert.shape[0],) or plan.dtype != torch.int32:
+                raise ValueError(f"plan: expected that of {side.num_experts} experts, got shape {tuple(plan.shape)}")
             return plan
         return self.plan(Experts(side.expert, None), side.num_experts, 0, side.expert.shape[0], side.expert.device)
 

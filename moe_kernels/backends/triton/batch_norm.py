@@ -27,7 +27,7 @@ _ROWS, _CHANNELS = 32, 64
 _MERGED = 32  # channels of one program of merge_kernel
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "segment"])
 def accumulate_kernel(
     x,  # [V, P, Q, C]
     other,  # [V, P, Q, C]: dy; not read for MOMENTS
@@ -90,7 +90,7 @@ def accumulate_kernel(
     tl.store(at + channels, second_sum, mask=c_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "segment"])
 def merge_kernel(
     partial,  # [segments, 2, C], float32
     starts,  # [N] or None
@@ -111,8 +111,18 @@ def merge_kernel(
     number = tl.zeros((CHANNELS,), tl.float32)
     a = tl.zeros((CHANNELS,), tl.float32)
     b = tl.zeros((CHANNELS,), tl.float32)
+    begin_group = 0
+    end_group = groups
+    if starts is None:  # of a partition only the experts of these channels
+        begin_group = tl.program_id(0) * CHANNELS // channels
+        end_group = tl.minimum(tl.cdiv((tl.program_id(0) + 1) * CHANNELS, channels), groups)
     first = 0
-    for group in range(groups):
+    for top in range(0, begin_group, 256):
+        g = top + tl.arange(0, 256)
+        before = g < begin_group
+        here = tl.load(plan + g + 1, mask=before, other=0) - tl.load(plan + g, mask=before, other=0)
+        first += tl.sum(tl.cdiv(here, segment), 0)
+    for group in range(begin_group, end_group):
         count = tl.load(plan + group + 1) - tl.load(plan + group)
         segments = tl.cdiv(count, segment)
         if starts is not None:

@@ -125,7 +125,9 @@ def kind(x: Tensor) -> str:
     """The arithmetic of a dtype. float32 follows the switch that nn.Conv2d obeys, ``torch.backends.cudnn``'s."""
     if x.dtype != torch.float32:
         return "half"
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+    # not allow_tf32, which raises where the newer switches were used
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return "tf32" if conv.fp32_precision == "tf32" else "ieee"
 
 
 def block_k(config: TileConfig, depth: int) -> tuple[int, bool]:

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import triton
@@ -66,15 +67,27 @@ def launch(kernel: Any, grid: Sequence[int], device: torch.device, *args: Any, *
 
 
 def _run(kernel: Any, grid: Sequence[int], args: Sequence[Any], meta: dict[str, Any]) -> None:
+    key = (kernel.__name__, *sorted(meta.items()), *(a.dtype for a in args if isinstance(a, torch.Tensor)))
+    if key in _failed:
+        raise BuildError(_failed[key])
     try:
         kernel[tuple(grid)](*args, **meta, **OPTIONS)
     except RuntimeError as error:
         # A launch that failed says so in these words, and must not be taken for a kernel that cannot be built.
-        if str(error).startswith("Triton Error [CUDA]"):
+        if str(error).startswith("Triton Error [CUDA]") and "kernel image" not in str(error):
             raise
-        raise BuildError(f"{kernel.__name__}: {_first_line(error)}") from error
-    except triton.TritonError as error:
-        raise BuildError(f"{kernel.__name__}: {_first_line(error)}") from error
+        _fail(key, error)
+    except (triton.TritonError, subprocess.SubprocessError, OSError) as error:  # the last two: its C compiler, its cache
+        _fail(key, error)
+
+
+# What could not be built, so that it is not tried again at every call.
+_failed: dict[Any, str] = {}
+
+
+def _fail(key: tuple[Any, ...], error: Exception) -> NoReturn:
+    _failed[key] = f"{key[0]}: {_first_line(error)}"
+    raise BuildError(_failed[key]) from error
 
 
 def _first_line(error: Exception) -> str:

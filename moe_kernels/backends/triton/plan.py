@@ -125,17 +125,26 @@ def find_tile(offsets, tile, rows_per_sample, tile_rows, groups, GROUPS: tl.cons
     """Where tile number ``tile`` lies: its group, the group's first place in the order, its first row and the end of the
     group's rows. A group above ``groups`` says that the tile is past the end. ``GROUPS``: a power of two above
     ``groups``."""
-    g = tl.arange(0, GROUPS)
-    begin = tl.load(offsets + g, mask=g <= groups, other=0)
-    end = tl.load(offsets + g + 1, mask=g <= groups, other=0)
-    tiles = tl.cdiv((end - begin) * rows_per_sample, tile_rows)
-    last = tl.cumsum(tiles, 0)
-    group = tl.sum((last <= tile).to(tl.int32), 0)
-    first_tile = tl.sum(tl.where(g < group, tiles, 0), 0)
-    place = tl.sum(tl.where(g == group, begin, 0), 0)
-    rows = tl.sum(tl.where(g == group, end - begin, 0), 0) * rows_per_sample
-    # the padding above ``groups`` has no tiles: it is counted only by a tile past the end
-    return group, place, (tile - first_tile) * tile_rows, rows
+    AT_ONCE: tl.constexpr = GROUPS if GROUPS < 1024 else 1024
+    group = tile * 0
+    first_tile = tile * 0
+    place = tile * 0
+    samples = tile * 0
+    before = tile * 0
+    for first in range(0, GROUPS, AT_ONCE):
+        g = first + tl.arange(0, AT_ONCE)
+        begin = tl.load(offsets + g, mask=g <= groups, other=0)
+        end = tl.load(offsets + g + 1, mask=g <= groups, other=0)
+        tiles = tl.cdiv((end - begin) * rows_per_sample, tile_rows)
+        last = before + tl.cumsum(tiles, 0)
+        here = (last > tile) & (last - tiles <= tile)
+        # the padding above ``groups`` has no tiles: it is counted only by a tile past the end
+        group += tl.sum((last <= tile).to(tl.int32), 0)
+        first_tile += tl.sum(tl.where(here, last - tiles, 0), 0)
+        place += tl.sum(tl.where(here, begin, 0), 0)
+        samples += tl.sum(tl.where(here, end - begin, 0), 0)
+        before += tl.sum(tiles, 0)
+    return group, place, (tile - first_tile) * tile_rows, samples * rows_per_sample
 
 
 def make(experts: Experts, num_out: int, num_in: int, samples: int, device: torch.device) -> Tensor:

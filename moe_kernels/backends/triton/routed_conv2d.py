@@ -29,14 +29,14 @@ from ...rows import starts_on
 from ..interface import Epilogue
 from . import tuning
 from .configs import SMALLEST_BLOCK, Problem, TileConfig, block_k, kind, multiprocessors
-from .launch import INTERPRETED, launch
+from .launch import INTERPRETED, BuildError, launch
 from .plan import find_tile, make, tile_bound
 
 if TYPE_CHECKING:
     from ...geometry import Conv2dGeometry
     from ..interface import Experts
 
-__all__ = ["forward", "grad_input", "grad_weight", "uses_plan"]
+__all__ = ["forward", "grad_input", "grad_weight"]
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _slice_start(expert, starts, width, WINDOWS: tl.constexpr):
         return (tl.zeros((), tl.int64) + expert) * width
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "num_out", "num_in"])
 def convolution_kernel(
     source,  # [.., source_rows, source_columns, source_channels]: the input; for the input gradient dy
     weight,  # [R_out, R_in / groups, R, S], any strides
@@ -65,7 +65,6 @@ def convolution_kernel(
     residual,  # as target, or None
     image,  # the forward's input, for the gate's gradient; or None
     dots,  # [V, blocks of columns, target_rows * target_columns], float32: <D(dy), image> of each pixel; or None
-    samples,
     samples_per_input,
     groups,  # of the plan
     num_out,
@@ -170,7 +169,7 @@ def convolution_kernel(
     if in_expert is not None:
         weight += _slice_start(in_e, in_starts, in_width, in_starts is not None) * weight_column
     if SPLIT:
-        weight += conv_group * weight_group
+        weight += conv_group.to(tl.int64) * weight_group
 
     # the taps, and where they lie in the source
     i = pixel // tile_columns
@@ -213,6 +212,7 @@ def convolution_kernel(
     if SPLIT:
         base += conv_group * depth
     k = tl.arange(0, BK)
+    n_offset = n.to(tl.int64) * weight_n  # a wide slice of a wide weight has more than 2**31 elements
     accumulator = tl.zeros((BM, BN), tl.float32)
     if FLAT:
         for step in range(tl.cdiv(taps_r * taps_s * depth, BK)):
@@ -227,7 +227,7 @@ def convolution_kernel(
             seen = inside[:, None] & k_inside[None, :]
             seen = seen & (y >= 0) & (y < source_rows) & (x >= 0) & (x < source_columns)
             a_offset = base[:, None] + ((y * source_columns + x) * source_channels + c[None, :])
-            b_offset = (r * STEP_R * weight_r + s * STEP_S * weight_s + c * weight_k)[:, None] + (n * weight_n)[None, :]
+            b_offset = (r * STEP_R * weight_r + s * STEP_S * weight_s + c * weight_k)[:, None] + n_offset[None, :]
             a = tl.load(source + a_offset, mask=seen, other=0.0)  # [BM, BK]
             b = tl.load(weight + b_offset, mask=k_inside[:, None] & n_inside[None, :], other=0.0)  # [BK, BN]
             if WIDEN:
@@ -247,8 +247,8 @@ def convolution_kernel(
                 seen = seen & (r < taps_r) & (s < taps_s)
                 bits |= seen.to(bits.dtype) << (r * taps_s + s)
         a_pointer = source + (base + (source_h * source_columns + source_w) * source_channels)[:, None] + k[None, :]
-        b_pointer = weight + (k * weight_k)[:, None] + (n * weight_n)[None, :]
-        zero = tl.program_id(0) * 0  # a number that Triton does not fold
+        b_pointer = weight + (k.to(tl.int64) * weight_k)[:, None] + n_offset[None, :]
+        zero = tl.program_id(0) * 0  # so that what the loop changes is a tensor from the start
         c = zero
         tap = zero
         r = zero
@@ -257,7 +257,7 @@ def convolution_kernel(
             c = tl.multiple_of(c, BK)
             seen = ((bits >> tap) & 1) != 0
             a_offset = (r * step_h * source_columns + s * step_w) * source_channels + c
-            b_offset = c * weight_k
+            b_offset = c.to(tl.int64) * weight_k
             if R > 1:  # of a dimension of size 1 the stride is anything, and would hide how pointers are aligned
                 b_offset += r * STEP_R * weight_r
             if S > 1:
@@ -320,7 +320,7 @@ def convolution_kernel(
     tl.store(target + offset, accumulator.to(target.dtype.element_ty), mask=written)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "segment"])
 def grad_weight_kernel(
     grad,  # [V, P, Q, K]
     image,  # [B, H, W, C]
@@ -329,6 +329,7 @@ def grad_weight_kernel(
     samples_per_input,
     groups,
     segment,  # samples of one segment
+    blocks,  # programs of one segment
     grad_channels,  # K
     source_channels,  # C
     depth,  # C / conv_groups
@@ -357,12 +358,14 @@ def grad_weight_kernel(
     BK: tl.constexpr,
 ):
     """The weight gradient of one segment of a group's samples: BM output channels, BN (tap, input channel), BK pixels."""
-    group, place, first, count = find_tile(plan, tl.program_id(0), 1, segment, groups, GROUPS)
+    part = tl.program_id(0) // blocks
+    group, place, first, count = find_tile(plan, part, 1, segment, groups, GROUPS)
     if group >= groups:
         return
     blocks_m = tl.cdiv(width, BM)
-    m_block = tl.program_id(1) % blocks_m
-    rest = tl.program_id(1) // blocks_m
+    block = tl.program_id(0) % blocks
+    m_block = block % blocks_m
+    rest = block // blocks_m
     all_columns = R * S * depth
     m = m_block * BM + tl.arange(0, BM)
     m_inside = m < width
@@ -425,12 +428,12 @@ def grad_weight_kernel(
             dy = dy.to(tl.float32)
             shifted = shifted.to(tl.float32)
         accumulator = tl.dot(tl.trans(dy), shifted, accumulator, input_precision=PRECISION)
-    at = (tl.program_id(0).to(tl.int64) * grad_channels + channel_m) * all_columns
+    at = (part.to(tl.int64) * grad_channels + channel_m) * all_columns
     written = m_inside[:, None] & n_inside[None, :]
     tl.store(partial + at[:, None] + column[None, :], accumulator, mask=written)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "segment", "num_in"])
 def reduce_kernel(
     partial,  # [segments, K, R * S * depth], float32
     plan,  # offsets [groups + 2]
@@ -453,20 +456,37 @@ def reduce_kernel(
     HAS_OUT: tl.constexpr,
     HAS_IN: tl.constexpr,
     PAIRS: tl.constexpr,
+    PARTITION: tl.constexpr,  # the rows are a partition, and so no element is shared by two experts of the output side
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
     """Adds the segments of every group whose slice covers an element, in their order; zeros where nobody's does."""
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    column = tl.program_id(1) * BN + tl.arange(0, BN)  # over (tap, channel of the whole side)
+    blocks_n = tl.cdiv(taps * total_columns, BN)
+    first_row = tl.program_id(0) // blocks_n * BM
+    row = first_row + tl.arange(0, BM)
+    column = (tl.program_id(0) % blocks_n) * BN + tl.arange(0, BN)  # over (tap, channel of the whole side)
     tap = column // total_columns
     channel = column - tap * total_columns
     row_inside = row < total_rows
     column_inside = tap < taps
     depth = in_width
     accumulator = tl.zeros((BM, BN), tl.float32)
+    # of a partition only the groups of these rows' experts
+    begin_group = 0
+    end_group = groups
+    if PARTITION:
+        each = 1
+        if PAIRS:
+            each = num_in
+        begin_group = first_row // out_width * each
+        end_group = tl.minimum(tl.cdiv(first_row + BM, out_width) * each, groups)
     first = 0
-    for group in range(groups):
+    for top in range(0, begin_group, 256):
+        g = top + tl.arange(0, 256)
+        before = g < begin_group
+        counts = tl.load(plan + g + 1, mask=before, other=0) - tl.load(plan + g, mask=before, other=0)
+        first += tl.sum(tl.cdiv(counts, segment), 0)
+    for group in range(begin_group, end_group):
         count = tl.load(plan + group + 1) - tl.load(plan + group)
         segments = tl.cdiv(count, segment)
         out_e = group
@@ -570,25 +590,6 @@ def _packs(tiling: _Tiling, samples: int, config: TileConfig, groups: int) -> bo
     return samples > 1 and used < _PACK_BELOW and groups <= _MAX_PACKED_GROUPS
 
 
-def uses_plan(
-    g: Conv2dGeometry, input: Tensor, kernel: Sequence[int], output: Sequence[int], weight_gradient: bool, gradient: bool
-) -> bool:
-    """Whether a layer's forward or what its backward asks for will read a plan; from shapes alone."""
-    samples = input.shape[0] * g.samples_per_input
-    if not samples:
-        return False
-    if weight_gradient:
-        return True
-    groups = max(g.num_out, 1) * max(g.num_in, 1)
-    for backward, size in ((False, output), (True, input.shape[2:])):
-        if backward and not gradient:
-            continue
-        tiling = _tiling(g, samples, size, kernel, input, backward)
-        if _packs(tiling, samples, tuning.choose(tiling.problem, input.device), groups):
-            return True
-    return False
-
-
 def _convolve(
     source: Tensor,
     weight: Tensor,
@@ -601,6 +602,7 @@ def _convolve(
 ) -> Tensor | None:
     """Fills ``target``; returns the dot products of each pixel where ``image`` is given."""
     device = source.device
+    _refuse_huge(source, target)
     taps = weight.shape[2:]
     samples = target.shape[0]
     tiling = _tiling(g, samples, target.shape[2:], taps, source, backward)
@@ -629,7 +631,7 @@ def _convolve(
             convolution_kernel, (tiles * blocks, tiling.residues), device,
             source, weight, target, out, inner, starts_on(g.out_starts, device), starts_on(g.in_starts, device), plan,
             epilogue.bias, epilogue.gate, epilogue.scale, epilogue.shift, epilogue.residual, image, dots,
-            samples, g.samples_per_input, groups, g.num_out, g.num_in, g.out_width, g.in_width,
+            g.samples_per_input, groups, g.num_out, g.num_in, g.out_width, g.in_width,
             source.shape[2], source.shape[3], source.shape[1], target.shape[2], target.shape[3], target.shape[1],
             tiling.rows, tiling.columns, depth, width, strides[0], strides[1], strides[2], strides[3], along_n, along_k,
             g.out_width // g.groups * strides[0],
@@ -655,6 +657,7 @@ def grad_weight(
     target: Tensor,  # [R_out, R_in / groups, R, S]: filled
 ) -> None:
     device = grad.device
+    _refuse_huge(grad, image)
     samples, channels, rows, columns = grad.shape
     taps = target.shape[2:]
     depth, width = g.in_width // g.groups, g.out_width // g.groups
@@ -681,9 +684,9 @@ def grad_weight(
             columns_n = taps[0] * taps[1] * triton.cdiv(depth, config.block_n)
         blocks = triton.cdiv(width, config.block_m) * columns_n * g.groups
         launch(
-            grad_weight_kernel, (segments, blocks), device,
-            grad, image, plan, partial, g.samples_per_input, groups, segment, channels, image.shape[1], depth, width,
-            P=rows, Q=columns, H=image.shape[2], W=image.shape[3], R=taps[0], S=taps[1],
+            grad_weight_kernel, (segments * blocks,), device,
+            grad, image, plan, partial, g.samples_per_input, groups, segment, blocks, channels, image.shape[1], depth,
+            width, P=rows, Q=columns, H=image.shape[2], W=image.shape[3], R=taps[0], S=taps[1],
             STRIDE_H=g.stride[0], STRIDE_W=g.stride[1], PAD_H=g.padding[0], PAD_W=g.padding[1],
             DILATION_H=g.dilation[0], DILATION_W=g.dilation[1], SPLIT=g.groups > 1, FLAT=flat,
             EVEN_M=width % config.block_m == 0, EVEN_N=depth % config.block_n == 0,
@@ -694,12 +697,13 @@ def grad_weight(
 
     run(_config(problem, device, run))
     total = taps[0] * taps[1] * target.shape[1]
-    grid = (triton.cdiv(target.shape[0], _REDUCE_TILE["BM"]), triton.cdiv(total, _REDUCE_TILE["BN"]))
+    grid = (triton.cdiv(target.shape[0], _REDUCE_TILE["BM"]) * triton.cdiv(total, _REDUCE_TILE["BN"]),)
     launch(
         reduce_kernel, grid, device,
         partial, plan, starts_on(g.out_starts, device), starts_on(g.in_starts, device), target,
         groups, segment, g.num_in, channels, depth, target.shape[0], target.shape[1], taps[0] * taps[1], taps[1],
-        *target.stride(), HAS_OUT=out is not None, HAS_IN=inner is not None, PAIRS=pairs, **_REDUCE_TILE,
+        *target.stride(), HAS_OUT=out is not None, HAS_IN=inner is not None, PAIRS=pairs,
+        PARTITION=out is not None and not g.out_starts, **_REDUCE_TILE,
     )  # fmt: skip
 
 
@@ -718,7 +722,19 @@ def _plan(experts: Experts, g: Conv2dGeometry, samples: int, device: torch.devic
         same = both and experts.same_choice()
         plan = make(experts, g.num_out, 0 if same else g.num_in, samples, device)
     groups = plan.shape[0] - samples - 2
+    possible = [max(g.num_out, 1) * max(g.num_in, 1)]
+    if g.num_out == g.num_in:
+        possible.append(max(g.num_out, 1))
+    if plan.dtype != torch.int32 or groups not in possible:
+        raise ValueError(f"plan: expected int32 for {samples} samples, got {plan.dtype} of shape {tuple(plan.shape)}")
     return plan, groups, both and not groups == g.num_out == g.num_in
+
+
+def _refuse_huge(*images: Tensor) -> None:
+    """Positions inside of one sample are 32-bit numbers."""
+    for image in images:
+        if image[0:1].numel() >= 2**31:
+            raise BuildError(f"one sample has 2**31 elements or more: {tuple(image.shape)}")
 
 
 def _widen(x: Tensor) -> bool:
