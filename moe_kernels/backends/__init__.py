@@ -55,8 +55,8 @@ def describe() -> dict[str, str]:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """``with use_backend(name):`` runs the routed operators of the whole process, all its threads, with one backend: ``"reference"``, ``"cpu"``, ``"triton"`` or
-    ``"auto"``.
+    """``with use_backend(name):`` runs the routed operators of the whole process, all its threads, with one backend:
+    ``"reference"``, ``"cpu"``, ``"triton"`` or ``"auto"``.
 
     Raises:
         ValueError: if there is no such backend.
