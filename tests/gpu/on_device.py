@@ -54,21 +54,7 @@ def compare(
     case: Case, actual: dict[str, Tensor], expected: dict[str, Tensor], magnitude: dict[str, Tensor], tf32: bool = False
 ) -> None:
     """Within the oracle's tolerance, that of tf32 where float32 is multiplied so."""
-    terms = {
-        "output": case.terms_forward,
-        "input": case.terms_input,
-        "weight": case.terms_weight,
-        "bias": case.terms_weight,
-        "gate": case.terms_gate,
-    }
-    # to the dtype are rounded: the convolution, bias, gate and every further choice; the cotangent times the gate; ...
-    roundings = {"output": 2 + case.top_k, "input": 2, "weight": 2, "bias": 3, "gate": 3}
-    for name, value in actual.items():
-        assert value.dtype == case.dtype, f"{name}: {value.dtype}"
-        more = TF32_ROUNDINGS if tf32 else 0
-        oracle.assert_within(
-            value.detach().cpu(), expected[name], magnitude[name], terms[name], roundings[name] + more, name
-        )
+    oracle.compare(case, actual, expected, magnitude, TF32_ROUNDINGS if tf32 else 0)
 
 
 def assert_close_in_norm(actual: Tensor, expected: Tensor, bound: float, what: str = "") -> None:

@@ -268,7 +268,13 @@ def check(case: Case) -> None:
     says = values.x.is_contiguous() != values.x.is_contiguous(memory_format=torch.channels_last)
     if says and case.layout in ("contiguous", "channels_last") and y.numel():
         assert y.is_contiguous(memory_format=getattr(torch, f"{case.layout}_format", torch.channels_last))
-    actual = {"output": y, **dict(zip(leaves, grads, strict=True))}
+    compare(case, {"output": y, **dict(zip(leaves, grads, strict=True))}, expected, magnitude)
+
+
+def compare(
+    case: Case, actual: dict[str, Tensor], expected: dict[str, Tensor], magnitude: dict[str, Tensor], more: int = 0
+) -> None:
+    """An output and gradients, of any device, against :func:`truth`; ``more``: roundings of each value over the usual."""
     terms = {
         "output": case.terms_forward,
         "input": case.terms_input,
@@ -279,8 +285,8 @@ def check(case: Case) -> None:
     # to the dtype are rounded: the convolution, bias, gate and every further choice; the cotangent times the gate; ...
     roundings = {"output": 2 + case.top_k, "input": 2, "weight": 2, "bias": 3, "gate": 3}
     for name, value in actual.items():
-        assert value.dtype == case.dtype
-        assert_within(value, expected[name], magnitude[name], terms[name], roundings[name], name)
+        assert value.dtype == case.dtype, f"{name}: {value.dtype}"
+        assert_within(value.detach().cpu(), expected[name], magnitude[name], terms[name], roundings[name] + more, name)
 
 
 @contextlib.contextmanager

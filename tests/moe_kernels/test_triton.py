@@ -70,7 +70,7 @@ def test_equals_the_loop(case: Case) -> None:
 
 
 @pytest.mark.nightly
-@hypothesis.settings(max_examples=150)
+@hypothesis.settings(max_examples=40)
 @hypothesis.given(case=cases(dtypes=DTYPES))
 def test_equals_the_loop_long(case: Case) -> None:
     check(case)

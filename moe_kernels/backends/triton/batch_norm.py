@@ -19,7 +19,7 @@ from torch import Tensor
 from ...rows import starts_on
 from .configs import multiprocessors
 from .launch import launch
-from .plan import find_tile, tile_bound
+from .plan import find_tile, segments_before, tile_bound
 
 __all__ = ["affine", "moments", "sums"]
 
@@ -116,12 +116,7 @@ def merge_kernel(
     if starts is None:  # of a partition only the experts of these channels
         begin_group = tl.program_id(0) * CHANNELS // channels
         end_group = tl.minimum(tl.cdiv((tl.program_id(0) + 1) * CHANNELS, channels), groups)
-    first = 0
-    for top in range(0, begin_group, 256):
-        g = top + tl.arange(0, 256)
-        before = g < begin_group
-        here = tl.load(plan + g + 1, mask=before, other=0) - tl.load(plan + g, mask=before, other=0)
-        first += tl.sum(tl.cdiv(here, segment), 0)
+    first = segments_before(plan, begin_group, segment)
     for group in range(begin_group, end_group):
         count = tl.load(plan + group + 1) - tl.load(plan + group)
         segments = tl.cdiv(count, segment)

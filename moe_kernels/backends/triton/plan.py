@@ -23,7 +23,7 @@ from .launch import launch
 if TYPE_CHECKING:
     from ..interface import Experts
 
-__all__ = ["find_tile", "make", "tile_bound"]
+__all__ = ["find_tile", "make", "segments_before", "tile_bound"]
 
 _BLOCKS = (128, 1024)  # samples of one program
 _CHUNK = 16  # groups looked at together
@@ -145,6 +145,18 @@ def find_tile(offsets, tile, rows_per_sample, tile_rows, groups, GROUPS: tl.cons
         samples += tl.sum(tl.where(here, end - begin, 0), 0)
         before += tl.sum(tiles, 0)
     return group, place, (tile - first_tile) * tile_rows, samples * rows_per_sample
+
+
+@triton.jit
+def segments_before(offsets, group, segment):
+    """How many segments of ``segment`` samples the groups before ``group`` have."""
+    total = tl.zeros((), tl.int32)
+    for first in range(0, group, 256):
+        g = first + tl.arange(0, 256)
+        before = g < group
+        count = tl.load(offsets + g + 1, mask=before, other=0) - tl.load(offsets + g, mask=before, other=0)
+        total += tl.sum(tl.cdiv(count, segment), 0)
+    return total
 
 
 def make(experts: Experts, num_out: int, num_in: int, samples: int, device: torch.device) -> Tensor:

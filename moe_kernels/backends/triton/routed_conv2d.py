@@ -30,7 +30,7 @@ from ..interface import Epilogue
 from . import tuning
 from .configs import SMALLEST_BLOCK, Problem, TileConfig, block_k, kind, multiprocessors
 from .launch import INTERPRETED, BuildError, launch
-from .plan import find_tile, make, tile_bound
+from .plan import find_tile, make, segments_before, tile_bound
 
 if TYPE_CHECKING:
     from ...geometry import Conv2dGeometry
@@ -480,12 +480,7 @@ def reduce_kernel(
             each = num_in
         begin_group = first_row // out_width * each
         end_group = tl.minimum(tl.cdiv(first_row + BM, out_width) * each, groups)
-    first = 0
-    for top in range(0, begin_group, 256):
-        g = top + tl.arange(0, 256)
-        before = g < begin_group
-        counts = tl.load(plan + g + 1, mask=before, other=0) - tl.load(plan + g, mask=before, other=0)
-        first += tl.sum(tl.cdiv(counts, segment), 0)
+    first = segments_before(plan, begin_group, segment)
     for group in range(begin_group, end_group):
         count = tl.load(plan + group + 1) - tl.load(plan + group)
         segments = tl.cdiv(count, segment)
