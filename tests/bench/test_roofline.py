@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -180,16 +181,16 @@ def test_tiles_are_those_that_the_library_starts(layer: Layer, batch: int, direc
     # nothing that is compared depends on warps and stages
     launch = _recorded(layer, batch, direction, experts, TileConfig(cut.block_m, cut.block_n, cut.block_k, 4, 3))
     assert (launch.meta["BM"], launch.meta["BN"], launch.meta["BK"]) == (cut.block_m, cut.block_n, cut.block_k)
-    started = launch.grid[0] * launch.grid[1]
+    started = math.prod(launch.grid)
     assert 0 < cut.rows_used <= 1 and 0 < cut.columns_used <= 1
     if direction == "grad_weight":
-        segments = launch.grid[0]
+        segments = launch.args[3].shape[0]  # of the partial sums
         elements = layer.kernel**2 * layer.in_channels * layer.out_channels
         assert work.partial <= segments * elements * 4  # the workspace is for any routing, and not all of it is used
         assert cut.count * segments == started * (work.partial // (4 * elements))
         columns = elements // layer.out_channels
         blocks_m = -(-layer.out_channels // cut.block_m)
-        assert cut.columns_used == pytest.approx(columns / (launch.grid[1] // blocks_m * cut.block_n))
+        assert cut.columns_used == pytest.approx(columns / (started // segments // blocks_m * cut.block_n))
     else:
         width = layer.in_channels if direction == "grad_input" else layer.out_channels
         each = -(-width // cut.block_n) * launch.grid[1]  # programs of one tile of rows
