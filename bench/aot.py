@@ -219,7 +219,7 @@ def _look(cubin: bytes) -> dict[str, int]:
         first = place.get(int(jump.group(1), 16)) if jump else None
         if first is not None and first < number:
             body = code[first : number + 1]
-            matrix = sum(1 for _, line in body if re.search(r"\bU?\w*MMA\b", line))
+            matrix = sum(1 for _, line in body if re.match(r"(?:@!?U?P\w+ +)?\w*MMA\b", line))
             if matrix:
                 loops.append((len(body), matrix))
     loop, matrix = min(loops, default=(0, 0))
