@@ -74,8 +74,8 @@ def _channels(like: Tensor, starts: Sequence[int], width: int) -> Tensor:
     return (first[:, None] + torch.arange(width, device=like.device)).view(-1)
 
 
-# By device and stream: on another stream what was filled in here may not be there yet.
-_starts: dict[tuple[tuple[int, ...], torch.device, int], Tensor] = {}
+# With the event after which every stream may read them; None once it has passed.
+_starts: dict[tuple[tuple[int, ...], torch.device], tuple[Tensor, torch.cuda.Event | None]] = {}
 
 
 def starts_on(starts: Sequence[int], device: torch.device) -> Tensor | None:
@@ -90,13 +90,20 @@ def starts_on(starts: Sequence[int], device: torch.device) -> Tensor | None:
         return torch.tensor(starts, dtype=torch.int64, device=device)
     if torch.compiler.is_compiling():
         return _filled(starts, device)
-    key = (tuple(starts), device, torch.cuda.current_stream(device).cuda_stream)
-    value = _starts.get(key)
-    if value is None:
-        value = _filled(starts, device)
-        # memory of a graph that is being captured belongs to it, and holds nothing before its first replay
-        if type(value) is Tensor and not torch.cuda.is_current_stream_capturing():
-            _starts[key] = value
+    key = (tuple(starts), device)
+    if key in _starts:
+        value, ready = _starts[key]
+        # torch synchronises before a capture, in which an event from outside must not be waited for
+        if ready is not None and not torch.cuda.is_current_stream_capturing():
+            if ready.query():
+                _starts[key] = value, None
+            else:
+                torch.cuda.current_stream(device).wait_event(ready)
+        return value
+    value = _filled(starts, device)
+    # memory of a graph that is being captured belongs to it, and holds nothing before its first replay
+    if type(value) is Tensor and not torch.cuda.is_current_stream_capturing():
+        _starts[key] = value, torch.cuda.current_stream(device).record_event()
     return value
 
 

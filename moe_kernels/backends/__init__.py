@@ -18,6 +18,7 @@ from .interface import NO_EPILOGUE, Backend, BackendUnavailable, Epilogue, Exper
 
 __all__ = [
     "NO_EPILOGUE",
+    "REFERENCE",
     "Backend",
     "BackendUnavailable",
     "Epilogue",
@@ -29,8 +30,9 @@ __all__ = [
     "use_backend",
 ]
 
+REFERENCE = reference.ReferenceBackend()  # its passes are torch's own operators, which have derivatives
 _BACKENDS: dict[str, Backend] = {
-    "reference": reference.ReferenceBackend(),
+    "reference": REFERENCE,
     "cpu": cpu.CpuBackend(),
     "triton": triton.TritonBackend(),
 }

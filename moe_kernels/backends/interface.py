@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -70,7 +71,7 @@ class Epilogue(NamedTuple):
 NO_EPILOGUE = Epilogue()
 
 
-class Backend:
+class Backend(abc.ABC):
     """The three calls, forward with its epilogue; what each backend says of itself; and what some do faster."""
 
     name: str
@@ -85,10 +86,11 @@ class Backend:
         """None, or why it cannot compute on this device."""
         return self.unavailable()
 
+    @abc.abstractmethod
     def describe(self) -> str:
         """What runs here, in one line, for bug reports; only where it is available."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def forward(
         self,
         input: Tensor,  # [B, C, H, W]
@@ -98,8 +100,9 @@ class Backend:
         epilogue: Epilogue,
         packed: Tensor | None,
     ) -> Tensor:  # [V, w_out, P, Q]
-        raise NotImplementedError
+        ...
 
+    @abc.abstractmethod
     def grad_input(
         self,
         grad: Tensor,  # [V, w_out, P, Q]
@@ -109,8 +112,9 @@ class Backend:
         size: tuple[int, int],  # H, W
         packed: Tensor | None,
     ) -> Tensor:  # [B, C, H, W]
-        raise NotImplementedError
+        ...
 
+    @abc.abstractmethod
     def grad_weight(
         self,
         grad: Tensor,
@@ -119,8 +123,7 @@ class Backend:
         geometry: Conv2dGeometry,
         shape: tuple[int, ...],  # of the weight
         channels_last: bool,  # the memory format of what is returned
-    ) -> Tensor:
-        raise NotImplementedError
+    ) -> Tensor: ...
 
     def grad_input_gated(
         self,
