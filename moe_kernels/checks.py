@@ -28,6 +28,7 @@ __all__ = [
     "layer_input",
     "no_nan",
     "operands",
+    "pooled_router",
     "readable",
     "routing",
     "scores",
@@ -77,6 +78,51 @@ def scores(value: Any, top_k: Any, gate: Any, gates: tuple[str, ...]) -> None:
     if top_k > 1 and gate in ("straight_through", "raw_straight_through"):
         raise ValueError(f"gate: {gate!r} is defined for top_k = 1 only, got top_k = {top_k}; use 'softmax' or 'none'")
     no_nan("scores", value)
+
+
+def pooled_router(
+    input: Any,
+    weight: Any,
+    bias: Any,
+    norm_weight: Any,
+    norm_bias: Any,
+    normalize: bool,
+    gate: Any,
+    gates: tuple[str, ...],
+) -> None:
+    image(input)
+    if input.dtype not in DTYPES:
+        raise TypeError(f"input: expected one of {', '.join(map(str, DTYPES))}, got {input.dtype}")
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a tensor [num_experts, C], got {type(weight).__name__}")
+    channels = input.shape[1]
+    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != channels:
+        raise ValueError(f"weight: expected shape [num_experts, {channels}], got {tuple(weight.shape)}")
+    for name, value, count in (
+        ("bias", bias, weight.shape[0]),
+        ("norm_weight", norm_weight, channels),
+        ("norm_bias", norm_bias, channels),
+    ):
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor or None, got {type(value).__name__}")
+        if tuple(value.shape) != (count,):
+            raise ValueError(f"{name}: expected shape [{count}], got {tuple(value.shape)}")
+        if not normalize and name.startswith("norm"):
+            raise ValueError(f"{name}: expected None where normalize is False, got a tensor")
+    casts = not input.is_meta and torch.is_autocast_enabled(input.device.type)  # torch has no autocast for meta
+    for name, value in (("weight", weight), ("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if value is None:
+            continue
+        if not value.is_floating_point():
+            raise TypeError(f"{name}: expected a floating tensor, got {value.dtype}")
+        if value.dtype != input.dtype and not casts and not name.startswith("norm"):
+            raise TypeError(f"{name}: expected the input's dtype {input.dtype}, got {value.dtype}")
+        if value.device != input.device:
+            raise ValueError(f"{name}: expected the input's device {input.device}, got {value.device}")
+    if gate not in gates:
+        raise ValueError(f"gate: expected one of {', '.join(gates)}, got {gate!r}")
 
 
 def readable(x: Tensor) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routed convolution as a function of tensors."""
+"""Routed convolution, and a router, as functions of tensors."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import checks, ops
-from .backends import Epilogue
+from . import backends, checks, ops
+from .backends import Backend, BackendUnavailable, Epilogue
 from .geometry import Conv2dGeometry, pair
 from .planning import plan_for
-from .routing import Routing, apply_gate
+from .routing import GATES, Routing, apply_gate
 from .rows import sum_choices
 from .slices import ExpertSlices
 
-__all__ = ["apply_geometry", "routed_conv2d", "routed_conv2d_fused"]
+__all__ = ["apply_geometry", "pooled_routing", "routed_conv2d", "routed_conv2d_fused"]
 
 IntPair = int | tuple[int, int]
 
@@ -100,6 +102,63 @@ def routed_conv2d_fused(
     y = apply_geometry(input, weight, bias, routing, in_routing, geometry._replace(samples_per_input=1))
     choice = out_expert if k == 1 else None
     return ops.epilogue(y, choice, geometry, scale, shift, residual, relu)
+
+
+def pooled_routing(
+    input: Tensor,  # [B, C, H, W]
+    weight: Tensor,  # [N, C]
+    bias: Tensor | None = None,  # [N]
+    norm_weight: Tensor | None = None,  # [C]
+    norm_bias: Tensor | None = None,  # [C]
+    *,
+    normalize: bool = True,
+    eps: float = 1e-5,
+    gate: str = "straight_through",
+) -> Routing:  # expert [B]
+    """The choice of a router that looks at channel means: pool, normalise, linear, highest score.
+
+        features = layer_norm(input.mean((2, 3)), [C], norm_weight, norm_bias, eps)    (normalize=False: the means)
+        Routing.from_scores(linear(features, weight, bias), gate=gate)
+
+    Differentiable as that composition. Where no gradient is needed and nothing traces, a backend with a kernel for it
+    (CUDA's) takes one launch that reads the input once, with all in between in float32; a gate of exactly 1 is None then.
+    Elsewhere it costs what the composition does: on CUDA a dozen launches.
+
+    Raises:
+        TypeError: for a wrong type or dtype, ValueError: for a wrong shape, device or gate; both name the argument.
+        ValueError: if a score is NaN on the CPU, as :meth:`Routing.from_scores`; on other devices that sample's expert is
+            N, out of range.
+    """
+    checks.pooled_router(input, weight, bias, norm_weight, norm_bias, normalize, gate, GATES)
+    backend = _router_of(input, weight, bias, norm_weight, norm_bias)
+    made = None
+    if backend is not None:
+        made = backend.route(input, weight, bias, norm_weight, norm_bias, normalize, eps)
+    if made is None:
+        features = input.mean((2, 3))
+        if normalize:
+            features = F.layer_norm(features, features.shape[1:], norm_weight, norm_bias, eps)
+        return Routing.from_scores(F.linear(features, weight, bias), gate=gate)
+    expert, scores, probability = made
+    checks.no_nan("scores", scores)
+    value = probability.to(scores.dtype) if gate == "softmax" else None
+    return Routing(expert, value, num_experts=weight.shape[0])
+
+
+def _router_of(input: Tensor, *others: Tensor | None) -> Backend | None:
+    """The backend, if it has a kernel and neither a derivative nor anybody watching needs the steps."""
+    if torch.compiler.is_compiling() or input.is_meta:
+        return None
+    try:
+        backend = backends.choose(input.device)
+    except BackendUnavailable:  # torch's own operators need none
+        return None
+    if not backend.routes or forward_ad._current_level >= 0 or torch.is_autocast_enabled(input.device.type):
+        return None
+    given = [t for t in others if t is not None]
+    if torch.is_grad_enabled() and (input.requires_grad or any(t.requires_grad for t in given)):
+        return None
+    return None if any(ops.traced(input, t) for t in given) else backend
 
 
 def _checked_geometry(

@@ -8,12 +8,14 @@ and ``MOE_KERNELS_BACKEND`` also govern the backward pass and compiled graphs.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 
 import torch
 
-from . import cpu, reference, triton
+from . import cpu, cuda, triton
+from .fallback import REFERENCE
 from .interface import NO_EPILOGUE, Backend, BackendUnavailable, Epilogue, Experts, Side
 
 __all__ = [
@@ -24,19 +26,22 @@ __all__ = [
     "Epilogue",
     "Experts",
     "Side",
+    "automatic",
     "available_backends",
     "choose",
     "describe",
     "use_backend",
 ]
 
-REFERENCE = reference.ReferenceBackend()  # its passes are torch's own operators, which have derivatives
 _BACKENDS: dict[str, Backend] = {
     "reference": REFERENCE,
     "cpu": cpu.CpuBackend(),
     "triton": triton.TritonBackend(),
+    "cuda": cuda.CudaBackend(),
+    "cuda_sim": cuda.SimulatedCudaBackend(),
 }
-_AUTO = {"cpu": "cpu", "cuda": "triton"}
+# The first that can run. Which of the two is faster on a GPU has not been measured.
+_AUTO = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}
 _environment = os.environ.get("MOE_KERNELS_BACKEND") or "auto"  # read once: a look at it costs a microsecond a call
 # Process-wide and not per thread: the backward pass of some devices runs in the engine's own threads.
 _override: list[str] = []
@@ -58,7 +63,7 @@ def describe() -> dict[str, str]:
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """``with use_backend(name):`` runs the routed operators of the whole process, all its threads, with one backend:
-    ``"reference"``, ``"cpu"``, ``"triton"`` or ``"auto"``.
+    ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``, ``"cuda_sim"`` or ``"auto"``.
 
     Raises:
         ValueError: if there is no such backend.
@@ -82,7 +87,7 @@ def choose(device: torch.device) -> Backend:
     """
     name = _override[-1] if _override else _environment
     if name == "auto":
-        name = _AUTO.get(device.type, "")
+        name = automatic(device.type)
         if not name:
             raise BackendUnavailable(
                 f"no backend of moe_kernels computes on {device.type!r} yet; move the tensors to the CPU, or run the "
@@ -93,6 +98,13 @@ def choose(device: torch.device) -> Backend:
     if reason is not None:
         raise BackendUnavailable(f"{name}: {reason}")
     return backend
+
+
+@functools.cache
+def automatic(device_type: str) -> str:
+    """What ``"auto"`` means for a type of device: a backend's name, or an empty string."""
+    names = _AUTO.get(device_type, ())
+    return next((name for name in names if _BACKENDS[name].unavailable() is None), names[0] if names else "")
 
 
 def _named(name: str) -> Backend:

@@ -3,33 +3,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch  # first: it brings the OpenMP runtime that the native module's symbols resolve to
+import torch
 from torch import Tensor
 
 from .. import checks
 from ..geometry import output_size
 from ..layout import in_format, memory_format_of, nhwc
 from ..rows import sum_choices
+from . import native
 from .interface import NO_EPILOGUE, Backend
+from .native import DTYPE as _DTYPE
+from .native import module as _C
+from .native import pointer as _pointer
 
 if TYPE_CHECKING:
     from ..geometry import Conv2dGeometry
     from .interface import Epilogue, Experts
 
-try:
-    from .. import _C  # type: ignore[attr-defined]
-
-    _import_error: str | None = None
-except ImportError as error:
-    _C = None
-    _import_error = str(error)
-
 __all__ = ["CpuBackend"]
 
-_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _FORWARD, _GRAD_INPUT = 0, 1
 _NHWC = torch.channels_last
 # Two sliced sides have a packed block for each pair of slices; more than this many times the weight is not worth keeping.
@@ -40,16 +34,7 @@ class CpuBackend(Backend):
     name = "cpu"
 
     def unavailable(self) -> str | None:
-        if _import_error is not None:
-            where = Path(__file__).parents[2]
-            hint = "build it with `pip install -e .`, which needs a C++17 compiler"
-            if (where / "setup.py").exists():
-                hint = (
-                    f"this is the source tree {where}, which hides an installed package and is not built itself: "
-                    "`pip install -e .` builds it in place; or run from another folder"
-                )
-            return f"the native module moe_kernels._C cannot be imported ({_import_error}); {hint}"
-        return None
+        return native.unavailable()
 
     def unsupported(self, device: torch.device) -> str | None:
         return self.unavailable() or (None if device.type == "cpu" else f"computes on the CPU only, got {device}")
@@ -202,6 +187,3 @@ def _epilogue(epilogue: Epilogue, dtype: torch.dtype, width: int) -> tuple[tuple
 def _accumulation(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
-
-def _pointer(value: Tensor | None) -> int:
-    return 0 if value is None else value.data_ptr()

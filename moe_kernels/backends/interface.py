@@ -77,6 +77,7 @@ class Backend(abc.ABC):
     name: str
     plans = False  # whether its calls read a plan, which is then made once for a Routing
     normalises = False  # whether it has kernels for a BatchNorm of each expert's own; elsewhere that is torch's operators
+    routes = False  # whether it has a kernel for the router of pooled features
 
     def unavailable(self) -> str | None:
         """None, or why this backend cannot run in this process."""
@@ -193,6 +194,24 @@ class Backend(abc.ABC):
         if grad is not None and grad_scale is not None:
             y = y + _wide(grad) * side.rows(grad_scale)[:, :, None, None]
         return y.to(x.dtype)
+
+    def route(
+        self,
+        input: Tensor,  # [B, C, H, W]
+        weight: Tensor,  # [N, C]
+        bias: Tensor | None,  # [N]
+        norm_weight: Tensor | None,  # [C]
+        norm_bias: Tensor | None,  # [C]
+        normalize: bool,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:  # int64 [B], [B, N] in the input's dtype, float32 [B]
+        """Expert, scores and the expert's softmax probability of :func:`moe_kernels.functional.pooled_routing`, without a
+        gradient; None: not this call, which torch's own operators take then.
+
+        The expert is the lowest index of the highest score as returned; where a score is NaN it is N, with a probability
+        of NaN.
+        """
+        return None
 
 
 def _wide(x: Tensor) -> Tensor:

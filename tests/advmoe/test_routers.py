@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from advmoe.routers import (
     record_scores,
     register_router,
 )
+from moe_kernels import Routing, functional
 
 
 def images(count: int, size: int = 8) -> Tensor:
@@ -135,3 +138,105 @@ def test_record_scores_keeps_the_graph(router: str, count: int) -> None:
         model(images(2))
     assert len(scores) == count and all(s.shape == (2, 2) and s.requires_grad for s in scores.values())
     assert not any(m._forward_hooks for m in model.modules())
+
+
+# --- the light router's one launch ---
+
+# The meta device stands for one with a kernel: there too the light router asks functional.pooled_routing.
+
+
+@pytest.fixture()
+def pooled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The arguments of each call of functional.pooled_routing."""
+    calls = []
+    route = functional.pooled_routing
+
+    def record(*args: Any, **options: Any) -> Routing:
+        calls.append((args, options))
+        return route(*args, **options)
+
+    monkeypatch.setattr(functional, "pooled_routing", record)
+    return calls
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("gate", ["straight_through", "softmax"])
+def test_light_router_asks_for_what_its_forward_gives(pooled: list[Any], gate: str, gradients: bool) -> None:
+    torch.manual_seed(0)
+    router = LightRouter(5, 3)
+    router.gate, router.norm.eps = gate, 0.1
+    for parameter in (*router.norm.parameters(), router.linear.bias):
+        nn.init.normal_(parameter)
+    elsewhere = copy.deepcopy(router).to("meta")
+    x = torch.randn(7, 5, 4, 4)
+    with torch.set_grad_enabled(gradients):
+        expected = router.route(x)
+        assert not pooled
+        assert elsewhere.route(x.to("meta")).expert.is_meta
+        ((_, *parameters), options) = pooled.pop()
+        names = {parameter: name for name, parameter in elsewhere.named_parameters()}
+        actual = functional.pooled_routing(x, *(router.get_parameter(names[p]) for p in parameters), **options)
+    assert torch.equal(actual.expert, expected.expert) and actual.unit_gate == expected.unit_gate
+    assert (actual.gate is None) == (expected.gate is None) == (gate == "straight_through" and not gradients)
+    if actual.gate is not None and expected.gate is not None:
+        assert torch.equal(actual.gate, expected.gate) and actual.gate.requires_grad == gradients
+
+
+def _own_forward(router: LightRouter) -> LightRouter:
+    class Own(LightRouter):
+        def forward(self, x: Tensor) -> Tensor:
+            return -super().forward(x)
+
+    return Own(5, 3)
+
+
+def _patched(router: LightRouter) -> LightRouter:
+    router.forward = lambda x: x[:, :3, 0, 0]  # type: ignore[method-assign]
+    return router
+
+
+def _other_linear(router: LightRouter) -> LightRouter:
+    router.linear = nn.Sequential(router.linear)  # type: ignore[assignment]
+    return router
+
+
+def _hooked(name: str, register: str) -> Callable[[LightRouter], LightRouter]:
+    def change(router: LightRouter) -> LightRouter:
+        getattr(router.get_submodule(name), register)(lambda *args: None)
+        return router
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _own_forward,
+        _patched,
+        _other_linear,
+        _hooked("", "register_forward_hook"),
+        _hooked("", "register_full_backward_hook"),
+        _hooked("norm", "register_forward_pre_hook"),
+        _hooked("linear", "register_forward_hook"),
+    ],
+)
+def test_a_light_router_that_is_changed_or_watched_runs_its_forward(
+    pooled: list[Any], change: Callable[[LightRouter], LightRouter]
+) -> None:
+    router = change(LightRouter(5, 3)).to("meta").eval()
+    with torch.no_grad():
+        router.route(torch.empty(7, 5, 4, 4, device="meta"))
+    assert not pooled
+
+
+def test_scores_and_costs_are_seen_off_the_cpu_too(pooled: list[Any]) -> None:
+    model = create_model("resnet18", "moe", width=8, image_size=8, router="light").eval()
+    model.to("meta")
+    x = images(2).to("meta")
+    with torch.no_grad():
+        with record_scores(model) as scores:
+            model(x)
+        assert len(scores) == 16 and not pooled
+        assert profile(model, image_size=8).router_gflops > 0 and not pooled
+        model(x)
+    assert len(pooled) == 16

@@ -13,15 +13,13 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
-from .. import reference
+from ..fallback import REFERENCE, left_to_reference, warn_once
 from ..interface import Backend, Epilogue, Experts, Side
 
 if TYPE_CHECKING:
@@ -36,7 +34,7 @@ except ImportError as error:
 
 if _import_error is None:
     from ... import checks
-    from ...layout import in_format, is_channels_last, memory_format_of, nhwc
+    from ...layout import dense, gpu_weight, in_format, memory_format_of, nhwc, reads_well
     from ...rows import sum_choices
     from . import batch_norm, plan, routed_conv2d
     from .launch import INTERPRETED, BuildError
@@ -44,7 +42,6 @@ if _import_error is None:
 __all__ = ["TritonBackend"]
 
 _T = TypeVar("_T")
-_REFERENCE = reference.ReferenceBackend()
 
 
 class TritonBackend(Backend):
@@ -83,18 +80,18 @@ class TritonBackend(Backend):
         def build() -> Tensor:
             checks.choices(experts, geometry, input.shape[0] * geometry.samples_per_input)
             ready = Epilogue(
-                bias=_plain(epilogue.bias),
-                gate=_plain(epilogue.gate),
-                scale=_plain(epilogue.scale),
-                shift=_plain(epilogue.shift),
+                bias=dense(epilogue.bias),
+                gate=dense(epilogue.gate),
+                scale=dense(epilogue.scale),
+                shift=dense(epilogue.shift),
                 residual=None if epilogue.residual is None else nhwc(epilogue.residual),
                 relu=epilogue.relu,
             )
-            y = routed_conv2d.forward(nhwc(input), _weight(weight, packed), experts, geometry, ready)
+            y = routed_conv2d.forward(nhwc(input), gpu_weight(weight, packed), experts, geometry, ready)
             return in_format(y, memory_format_of(input))
 
         return _or_reference(
-            "forward", input, build, lambda: _REFERENCE.forward(input, weight, experts, geometry, epilogue, None)
+            "forward", input, build, lambda: REFERENCE.forward(input, weight, experts, geometry, epilogue, None)
         )
 
     def grad_input(
@@ -108,11 +105,11 @@ class TritonBackend(Backend):
     ) -> Tensor:
         def build() -> Tensor:
             checks.choices(experts, geometry, grad.shape[0])
-            dx, _ = routed_conv2d.grad_input(nhwc(grad), _weight(weight, packed), experts, geometry, size)
+            dx, _ = routed_conv2d.grad_input(nhwc(grad), gpu_weight(weight, packed), experts, geometry, size)
             return in_format(sum_choices(dx, geometry.samples_per_input), memory_format_of(grad))
 
         return _or_reference(
-            "grad_input", grad, build, lambda: _REFERENCE.grad_input(grad, weight, experts, geometry, size, None)
+            "grad_input", grad, build, lambda: REFERENCE.grad_input(grad, weight, experts, geometry, size, None)
         )
 
     def grad_input_gated(
@@ -130,7 +127,7 @@ class TritonBackend(Backend):
             size = (input.shape[2], input.shape[3])
             value = None if gate is None else gate.contiguous().resolve_neg()
             dx, dots = routed_conv2d.grad_input(
-                nhwc(grad), _weight(weight, packed), experts, geometry, size, value, nhwc(input)
+                nhwc(grad), gpu_weight(weight, packed), experts, geometry, size, value, nhwc(input)
             )
             assert dots is not None
             return in_format(sum_choices(dx, geometry.samples_per_input), memory_format_of(grad)), dots
@@ -157,13 +154,11 @@ class TritonBackend(Backend):
             "grad_weight",
             grad,
             build,
-            lambda: _REFERENCE.grad_weight(grad, input, experts, geometry, shape, channels_last),
+            lambda: REFERENCE.grad_weight(grad, input, experts, geometry, shape, channels_last),
         )
 
     def pack(self, weight: Tensor, geometry: Conv2dGeometry, backward: bool) -> Tensor | None:
-        if _reads_well(weight):
-            return None
-        return weight.contiguous(memory_format=torch.channels_last)
+        return None if reads_well(weight) else weight.contiguous(memory_format=torch.channels_last)
 
     def plan(self, experts: Experts, num_out: int, num_in: int, samples: int, device: torch.device) -> Tensor:
         def build() -> Tensor:
@@ -214,37 +209,13 @@ class TritonBackend(Backend):
         return self.plan(Experts(side.expert, None), side.num_experts, 0, side.expert.shape[0], side.expert.device)
 
 
-def _reads_well(weight: Tensor) -> bool:
-    """Whether the channels that a tile reads together lie together."""
-    return is_channels_last(weight) or weight.shape[2] * weight.shape[3] == 1 or weight.shape[1] == 1
-
-
-def _plain(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.detach().contiguous().resolve_neg()
-
-
-def _weight(weight: Tensor, packed: Tensor | None) -> Tensor:
-    """Channels last: reading a contiguous 3×3 weight in place would fetch every ninth element."""
-    if packed is not None:
-        return packed
-    weight = weight.detach().resolve_neg()
-    return weight if _reads_well(weight) else weight.contiguous(memory_format=torch.channels_last)
-
-
 def _or_reference(what: str, x: Tensor | None, build: Callable[[], _T], fall_back: Callable[[], _T]) -> _T:
     """The kernels' result; the loop's in float64, and where Triton cannot build a kernel, each with one warning."""
-    if x is not None and x.dtype == torch.float64:
-        _warn_once(
-            "float64 runs in the slow reference loop, which synchronises with the device; the kernels have no float64"
-        )
+    if x is not None and left_to_reference("triton", x):
         return fall_back()
     try:
         return build()
     except BuildError as error:
-        _warn_once(f"{what} runs in the slow reference loop, because Triton cannot build its kernel here: {error}")
+        reason = f"{what} runs in the slow reference loop, because Triton cannot build its kernel here: {error}"
+        warn_once("triton", reason)
         return fall_back()
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(f"moe_kernels, backend triton: {message}", RuntimeWarning, stacklevel=5)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..fallback import uses_tf32
 from .launch import INTERPRETED
 
 __all__ = [
@@ -122,12 +123,10 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def kind(x: Tensor) -> str:
-    """The arithmetic of a dtype. float32 follows the switch that nn.Conv2d obeys, ``torch.backends.cudnn``'s."""
+    """The arithmetic of a dtype."""
     if x.dtype != torch.float32:
         return "half"
-    # not allow_tf32, which raises where the newer switches were used
-    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    return "tf32" if conv.fp32_precision == "tf32" else "ieee"
+    return "tf32" if uses_tf32(x) else "ieee"
 
 
 def block_k(config: TileConfig, depth: int) -> tuple[int, bool]:

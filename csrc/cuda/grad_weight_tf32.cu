@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/grad_weight.h"
+
+namespace moe::MOE_GPU {
+template Status fill_parts<device::tf32>(const gpu::GradWeightCall&, GradWeightChoice&, bool);
+}  // namespace moe::MOE_GPU
