@@ -2,18 +2,27 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
+CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(CXX_SOURCES)
 
-.PHONY: demo test lint nightly aot bench gpu table examples install clean
+# What the module is built with (setup.py): tests and demo need no CUDA, and the tests need the simulator.
+export MOE_KERNELS_CUDA ?= 0
+export MOE_KERNELS_SIMULATOR ?= 1
+CHOICE := $(MOE_KERNELS_CUDA) $(MOE_KERNELS_CUDA_ARCHS) $(MOE_KERNELS_SIMULATOR)
+
+.PHONY: demo test lint nightly aot cuda bench gpu table examples install clean FORCE
 
 install: $(VENV)/.installed
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# Built anew when a source of the native module or a requirement changes; Python files are used in place.
-$(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
+# Written when the choice is another than last time.
+$(VENV)/.choice: FORCE | $(VENV)/bin/python
+	@echo '$(CHOICE)' | cmp -s - $@ || echo '$(CHOICE)' > $@
+
+# Built anew when a source of the native module, a requirement or the choice changes; Python files are used in place.
+$(VENV)/.installed: $(VENV)/bin/python $(VENV)/.choice $(SOURCES)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	$(BIN)/python -m moe_kernels.info
 	touch $@
@@ -41,6 +50,13 @@ examples: install
 # The Triton kernels for GPUs that are not here.
 aot: install
 	$(BIN)/python -m bench.aot
+
+# The CUDA kernels for GPUs that are not here: compiled, warnings being errors, and what came out looked at.
+cuda: install
+	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DMOE_KERNELS_CUDA=ON -DMOE_KERNELS_WERROR=ON
+	$(BIN)/cmake --build build/cuda --target kernels_cuda --parallel $(or $(MAX_JOBS),$(shell nproc))
+	$(BIN)/python -m bench.cuda_ledger
 
 # On a machine with a GPU: tests and figures.
 gpu: install

@@ -1,5 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds moe_kernels._C with CMake and ninja. Everything else about the package is in pyproject.toml."""
+"""Builds moe_kernels._C with CMake and ninja. Everything else about the package is in pyproject.toml.
+
+Of the environment, besides CXX, CUDACXX, CUDAHOSTCXX and CUDA_HOME:
+
+- ``MOE_KERNELS_CUDA``: 1 builds the CUDA kernels or fails, 0 leaves them out; unset builds them where nvcc is found.
+- ``MOE_KERNELS_CUDA_ARCHS``: the architectures, as CMake names them: ``90-real``, or ``80-real,90``; CMakeLists.txt
+  reads it.
+- ``MOE_KERNELS_SIMULATOR``: 1 adds the CUDA kernels for the host, which the tests run.
+- ``MAX_JOBS``: compilers at a time.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +45,8 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DPYTHON_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DMOE_KERNELS_CUDA={_switch('MOE_KERNELS_CUDA', 'AUTO')}",
+            f"-DMOE_KERNELS_SIMULATOR={_switch('MOE_KERNELS_SIMULATOR', 'OFF')}",
         ]  # fmt: skip
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         self.spawn(configure)
@@ -43,6 +54,14 @@ class CMakeBuild(build_ext):
         if not target.exists():
             raise RuntimeError(f"CMake finished but did not write {target}")
         print(f"moe_kernels: built {target.name}: {(work / 'build_info.txt').read_text()}", flush=True)
+
+
+def _switch(name: str, unset: str) -> str:
+    value = os.environ.get(name, "").lower()
+    states = {"": unset, "auto": unset, "0": "OFF", "off": "OFF", "1": "ON", "on": "ON"}
+    if value not in states:
+        raise RuntimeError(f"{name}: expected 0 or 1, got {value!r}")
+    return states[value]
 
 
 def _tool(name: str) -> str:

@@ -144,7 +144,8 @@ void bind_entries(py::module_ m, Entries entries) {
               gpu::ConvolutionNeeds needs{};
               char message[kMessage];
               raise_if(entries.convolution_needs(&call, &needs, message, kMessage), message);
-              return std::tuple(needs.workspace, needs.counters, needs.dots_columns, needs.reads_plan != 0);
+              return std::tuple(needs.workspace, needs.counters, needs.dots_columns, needs.reads_plan != 0, needs.tile_m,
+                                needs.tile_n, needs.copies != 0, needs.packed != 0, needs.splits);
           });
     m.def(
         "convolution",
@@ -179,7 +180,8 @@ void bind_entries(py::module_ m, Entries entries) {
               gpu::GradWeightNeeds needs{};
               char message[kMessage];
               raise_if(entries.grad_weight_needs(&call, &needs, message, kMessage), message);
-              return std::tuple(needs.workspace, needs.reads_plan != 0);
+              return std::tuple(needs.workspace, needs.reads_plan != 0, needs.tile_m, needs.tile_n, needs.copies != 0,
+                                needs.segment, needs.parts);
           });
     m.def(
         "grad_weight",

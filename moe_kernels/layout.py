@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory format of images: channels_last in, channels_last out; contiguous in, contiguous out. And how kernels read."""
+"""The memory format of images: channels_last in, channels_last out; contiguous in, contiguous out."""
 
 from __future__ import annotations
 

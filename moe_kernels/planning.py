@@ -113,16 +113,21 @@ def _shared(
 
 def _reads_plan(input: Tensor, weight: Tensor, g: Conv2dGeometry) -> bool:
     """From shapes and from what is differentiated: whether a call of this layer reads a plan."""
+    if input.shape[0] * g.samples_per_input < _plans_from(input):
+        return False
     gradients = torch.is_grad_enabled()
     if gradients and weight.requires_grad:
         return True
-    if input.shape[0] * g.samples_per_input < 2:
-        return False
     rows, columns = ops.output_shape(input, weight, g)[2:]
     if _mixes(rows * columns):
         return True
     residues = [-(-input.shape[2 + a] // g.stride[a]) for a in (0, 1)]
     return gradients and input.requires_grad and _mixes(residues[0] * residues[1])
+
+
+def _plans_from(input: Tensor) -> int:
+    """A compiled graph may run with any backend, and for a batch of another size."""
+    return 0 if ops.traced(input, input) else backends.choose(input.device).plans_from
 
 
 def _mixes(pixels: int) -> bool:

@@ -62,9 +62,11 @@ struct ConvolutionCall {
 };
 
 struct ConvolutionNeeds {
-    int64_t workspace, counters;
+    int64_t workspace, counters;  // floats, integers
     int64_t dots_columns;
     int reads_plan;
+    // what is started: its tile, by asynchronous copies or not, of several samples or not, in how many parts
+    int tile_m, tile_n, copies, packed, splits;
 };
 
 struct GradWeightCall {
@@ -87,6 +89,8 @@ struct GradWeightCall {
 struct GradWeightNeeds {
     int64_t workspace;
     int reads_plan;
+    int tile_m, tile_n, copies;
+    int64_t segment, parts;  // samples of a part; how many there are at most
 };
 
 // Channel means, layer normalisation, linear, argmax (the lowest of equals), softmax probability of the chosen expert.

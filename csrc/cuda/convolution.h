@@ -588,6 +588,8 @@ Status convolve(const gpu::ConvolutionCall& call, gpu::ConvolutionNeeds* needs) 
         needs->counters = choice.splits > 1 ? units : 0;
         needs->dots_columns = choice.blocks_n * call.shape.groups;
         needs->reads_plan = choice.packed && call.shape.V > gpu::few_samples;
+        needs->tile_m = choice.tile_m, needs->tile_n = choice.tile_n;
+        needs->copies = choice.copies, needs->packed = choice.packed, needs->splits = choice.splits;
         return status;
     }
     if (units == 0) return status;

@@ -160,6 +160,8 @@ Status run(const gpu::GradWeightCall& call, gpu::GradWeightNeeds* needs) {
     if (needs) {
         needs->workspace = choice.parts * s.K * s.R * s.S * (s.C / s.groups);
         needs->reads_plan = s.V > gpu::few_samples;
+        needs->tile_m = choice.tile_m, needs->tile_n = choice.tile_n, needs->copies = choice.copies;
+        needs->segment = choice.segment, needs->parts = choice.parts;
         return status;
     }
     if (call.total_out * call.total_in * s.R * s.S == 0) return status;
@@ -187,7 +189,7 @@ Status choose(const gpu::GradWeightCall& call, const TileSize* sizes, int count,
     double least = -1.0;
     for (int i = 0; i < (c.copies ? count : 1); ++i) {
         const TileSize size = c.copies ? sizes[i] : kGatherSize;
-        c.tile = i;
+        c.tile = i, c.tile_m = size.m, c.tile_n = size.n;
         c.blocks_m = divide_up(width, size.m);
         c.blocks_n = divide_up(columns, size.n);
         const int64_t tiles = c.blocks_m * c.blocks_n * s.groups;

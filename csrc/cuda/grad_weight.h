@@ -196,7 +196,7 @@ grad_weight_kernel(const GradWeightParams<typename Tile::T> p) {
 // --- the host's side --------------------------------------------------------------------------------------------------
 
 struct GradWeightChoice {
-    int tile;
+    int tile, tile_m, tile_n;
     bool copies;
     int64_t blocks_m, blocks_n, segment, parts;
 };

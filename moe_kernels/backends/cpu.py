@@ -186,4 +186,3 @@ def _epilogue(epilogue: Epilogue, dtype: torch.dtype, width: int) -> tuple[tuple
 
 def _accumulation(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-

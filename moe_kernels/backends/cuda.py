@@ -2,8 +2,8 @@
 """The CUDA C++ kernels of csrc/cuda, compiled ahead of time: on the device, and in a simulator on the host, for tests.
 
 Nothing is compiled at a first call, and a call is one launch wherever it can be: up to 32 samples are ordered by the
-kernels themselves, a split reduction is added by the tile's last block. Which tile, whether the reduction is split and how
-much scratch memory that takes is decided in csrc/cuda/convolution.cu and grad_weight.cu, from shapes and the device.
+kernels themselves, a split reduction is added by the tile's last block. Which tile, whether the reduction is split and
+how much scratch memory that takes is decided in csrc/cuda/convolution.cu and grad_weight.cu, from shapes and the device.
 """
 
 from __future__ import annotations
@@ -43,9 +43,36 @@ class _Device(NamedTuple):
     capability: tuple[int, int]
 
 
+class ConvolutionNeeds(NamedTuple):
+    """What a forward or an input gradient needs beside its tensors, and what is started for it."""
+
+    workspace: int  # floats
+    counters: int
+    dots_columns: int
+    reads_plan: bool
+    tile_m: int
+    tile_n: int
+    copies: bool  # asynchronously, 16 bytes at a time; else element by element
+    packed: bool  # a tile takes rows of several samples
+    splits: int  # parts of the reduction
+
+
+class GradWeightNeeds(NamedTuple):
+    """The same of a weight gradient."""
+
+    workspace: int
+    reads_plan: bool
+    tile_m: int
+    tile_n: int
+    copies: bool
+    segment: int  # samples of one part
+    parts: int
+
+
 class CudaBackend(Backend):
     name = "cuda"
     plans = True
+    plans_from = 33  # the kernels order up to 32 samples by themselves (few_samples in csrc/cuda/api.h)
     routes = True
 
     def __init__(self) -> None:
@@ -157,13 +184,13 @@ class CudaBackend(Backend):
             where, DTYPE[grad.dtype], uses_tf32(grad), _shape(samples, g, input.shape, grad.shape, shape), *sides,
             (shape[0], shape[1]), dw.stride(),
         )  # fmt: skip
-        workspace_size, reads_plan = _grad_weight_needs(
+        needs = _grad_weight_needs(
             kernels, where[1], *fixed[1:4], g.num_out, g.num_in, *fixed[6:], count, pairs, dy.data_ptr() % 16,
             x.data_ptr() % 16,
         )  # fmt: skip
-        if reads_plan and plan is None:
+        if needs.reads_plan and plan is None:
             plan = self._plan(experts, g, samples, pairs, grad.device)
-        workspace = torch.empty(workspace_size, dtype=torch.float32, device=grad.device)
+        workspace = torch.empty(needs.workspace, dtype=torch.float32, device=grad.device)
         kernels.grad_weight(
             *fixed, (count, pairs, pointer(plan)), dy.data_ptr(), x.data_ptr(), dw.data_ptr(), workspace.data_ptr()
         )
@@ -264,18 +291,18 @@ class CudaBackend(Backend):
             where, DTYPE[source.dtype], uses_tf32(source), backward, shape, *sides, tuple(weight.shape[:2]),
             weight.stride(), _alignment(g.in_starts),
         )  # fmt: skip
-        workspace_size, counters_size, columns, reads_plan = _convolution_needs(
+        needs = _convolution_needs(
             kernels, where[1], *fixed[1:5], g.num_out, g.num_in, *fixed[7:], count, pairs, source.data_ptr() % 16,
             weight.data_ptr() % 16,
         )  # fmt: skip
-        if reads_plan and plan is None:
+        if needs.reads_plan and plan is None:
             plan = self._plan(experts, g, samples, pairs, device)
         workspace = counters = dots = None
-        if workspace_size:
-            workspace = torch.empty(workspace_size, dtype=torch.float32, device=device)
-            counters = self._zeros(where, counters_size, device)
+        if needs.workspace:
+            workspace = torch.empty(needs.workspace, dtype=torch.float32, device=device)
+            counters = self._zeros(where, needs.counters, device)
         if image is not None:
-            dots = torch.empty((samples, columns, shape[3] * shape[4]), dtype=torch.float32, device=device)
+            dots = torch.empty((samples, needs.dots_columns, shape[3] * shape[4]), dtype=torch.float32, device=device)
         values = [dense(t) for t in epilogue[:4]]
         residual = None if epilogue.residual is None else nhwc(epilogue.residual)
         affine = values[2] if values[2] is not None else values[3]
@@ -349,21 +376,24 @@ def _properties(device: torch.device) -> _Device:
 
 
 @functools.lru_cache(maxsize=4096)
-def _convolution_needs(kernels: Any, multiprocessors: int, *shapes: Any) -> tuple[int, int, int, bool]:
-    """What csrc/cuda says that a call of these shapes needs: floats of scratch memory, counters, columns of the dot
-    products, and whether it reads a plan. Addresses matter by their alignment only."""
+def _convolution_needs(kernels: Any, multiprocessors: int, *shapes: Any) -> ConvolutionNeeds:
+    """What csrc/cuda says that a call of these shapes needs. Addresses matter by their alignment only."""
     *fixed, num_out, num_in, totals, strides, alignment, count, pairs, source, weight = shapes
     sides = ((0, num_out, 0), (0, num_in, 0))
     where = (0, multiprocessors, False, 0)
-    return kernels.convolution_needs(where, *fixed, *sides, totals, strides, alignment, (count, pairs, 0), source, weight)
+    groups = (count, pairs, 0)
+    return ConvolutionNeeds._make(
+        kernels.convolution_needs(where, *fixed, *sides, totals, strides, alignment, groups, source, weight)
+    )
 
 
 @functools.lru_cache(maxsize=4096)
-def _grad_weight_needs(kernels: Any, multiprocessors: int, *shapes: Any) -> tuple[int, bool]:
+def _grad_weight_needs(kernels: Any, multiprocessors: int, *shapes: Any) -> GradWeightNeeds:
     *fixed, num_out, num_in, totals, strides, count, pairs, grad, input = shapes
     sides = ((0, num_out, 0), (0, num_in, 0))
     where = (0, multiprocessors, False, 0)
-    return kernels.grad_weight_needs(where, *fixed, *sides, totals, strides, (count, pairs, 0), grad, input)
+    groups = (count, pairs, 0)
+    return GradWeightNeeds._make(kernels.grad_weight_needs(where, *fixed, *sides, totals, strides, groups, grad, input))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -76,6 +76,7 @@ class Backend(abc.ABC):
 
     name: str
     plans = False  # whether its calls read a plan, which is then made once for a Routing
+    plans_from = 2  # samples: with fewer they read none
     normalises = False  # whether it has kernels for a BatchNorm of each expert's own; elsewhere that is torch's operators
     routes = False  # whether it has a kernel for the router of pooled features
 

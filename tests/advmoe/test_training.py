@@ -700,7 +700,7 @@ def test_ctrl_c_after_a_ruinous_step_keeps_the_last_good_checkpoint(
 
 
 def test_the_backend_is_asked_for_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_kernels.backends.cpu._import_error", "no such file")
+    monkeypatch.setattr("moe_kernels.backends.native._import_error", "no such file")
     with pytest.raises(BackendUnavailable):
         train(tiny(), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_kernels import RoutedConv2d, Routing, functional, use_backend
-from moe_kernels.backends import triton as backend
+from moe_kernels.backends import fallback
 
 pytestmark = pytest.mark.gpu
 
@@ -194,7 +194,7 @@ def test_gradgradcheck() -> None:
 def test_float64_warns_once() -> None:
     layer = RoutedConv2d(2, 3, 3, num_experts=3, device=DEVICE, dtype=torch.float64)
     x, routing = torch.randn(3, 2, 5, 5, device=DEVICE, dtype=torch.float64), choice(2, 0, 1)
-    backend._warn_once.cache_clear()
+    fallback.warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):

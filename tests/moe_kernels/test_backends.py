@@ -15,7 +15,7 @@ from oracle import CallCounter, partition
 
 import moe_kernels
 from moe_kernels import BackendUnavailable, RoutedConv2d, Routing, available_backends, backends, functional, use_backend
-from moe_kernels.backends import cpu
+from moe_kernels.backends import native
 
 X, W = torch.randn(2, 3, 4, 4), torch.randn(8, 3, 3, 3)
 ROUTING = Routing(torch.tensor([1, 0]), num_experts=2)
@@ -39,7 +39,7 @@ def _python(code: str, *arguments: str, **environment: str) -> str:
 
 def test_available_backends_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name: available_backends()[name] for name in ("reference", "cpu")} == {"reference": None, "cpu": None}
-    monkeypatch.setattr(cpu, "_import_error", "libfoo.so: cannot open shared object file")
+    monkeypatch.setattr(native, "_import_error", "libfoo.so: cannot open shared object file")
     reason = available_backends()["cpu"]
     assert reason is not None and "libfoo.so" in reason and "pip install -e ." in reason
 
@@ -99,7 +99,7 @@ with use_backend("cpu"):  # the program is nearer than the environment
 
 def test_without_the_native_module(monkeypatch: pytest.MonkeyPatch) -> None:
     """No silent fallback to the slow loop."""
-    monkeypatch.setattr(cpu, "_import_error", "no such file")
+    monkeypatch.setattr(native, "_import_error", "no such file")
     with pytest.raises(BackendUnavailable, match=r"cpu: the native module moe_kernels\._C cannot be imported"):
         _run()
     with pytest.raises(BackendUnavailable, match=r"`pip install -e \.`"), use_backend("cpu"):
