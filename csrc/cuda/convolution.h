@@ -98,102 +98,114 @@ struct ConvolutionLayout {
     static_assert(int(sizeof(float)) * Tile::kWarpsN * Tile::kM <= kStageBytes, "the dot products' place");
 };
 
-// Fetches one stage by asynchronous copies. Steps are (tap, block of channels), in order.
+// Fetches one stage by asynchronous copies. Steps are (tap, block of channels), in order: what changes from tap to tap only
+// is kept in between.
 template <class Tile, class Direction>
 struct CopyLoader {
     using Layout = ConvolutionLayout<Tile, Direction, Copy>;
+    using Left = typename Layout::Left;
+    using Right = typename Layout::Right;
     using T = typename Tile::T;
-    static constexpr int kChunk = Layout::Left::kChunk;
+    static constexpr int kChunk = Left::kChunk;
     static constexpr int kDepth = Traits<typename Tile::Element>::kDepth;
-    static constexpr int kLeft = (Layout::Left::kLines * Layout::Left::kChunks + Tile::kThreads - 1) / Tile::kThreads;
-    static constexpr int kRight = (Layout::Right::kLines * Layout::Right::kChunks + Tile::kThreads - 1) / Tile::kThreads;
+    static constexpr int kLefts = (Left::kLines * Left::kChunks + Tile::kThreads - 1) / Tile::kThreads;
+    static constexpr int kRights = (Right::kLines * Right::kChunks + Tile::kThreads - 1) / Tile::kThreads;
+    static constexpr bool kAllLeft = Left::kLines * Left::kChunks % Tile::kThreads == 0;
+    static constexpr bool kAllRight = Right::kLines * Right::kChunks % Tile::kThreads == 0;
 
     const ConvolutionParams<T>& p;
     Shared<T> memory;
     const Taps &ty, &tx;
     int r, s, c;
-    int64_t base[kLeft];
-    int y[kLeft], x[kLeft];
-    int64_t weight[kRight];
-    bool inside[kRight];
+    int64_t base[kLefts], from[kLefts];  // of the sample; of the tap
+    int y[kLefts], x[kLefts];
+    bool seen[kLefts], inside[kRights];
+    int64_t weight[kRights], tap;
+
+    static MOE_DEVICE int left_line(int i) { return (device::thread() + i * Tile::kThreads) / Left::kChunks; }
+    static MOE_DEVICE int left_chunk() { return device::thread() % Left::kChunks; }
+    static MOE_DEVICE int right_line(int i) { return (device::thread() + i * Tile::kThreads) / Right::kChunks; }
+    static MOE_DEVICE int right_chunk() { return device::thread() % Right::kChunks; }
+    static_assert(Tile::kThreads % Left::kChunks == 0 && Tile::kThreads % Right::kChunks == 0, "a chunk a thread");
 
     MOE_DEVICE CopyLoader(const ConvolutionParams<T>& p, Shared<T> memory, Shared<int> rows, const Taps& ty,
                           const Taps& tx, int64_t slice, int conv_group, int first_n, int begin)
         : p(p), memory(memory), ty(ty), tx(tx) {
         const int blocks = (p.depth + kDepth - 1) / kDepth;
-        const int tap = begin / blocks;
-        c = (begin - tap * blocks) * kDepth;
-        r = tx.count ? tap / tx.count : 0;
-        s = tap - r * tx.count;
+        const int number = begin / blocks;
+        c = (begin - number * blocks) * kDepth;
+        r = tx.count ? number / tx.count : 0;
+        s = number - r * tx.count;
         MOE_UNROLL
-        for (int i = 0; i < kLeft; ++i) {
-            const int line = (device::thread() + i * Tile::kThreads) / 4;
+        for (int i = 0; i < kLefts; ++i) {
+            const int line = left_line(i);
             y[i] = kOutside, x[i] = 0, base[i] = 0;
-            if (line < Tile::kM) {
-                const int sample = rows.load(line);
-                if constexpr (std::is_same_v<Direction, Forward>) {
-                    base[i] = sample / p.samples_per_input;
-                } else {
-                    base[i] = sample;
-                }
-                base[i] = base[i] * p.y.source * p.x.source * p.source_channels + conv_group * p.depth;
+            if (kAllLeft || line < Left::kLines) {
+                int64_t sample = rows.load(line);
+                if constexpr (std::is_same_v<Direction, Forward>) sample = int(sample) / p.samples_per_input;
+                base[i] = sample * p.y.source * p.x.source * p.source_channels + conv_group * p.depth +
+                          left_chunk() * kChunk;
                 y[i] = rows.load(2 * Tile::kM + line);
                 x[i] = rows.load(3 * Tile::kM + line);
             }
         }
         MOE_UNROLL
-        for (int i = 0; i < kRight; ++i) {
-            const int index = device::thread() + i * Tile::kThreads;
-            const int line = index / Layout::Right::kChunks, chunk = index % Layout::Right::kChunks;
-            const int n = first_n + (Layout::kFastB ? line : chunk * kChunk);
-            const int k = Layout::kFastB ? chunk * kChunk : line;
-            inside[i] = line < Layout::Right::kLines && n < p.width;
+        for (int i = 0; i < kRights; ++i) {
+            const int n = first_n + (Layout::kFastB ? right_line(i) : right_chunk() * kChunk);
+            const int k = Layout::kFastB ? right_chunk() * kChunk : right_line(i);
+            inside[i] = right_line(i) < Right::kLines && n < p.width;
             weight[i] = slice + n * p.weight_n + k * p.weight_k;
         }
+        find_tap();
+    }
+
+    MOE_DEVICE void find_tap() {
+        MOE_UNROLL
+        for (int i = 0; i < kLefts; ++i) {
+            const int row = y[i] + r * ty.step, column = x[i] + s * tx.step;
+            seen[i] = unsigned(row) < unsigned(p.y.source) && unsigned(column) < unsigned(p.x.source);
+            from[i] = base[i] + int64_t(row * p.x.source + column) * p.source_channels;
+        }
+        tap = r * p.y.step * p.weight_r + s * p.x.step * p.weight_s;
     }
 
     MOE_DEVICE void operator()(int stage, int) {
-        const int at = stage * Layout::kStage;
-        const int chunk = device::thread() % 4;
-        const bool channel_inside = c + chunk * kChunk < p.depth;
+        const Shared<T> left = memory.at(stage * Layout::kStage), right = left.at(Left::kElements);
+        const bool channel_inside = c + left_chunk() * kChunk < p.depth;
         MOE_UNROLL
-        for (int i = 0; i < kLeft; ++i) {
-            const int line = (device::thread() + i * Tile::kThreads) / 4;
-            const int row = y[i] + r * ty.step, column = x[i] + s * tx.step;
-            const bool seen = channel_inside && unsigned(row) < unsigned(p.y.source) &&
-                              unsigned(column) < unsigned(p.x.source);
-            const int64_t from = base[i] + int64_t(row * p.x.source + column) * p.source_channels + c + chunk * kChunk;
-            if (Layout::Left::kLines * 4 % Tile::kThreads == 0 || line < Tile::kM) {
-                device::copy_async(memory.at(at + Layout::Left::place(line, chunk)), p.source.at(seen ? from : 0), seen);
-            }
+        for (int i = 0; i < kLefts; ++i) {
+            if (!kAllLeft && left_line(i) >= Left::kLines) break;
+            device::copy_async(left.at(Left::place(left_line(i), left_chunk())), p.source.at(from[i] + c),
+                               seen[i] && channel_inside);
         }
-        const int64_t tap = r * p.y.step * p.weight_r + s * p.x.step * p.weight_s + int64_t(c) * p.weight_k;
+        const int64_t at = tap + c * p.weight_k;
         MOE_UNROLL
-        for (int i = 0; i < kRight; ++i) {
-            const int index = device::thread() + i * Tile::kThreads;
-            const int line = index / Layout::Right::kChunks, right_chunk = index % Layout::Right::kChunks;
-            const bool seen = inside[i] && c + (Layout::kFastB ? right_chunk * kChunk : line) < p.depth;
-            if (Layout::Right::kLines * Layout::Right::kChunks % Tile::kThreads == 0 || line < Layout::Right::kLines) {
-                device::copy_async(memory.at(at + Layout::Left::kElements + Layout::Right::place(line, right_chunk)),
-                                   p.weight.at(seen ? weight[i] + tap : 0), seen);
-            }
+        for (int i = 0; i < kRights; ++i) {
+            if (!kAllRight && right_line(i) >= Right::kLines) break;
+            const int k = Layout::kFastB ? right_chunk() * kChunk : right_line(i);
+            device::copy_async(right.at(Right::place(right_line(i), right_chunk())), p.weight.at(weight[i] + at),
+                               inside[i] && c + k < p.depth);
         }
         c += kDepth;
         if (c >= p.depth) {
             c = 0;
             if (++s == tx.count) s = 0, ++r;
+            find_tap();
         }
     }
 };
 
 // Fetches one stage element by element, for channels that are few, odd or not aligned. Steps are blocks of the flattened
-// (tap, channel).
+// (tap, channel); a thread has the same place in every block.
 template <class Tile, class Direction>
 struct GatherLoader {
     using Layout = ConvolutionLayout<Tile, Direction, Gather>;
+    using Left = typename Layout::Left;
+    using Right = typename Layout::Right;
     using T = typename Tile::T;
-    static constexpr int kChunk = Layout::Left::kChunk;
+    static constexpr int kChunk = Left::kChunk;
     static constexpr int kDepth = Traits<typename Tile::Element>::kDepth;
+    static_assert(Tile::kThreads % kDepth == 0, "a place a thread");
 
     const ConvolutionParams<T>& p;
     Shared<T> memory;
@@ -202,59 +214,32 @@ struct GatherLoader {
     int64_t slice;
     int conv_group, first_n;
 
-    struct Place {
-        int r, s, c;
-    };
-    MOE_DEVICE Place place(int flat) const {
-        const int tap = flat / p.depth, r = tap / tx.count;
-        return {r, tap - r * tx.count, flat - tap * p.depth};
-    }
-
-    MOE_DEVICE T left(int line, int flat) const {
-        const Place k = place(flat);
-        const int row = rows.load(2 * Tile::kM + line) + k.r * ty.step;
-        const int column = rows.load(3 * Tile::kM + line) + k.s * tx.step;
-        if (unsigned(row) >= unsigned(p.y.source) || unsigned(column) >= unsigned(p.x.source)) {
-            return device::from_float<T>(0.0f);
-        }
-        int64_t sample = rows.load(line);
-        if constexpr (std::is_same_v<Direction, Forward>) sample /= p.samples_per_input;
-        const int64_t pixel = (sample * p.y.source + row) * p.x.source + column;
-        return p.source.load(pixel * p.source_channels + conv_group * p.depth + k.c);
-    }
-    MOE_DEVICE T right(int n, int flat) const {
-        if (n >= p.width) return device::from_float<T>(0.0f);
-        const Place k = place(flat);
-        return p.weight.load(slice + n * p.weight_n + k.c * p.weight_k + k.r * p.y.step * p.weight_r +
-                             k.s * p.x.step * p.weight_s);
-    }
-
     MOE_DEVICE void operator()(int stage, int step) {
-        const int all = ty.count * tx.count * p.depth;
-        const int at = stage * Layout::kStage;
-        for (int index = device::thread(); index < Layout::Left::kLines * Layout::Left::kChunks;
-             index += Tile::kThreads) {
-            const int line = index / Layout::Left::kChunks, chunk = index % Layout::Left::kChunks;
-            device::Vector<T, kChunk> values;
-            MOE_UNROLL
-            for (int e = 0; e < kChunk; ++e) {
-                const int flat = step * kDepth + chunk * kChunk + e;
-                values.v[e] = flat < all ? left(line, flat) : device::from_float<T>(0.0f);
+        const Shared<T> to_left = memory.at(stage * Layout::kStage), to_right = to_left.at(Left::kElements);
+        const int k = device::thread() % kDepth, flat = step * kDepth + k;
+        const bool inside = flat < ty.count * tx.count * p.depth;
+        const int tap = inside ? flat / p.depth : 0, r = inside ? tap / tx.count : 0, s = tap - r * tx.count;
+        const int c = flat - tap * p.depth;
+        const int64_t channel = conv_group * p.depth + c;
+        const int64_t weight = slice + c * p.weight_k + r * p.y.step * p.weight_r + s * p.x.step * p.weight_s;
+        for (int line = device::thread() / kDepth; line < Tile::kM; line += Tile::kThreads / kDepth) {
+            const int row = rows.load(2 * Tile::kM + line) + r * ty.step;
+            const int column = rows.load(3 * Tile::kM + line) + s * tx.step;
+            T value = device::from_float<T>(0.0f);
+            if (inside && unsigned(row) < unsigned(p.y.source) && unsigned(column) < unsigned(p.x.source)) {
+                int64_t sample = rows.load(line);
+                if constexpr (std::is_same_v<Direction, Forward>) sample = int(sample) / p.samples_per_input;
+                const int64_t pixel = (sample * p.y.source + row) * p.x.source + column;
+                value = p.source.load(pixel * p.source_channels + channel);
             }
-            memory.template store_vector<kChunk>(at + Layout::Left::place(line, chunk), values);
+            to_left.store(Left::place(line, k / kChunk) + k % kChunk, value);
         }
-        for (int index = device::thread(); index < Layout::Right::kLines * Layout::Right::kChunks;
-             index += Tile::kThreads) {
-            const int line = index / Layout::Right::kChunks, chunk = index % Layout::Right::kChunks;
-            device::Vector<T, kChunk> values;
-            MOE_UNROLL
-            for (int e = 0; e < kChunk; ++e) {
-                const int flat = step * kDepth + (Layout::kFastB ? chunk * kChunk + e : line);
-                const int n = first_n + (Layout::kFastB ? line : chunk * kChunk + e);
-                values.v[e] = flat < all ? right(n, flat) : device::from_float<T>(0.0f);
-            }
-            memory.template store_vector<kChunk>(at + Layout::Left::kElements + Layout::Right::place(line, chunk),
-                                                 values);
+        for (int n = device::thread() / kDepth; n < Tile::kN; n += Tile::kThreads / kDepth) {
+            T value = device::from_float<T>(0.0f);
+            if (inside && first_n + n < p.width) value = p.weight.load(weight + (first_n + n) * p.weight_n);
+            to_right.store(Layout::kFastB ? Right::place(n, k / kChunk) + k % kChunk
+                                          : Right::place(k, n / kChunk) + n % kChunk,
+                           value);
         }
     }
 };

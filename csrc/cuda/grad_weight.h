@@ -38,45 +38,61 @@ struct GradWeightLayout {
     static constexpr int kBytes = kFoundAt + kFoundInts * int(sizeof(int));
 };
 
-// A pixel of the reduction: whose, and where.
-struct Pixel {
-    bool inside;
-    int sample, at, y, x;  // at: in its image
-};
-
+// A pixel of the reduction on its way through a segment.
 template <class T>
-MOE_DEVICE Pixel pixel_at(const GradWeightParams<T>& p, Shared<int> memory, const Found& found, int row, int end) {
-    Pixel pixel{row < end, 0, 0, 0, 0};
-    if (!pixel.inside) return pixel;
-    const int local = p.pixels.quotient(row);
-    pixel.sample = sample_at(p.groups, memory, found.place + found.first + local);
-    pixel.at = row - local * int(p.pixels.value);
-    pixel.y = p.row_length.quotient(pixel.at);
-    pixel.x = pixel.at - pixel.y * int(p.row_length.value);
-    return pixel;
-}
+struct Pixel {
+    int left;        // pixels of the segment from this one on; none: outside
+    int at, sample;  // in its image; in the segment
+    int64_t grad, input;  // where its images begin
+
+    MOE_DEVICE void start(const GradWeightParams<T>& p, Shared<int> memory, const Found& found, int line, int end) {
+        left = end - line;
+        sample = 0;
+        at = line;
+        find_image(p, memory, found);
+        settle(p, memory, found);
+    }
+    MOE_DEVICE void advance(const GradWeightParams<T>& p, Shared<int> memory, const Found& found, int by) {
+        left -= by;
+        at += by;
+        settle(p, memory, found);
+    }
+    MOE_DEVICE void settle(const GradWeightParams<T>& p, Shared<int> memory, const Found& found) {
+        const int pixels = int(p.pixels.value);
+        if (at < pixels || left <= 0) return;
+        const int samples = p.pixels.quotient(at);
+        sample += samples;
+        at -= samples * pixels;
+        find_image(p, memory, found);
+    }
+    MOE_DEVICE void find_image(const GradWeightParams<T>& p, Shared<int> memory, const Found& found) {
+        const int of = sample_at(p.groups, memory, found.place + found.first + sample);
+        grad = int64_t(of) * p.pixels.value * p.grad_channels;
+        input = int64_t(of / p.samples_per_input) * p.rows * p.row_pixels * p.source_channels;
+    }
+};
 
 // A column of the result: which tap, as an offset in the image, and which input channel.
 struct Column {
     bool inside;
-    int y, x, channel;
+    int y, x, channel;  // channel: of the image
 };
 
 template <class T>
-MOE_DEVICE Column column_at(const GradWeightParams<T>& p, int n) {
+MOE_DEVICE Column column_at(const GradWeightParams<T>& p, int conv_group, int n) {
     const int tap = p.depth.quotient(n);
     const int r = p.taps_s.quotient(tap), s = tap - r * int(p.taps_s.value);
-    return {n < p.columns, r * p.dil_h - p.pad_h, s * p.dil_w - p.pad_w, n - tap * int(p.depth.value)};
+    return {n < p.columns, r * p.dil_h - p.pad_h, s * p.dil_w - p.pad_w, (conv_group - tap) * int(p.depth.value) + n};
 }
 
 // Where the input has the value of a pixel and a column; -1 in the padding.
 template <class T>
-MOE_DEVICE int64_t input_at(const GradWeightParams<T>& p, const Pixel& pixel, const Column& column, int conv_group) {
-    const int y = pixel.y * p.stride_h + column.y, x = pixel.x * p.stride_w + column.x;
-    const bool seen = pixel.inside && column.inside && unsigned(y) < unsigned(p.rows) && unsigned(x) < unsigned(p.row_pixels);
-    const int64_t image = int64_t(pixel.sample / p.samples_per_input) * p.rows * p.row_pixels;
-    const int channel = conv_group * int(p.depth.value) + column.channel;
-    return seen ? (image + y * p.row_pixels + x) * p.source_channels + channel : -1;
+MOE_DEVICE int64_t input_at(const GradWeightParams<T>& p, const Pixel<T>& pixel, const Column& column) {
+    const int row = p.row_length.quotient(pixel.at);
+    const int y = row * p.stride_h + column.y;
+    const int x = (pixel.at - row * int(p.row_length.value)) * p.stride_w + column.x;
+    const bool seen = pixel.left > 0 && column.inside && unsigned(y) < unsigned(p.rows) && unsigned(x) < unsigned(p.row_pixels);
+    return seen ? pixel.input + (y * p.row_pixels + x) * p.source_channels + column.channel : -1;
 }
 
 template <class Tile, class Loading>
@@ -111,64 +127,69 @@ grad_weight_kernel(const GradWeightParams<typename Tile::T> p) {
         const Shared<T> left = stages.at(stage * Layout::kStage);
         multiply<false, false>(tile, left, left.at(Left::kElements));
     };
-    if constexpr (std::is_same_v<Loading, Copy>) {
-        static_assert(Tile::kThreads % Left::kChunks == 0 && Tile::kThreads % Right::kChunks == 0, "a chunk a thread");
-        constexpr int lefts = Left::kLines * Left::kChunks / Tile::kThreads;
-        constexpr int rights = Right::kLines * Right::kChunks / Tile::kThreads;
-        static_assert(lefts > 0 && rights > 0, "every thread copies");
-        const int left_chunk = device::thread() % Left::kChunks, right_chunk = device::thread() % Right::kChunks;
-        const int m = first_m + left_chunk * run;
-        const Column column = column_at(p, first_n + right_chunk * run);
-        const auto load = [&](int stage, int step) {
-            const Shared<T> at = stages.at(stage * Layout::kStage);
+    // Each thread has one place along the rows and one along the columns: of a chunk, or, where they are gathered, of an
+    // element; in every so many lines of a stage.
+    constexpr bool copies = std::is_same_v<Loading, Copy>;
+    constexpr int chunk = copies ? run : 1;
+    constexpr int left_lines = Tile::kThreads / (Tile::kM / chunk), right_lines = Tile::kThreads / (Tile::kN / chunk);
+    static_assert(left_lines > 0 && right_lines > 0 && depth % left_lines == 0 && depth % right_lines == 0, "whole rounds");
+    const int left_line = device::thread() / (Tile::kM / chunk), right_line = device::thread() / (Tile::kN / chunk);
+    const int left_at = device::thread() % (Tile::kM / chunk) * chunk;
+    const int right_at = device::thread() % (Tile::kN / chunk) * chunk;
+    const bool row_inside = first_m + left_at < p.width;
+    const int row = conv_group * p.width + first_m + left_at;
+    const Column column = column_at(p, conv_group, first_n + right_at);
+    const auto left_place = [&](int line) { return Left::place(line, left_at / run) + left_at % run; };
+    const auto right_place = [&](int line) { return Right::place(line, right_at / run) + right_at % run; };
+    const int steps = (end + depth - 1) / depth;
+    if constexpr (copies) {
+        constexpr int lefts = depth / left_lines, rights = depth / right_lines;
+        constexpr bool same_lines = left_lines == right_lines;
+        Pixel<T> left_pixel[lefts], right_pixel[same_lines ? 1 : rights];
+        MOE_UNROLL
+        for (int i = 0; i < lefts; ++i) left_pixel[i].start(p, memory, found, left_line + i * left_lines, end);
+        if constexpr (!same_lines) {
+            MOE_UNROLL
+            for (int i = 0; i < rights; ++i) right_pixel[i].start(p, memory, found, right_line + i * right_lines, end);
+        }
+        const auto load = [&](int stage, int) {
+            const Shared<T> left = stages.at(stage * Layout::kStage), right = left.at(Left::kElements);
             MOE_UNROLL
             for (int i = 0; i < lefts; ++i) {
-                const int line = (device::thread() + i * Tile::kThreads) / Left::kChunks;
-                const Pixel pixel = pixel_at(p, memory, found, step * depth + line, end);
-                const bool seen = pixel.inside && m < p.width;
-                const int64_t from = (int64_t(pixel.sample) * p.pixels.value + pixel.at) * p.grad_channels;
-                device::copy_async(at.at(Left::place(line, left_chunk)),
-                                   p.grad.at(seen ? from + conv_group * p.width + m : 0), seen);
+                const Pixel<T>& pixel = left_pixel[i];
+                device::copy_async(left.at(left_place(left_line + i * left_lines)),
+                                   p.grad.at(pixel.grad + pixel.at * p.grad_channels + row), pixel.left > 0 && row_inside);
             }
             MOE_UNROLL
             for (int i = 0; i < rights; ++i) {
-                const int line = (device::thread() + i * Tile::kThreads) / Right::kChunks;
-                const Pixel pixel = pixel_at(p, memory, found, step * depth + line, end);
-                const int64_t from = input_at(p, pixel, column, conv_group);
-                device::copy_async(at.at(Left::kElements + Right::place(line, right_chunk)),
-                                   p.input.at(from >= 0 ? from : 0), from >= 0);
+                const int64_t from = input_at(p, same_lines ? left_pixel[i % lefts] : right_pixel[same_lines ? 0 : i], column);
+                device::copy_async(right.at(right_place(right_line + i * right_lines)), p.input.at(from), from >= 0);
+            }
+            MOE_UNROLL
+            for (int i = 0; i < lefts; ++i) left_pixel[i].advance(p, memory, found, depth);
+            if constexpr (!same_lines) {
+                MOE_UNROLL
+                for (int i = 0; i < rights; ++i) right_pixel[i].advance(p, memory, found, depth);
             }
         };
-        pipeline<Layout::kStages>(0, (end + depth - 1) / depth, load, multiply_stage);
+        pipeline<Layout::kStages>(0, steps, load, multiply_stage);
     } else {
         const auto load = [&](int stage, int step) {
-            const Shared<T> at = stages.at(stage * Layout::kStage);
-            for (int index = device::thread(); index < Left::kLines * Left::kChunks; index += Tile::kThreads) {
-                const int line = index / Left::kChunks, chunk = index % Left::kChunks;
-                const Pixel pixel = pixel_at(p, memory, found, step * depth + line, end);
-                const int64_t from = (int64_t(pixel.sample) * p.pixels.value + pixel.at) * p.grad_channels;
-                device::Vector<T, run> values;
-                MOE_UNROLL
-                for (int e = 0; e < run; ++e) {
-                    const int m = first_m + chunk * run + e;
-                    values.v[e] = pixel.inside && m < p.width ? p.grad.load(from + conv_group * p.width + m)
-                                                              : device::from_float<T>(0.0f);
-                }
-                at.template store_vector<run>(Left::place(line, chunk), values);
+            const Shared<T> left = stages.at(stage * Layout::kStage), right = left.at(Left::kElements);
+            Pixel<T> pixel;
+            for (int line = left_line; line < depth; line += left_lines) {
+                pixel.start(p, memory, found, step * depth + line, end);
+                const bool seen = pixel.left > 0 && row_inside;
+                left.store(left_place(line), seen ? p.grad.load(pixel.grad + pixel.at * p.grad_channels + row)
+                                                  : device::from_float<T>(0.0f));
             }
-            for (int index = device::thread(); index < Right::kLines * Right::kChunks; index += Tile::kThreads) {
-                const int line = index / Right::kChunks, chunk = index % Right::kChunks;
-                const Pixel pixel = pixel_at(p, memory, found, step * depth + line, end);
-                device::Vector<T, run> values;
-                MOE_UNROLL
-                for (int e = 0; e < run; ++e) {
-                    const int64_t from = input_at(p, pixel, column_at(p, first_n + chunk * run + e), conv_group);
-                    values.v[e] = from >= 0 ? p.input.load(from) : device::from_float<T>(0.0f);
-                }
-                at.template store_vector<run>(Left::kElements + Right::place(line, chunk), values);
+            for (int line = right_line; line < depth; line += right_lines) {
+                pixel.start(p, memory, found, step * depth + line, end);
+                const int64_t from = input_at(p, pixel, column);
+                right.store(right_place(line), from >= 0 ? p.input.load(from) : device::from_float<T>(0.0f));
             }
         };
-        pipeline<Layout::kStages>(0, (end + depth - 1) / depth, load, multiply_stage);
+        pipeline<Layout::kStages>(0, steps, load, multiply_stage);
     }
 
     MOE_UNROLL
