@@ -33,6 +33,7 @@ __all__ = ["CudaBackend", "SimulatedCudaBackend"]
 _SMALL_BATCH = 16  # up to here a kernel may start before the one ahead of it has ended, where the device can
 _OLDEST, _OVERLAPPING = (8, 0), (9, 0)  # compute capabilities: compiled for; with programmatic dependent launch
 _ABSENT = (0, 0, 0)
+_NO_EPILOGUE = (_ABSENT, _ABSENT, _ABSENT, _ABSENT, 0, False, False)
 _COUNTERS = 4096  # of split reductions: a device has fewer multiprocessors than that
 _MAX_ROUTER_CHANNELS = 8192  # their means lie in a block's shared memory
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # the public way makes an object first
@@ -76,12 +77,10 @@ class CudaBackend(Backend):
     routes = True
 
     def __init__(self) -> None:
+        self._kernels: Any = getattr(native.module, self.name, None)
+        self._supported: set[torch.device] = set()
         # zeros between kernels; one set for each stream, because kernels of two may run at once
         self._counters: dict[tuple[int | None, int], Tensor] = {}
-
-    @property
-    def _kernels(self) -> Any:
-        return getattr(native.module, self.name, None)
 
     def unavailable(self) -> str | None:
         reason = native.unavailable()
@@ -92,6 +91,8 @@ class CudaBackend(Backend):
         return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
     def unsupported(self, device: torch.device) -> str | None:
+        if device in self._supported:  # asked at each call
+            return None
         reason = self.unavailable()
         if reason is not None:
             return reason
@@ -100,6 +101,7 @@ class CudaBackend(Backend):
         capability = _properties(device).capability
         if capability < _OLDEST:
             return f"its kernels need compute capability 8.0 or later, {device} has {capability[0]}.{capability[1]}"
+        self._supported.add(device)
         return None
 
     def describe(self) -> str:
@@ -303,20 +305,16 @@ class CudaBackend(Backend):
             counters = self._zeros(where, needs.counters, device)
         if image is not None:
             dots = torch.empty((samples, needs.dots_columns, shape[3] * shape[4]), dtype=torch.float32, device=device)
-        values = [dense(t) for t in epilogue[:4]]
-        residual = None if epilogue.residual is None else nhwc(epilogue.residual)
-        affine = values[2] if values[2] is not None else values[3]
-        per_slice = affine is not None and affine.shape[0] != g.out_width
+        values, after = _epilogue(epilogue, g.out_width)
         try:
             kernels.convolution(
                 *fixed, (count, pairs, pointer(plan)), source.data_ptr(), weight.data_ptr(), target.data_ptr(),
-                *map(_values, values), pointer(residual), per_slice, epilogue.relu, pointer(image), pointer(dots),
-                pointer(workspace), pointer(counters),
+                *after, pointer(image), pointer(dots), pointer(workspace), pointer(counters),
             )  # fmt: skip
         except RuntimeError:
             self._counters.clear()  # who knows what they hold
             raise
-        del keep
+        del keep, values
         return dots
 
     def _groups(self, experts: Experts, g: Conv2dGeometry, samples: int) -> tuple[Tensor | None, int, bool]:
@@ -420,6 +418,17 @@ def _sides(experts: Experts, g: Conv2dGeometry, device: torch.device) -> tuple[t
     starts = starts_on(g.out_starts, device), starts_on(g.in_starts, device)
     sides = (pointer(out), g.num_out, pointer(starts[0])), (pointer(inner), g.num_in, pointer(starts[1]))
     return sides, (out, inner, starts)
+
+
+def _epilogue(epilogue: Epilogue, width: int) -> tuple[Any, tuple[Any, ...]]:
+    """The tensors that must outlive the call, and the native form."""
+    if epilogue is NO_EPILOGUE:
+        return None, _NO_EPILOGUE
+    values = [dense(t) for t in epilogue[:4]]
+    residual = None if epilogue.residual is None else nhwc(epilogue.residual)
+    affine = values[2] if values[2] is not None else values[3]
+    per_slice = affine is not None and affine.shape[0] != width
+    return (values, residual), (*map(_values, values), pointer(residual), per_slice, epilogue.relu)
 
 
 def _values(value: Tensor | None) -> tuple[int, int, int]:

@@ -72,14 +72,21 @@ def test_use_backend_governs_the_backward(calls: CallCounter) -> None:
     assert calls == {"forward": 1}
 
 
+UNKNOWN = "backend: expected one of auto, reference, cpu, triton, cuda, cuda_sim, got 'tpu'"
+
+
 def test_unknown_backend_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
-        pytest.raises(ValueError, match=r"backend: expected one of auto, reference, cpu, triton, got 'tpu'"),
+        pytest.raises(
+            ValueError, match=r"backend: expected one of auto, reference, cpu, triton, cuda, cuda_sim, got 'tpu'"
+        ),
         use_backend("tpu"),
     ):
         pass
     monkeypatch.setattr(backends, "_environment", "tpu")
-    with pytest.raises(ValueError, match=r"backend: expected one of auto, reference, cpu, triton, got 'tpu'"):
+    with pytest.raises(
+        ValueError, match=r"backend: expected one of auto, reference, cpu, triton, cuda, cuda_sim, got 'tpu'"
+    ):
         _run()
     assert not backends._override
 

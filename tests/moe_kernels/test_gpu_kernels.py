@@ -38,7 +38,6 @@ from moe_kernels import ExpertSlices, RoutedBatchNorm2d, RoutedConv2d, RoutedLin
 from moe_kernels.backends import REFERENCE, Experts, fallback
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BATCH = 34  # more samples than the CUDA kernels order by themselves
 
 
 @pytest.fixture(params=("triton", "cuda_sim"), autouse=True)
@@ -54,6 +53,11 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
             yield request.param
     finally:
         conv.fp32_precision = before
+
+
+def planned(kernels: str) -> int:
+    """A batch for which a plan is read: the CUDA kernels order a few samples by themselves."""
+    return moe_kernels.backends._BACKENDS[kernels].plans_from + 2
 
 
 # --- values and gradients ---------------------------------------------------------------------------------------------
@@ -260,14 +264,15 @@ def test_plan_equals_a_sort(samples: int, num_out: int, num_in: int) -> None:
 
 
 def test_a_plan_is_made_once_for_a_routing(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = planned(kernels)
     calls = CallCounter(monkeypatch, kernels)
     layers = [RoutedConv2d(8, 8, 3, padding=1, num_experts=3) for _ in range(3)]
     norm = RoutedBatchNorm2d(8, 3)
-    expert = torch.arange(BATCH) % 3
-    routing = Routing(expert, torch.rand(BATCH), num_experts=3)
+    expert = torch.arange(batch) % 3
+    routing = Routing(expert, torch.rand(batch), num_experts=3)
 
     def step(routing: Routing) -> None:
-        h = torch.randn(BATCH, 8, 2, 2)
+        h = torch.randn(batch, 8, 2, 2)
         for layer in layers:
             h = layer(h, routing)
         norm(h, routing.ungated()).sum().backward()
@@ -277,7 +282,7 @@ def test_a_plan_is_made_once_for_a_routing(kernels: str, monkeypatch: pytest.Mon
     step(routing)
     assert calls["plan"] == 1
     with torch.no_grad():
-        layers[0](torch.randn(BATCH, 8, 2, 2), routing.expand())
+        layers[0](torch.randn(batch, 8, 2, 2), routing.expand())
     assert calls["plan"] == 1
     expert[0] = 1  # a change that torch counts
     step(routing)
@@ -286,21 +291,23 @@ def test_a_plan_is_made_once_for_a_routing(kernels: str, monkeypatch: pytest.Mon
     assert calls["plan"] == 3
 
 
-def test_one_choice_given_twice_makes_no_pairs() -> None:
+def test_one_choice_given_twice_makes_no_pairs(kernels: str) -> None:
+    batch = planned(kernels)
     layer = RoutedConv2d(ExpertSlices.windows(8, 0.5, 3), ExpertSlices.windows(8, 0.5, 3), 3, padding=1)
-    routing = Routing(torch.arange(BATCH) % 3, num_experts=3)
-    layer(torch.randn(BATCH, 4, 2, 2), routing, routing.ungated())
+    routing = Routing(torch.arange(batch) % 3, num_experts=3)
+    layer(torch.randn(batch, 4, 2, 2), routing, routing.ungated())
     assert list(routing.plans) == [(3, 0)]
 
 
 def test_autocast_keeps_the_plan(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = planned(kernels)
     calls = CallCounter(monkeypatch, kernels)
     layer = RoutedConv2d(8, 8, 3, padding=1, num_experts=2)
-    routing = Routing(torch.arange(BATCH) % 2, num_experts=2)
+    routing = Routing(torch.arange(batch) % 2, num_experts=2)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for _ in range(2):
             functional.routed_conv2d_fused(
-                torch.randn(BATCH, 8, 2, 2), layer.weight, routing, out_slices=layer.out_slices, padding=1
+                torch.randn(batch, 8, 2, 2), layer.weight, routing, out_slices=layer.out_slices, padding=1
             )
     assert calls["plan"] == 1
 
@@ -325,11 +332,12 @@ def test_tiles_are_found_among_any_number_of_groups(groups: int) -> None:
     torch.testing.assert_close(dw, expected)
 
 
-def test_a_kept_plan_is_that_of_its_values() -> None:
+def test_a_kept_plan_is_that_of_its_values(kernels: str) -> None:
     """In-place changes, other tensors in the routing's place, and the input side's own choice."""
+    batch = planned(kernels)
     layer = RoutedConv2d(ExpertSlices.windows(8, 0.5, 2), ExpertSlices.windows(8, 0.5, 3), 3, padding=1)
-    x = torch.randn(BATCH, 4, 2, 2)
-    out, inner = torch.randint(3, (BATCH,)), torch.randint(2, (BATCH,))
+    x = torch.randn(batch, 4, 2, 2)
+    out, inner = torch.randint(3, (batch,)), torch.randint(2, (batch,))
     routing, in_routing = Routing(out, num_experts=3), Routing(inner, num_experts=2)
     for change in range(4):
         if change == 1:
@@ -353,12 +361,13 @@ def test_no_plan_for_large_images_without_a_weight_gradient(kernels: str, monkey
 
 
 def test_an_inference_tensors_plan_is_not_kept(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = planned(kernels)
     calls = CallCounter(monkeypatch, kernels)
     layer = RoutedConv2d(8, 8, 3, padding=1, num_experts=2).eval()
     with torch.inference_mode():
-        routing = Routing(torch.arange(BATCH) % 2, num_experts=2)
+        routing = Routing(torch.arange(batch) % 2, num_experts=2)
         for _ in range(2):
-            layer(torch.randn(BATCH, 8, 2, 2), routing)
+            layer(torch.randn(batch, 8, 2, 2), routing)
     assert calls["plan"] == 2 and not routing.plans
 
 
