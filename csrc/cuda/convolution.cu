@@ -10,7 +10,6 @@ namespace {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-constexpr double kPackBelow = 0.8;  // with a smaller share of a tile's rows in use, it takes rows of several samples
 constexpr int kMaxSplits = 32, kLeastSteps = 4;  // a part of a split reduction has at least so many stages
 constexpr double kSplitCost = 4.0;               // in stages of a tile: writing the parts and adding them
 
@@ -54,7 +53,7 @@ Status choose(const gpu::ConvolutionCall& call, const TileSize* sizes, int count
         c.tile = i, c.tile_m = size.m, c.tile_n = size.n;
         c.blocks_n = divide_up(width, size.n);
         c.tiles_per_sample = divide_up(pixels, size.m);
-        c.packed = s.V > 1 && double(pixels) < kPackBelow * double(c.tiles_per_sample * size.m);
+        c.packed = s.V > 1 && pixels < size.m;  // no tile crosses a sample whose pixels fill one
         c.tiles = c.packed ? tile_bound(s.V, pixels, size.m, call.groups) : s.V * c.tiles_per_sample;
         // the bound has room for routings in unequal parts
         const int64_t expected = c.packed ? divide_up(s.V * pixels, size.m) + std::min(call.groups, s.V) / 2 : c.tiles;

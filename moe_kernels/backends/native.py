@@ -10,10 +10,10 @@ import torch  # first: it brings the OpenMP runtime that the native module's sym
 
 __all__ = ["DTYPE", "module", "pointer", "unavailable"]
 
-module: Any
 try:
-    from .. import _C as module  # type: ignore[attr-defined]
+    from .. import _C  # type: ignore[attr-defined]
 
+    module: Any = _C
     _import_error: str | None = None
 except ImportError as error:
     module = None
