@@ -22,13 +22,13 @@ namespace moe {
 namespace {
 
 using Pointer = std::uintptr_t;
-using Where = std::tuple<int, int, bool, Pointer>;         // device, multiprocessors, overlap, stream
-using Shape = std::array<int64_t, 17>;                     // as Conv2dShape
-using Totals = std::array<int64_t, 2>;                     // rows and columns of the weight
+using Where = std::tuple<int, int, bool, Pointer>;  // device, multiprocessors, overlap, stream
+using Shape = std::array<int64_t, 17>;              // as Conv2dShape
+using Totals = std::array<int64_t, 2>;              // rows and columns of the weight
 using Strides = std::array<int64_t, 4>;
-using Side = std::tuple<Pointer, int64_t, Pointer>;        // expert, number of slices, first channels
-using Groups = std::tuple<int64_t, bool, Pointer>;         // how many, whether they are pairs, the plan
-using Values = std::tuple<Pointer, int64_t, int>;          // data, count, dtype
+using Side = std::tuple<Pointer, int64_t, Pointer>;  // expert, number of slices, first channels
+using Groups = std::tuple<int64_t, bool, Pointer>;   // how many, whether they are pairs, the plan
+using Values = std::tuple<Pointer, int64_t, int>;    // data, count, dtype
 
 template <class T = void>
 const T* in(Pointer p) {
@@ -44,13 +44,10 @@ DType dtype_of(int dtype) {
     return static_cast<DType>(dtype);
 }
 
-gpu::Where where(const Where& w) {
-    return {std::get<0>(w), std::get<1>(w), std::get<2>(w), out(std::get<3>(w))};
-}
+gpu::Where where(const Where& w) { return {std::get<0>(w), std::get<1>(w), std::get<2>(w), out(std::get<3>(w))}; }
 
 Conv2dShape shape_of(const Shape& s) {
-    return {s[0], s[1],  s[2],  s[3],  s[4],  s[5],  s[6],  s[7], s[8],
-            s[9], s[10], s[11], s[12], s[13], s[14], s[15], s[16]};
+    return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12], s[13], s[14], s[15], s[16]};
 }
 
 Slices slices(const Side& out_side, const Side& in_side) {
@@ -127,10 +124,10 @@ void bind_entries(py::module_ m, Entries entries) {
     m.attr("most_groups") = gpu::most_groups;
     m.def(
         "plan",
-        [entries](const Where& w, int64_t samples, int64_t num_out, int64_t num_in, Pointer out_expert,
-                  Pointer in_expert, Pointer plan) {
-            const gpu::PlanCall call{where(w), samples, num_out, num_in, in<int64_t>(out_expert),
-                                     in<int64_t>(in_expert), out<int32_t>(plan)};
+        [entries](const Where& w, int64_t samples, int64_t num_out, int64_t num_in, Pointer out_expert, Pointer in_expert,
+                  Pointer plan) {
+            const gpu::PlanCall call{
+                where(w), samples, num_out, num_in, in<int64_t>(out_expert), in<int64_t>(in_expert), out<int32_t>(plan)};
             char message[kMessage];
             raise_if(entries.plan(&call, message, kMessage), message);
         },
@@ -152,8 +149,8 @@ void bind_entries(py::module_ m, Entries entries) {
         [entries](const Where& w, int dtype, bool tf32, bool backward, const Shape& shape, const Side& out_side,
                   const Side& in_side, const Totals& totals, const Strides& strides, int64_t in_alignment,
                   const Groups& groups, Pointer source, Pointer weight, Pointer target, const Values& bias,
-                  const Values& gate, const Values& scale, const Values& shift, Pointer residual,
-                  bool affine_per_slice, bool relu, Pointer image, Pointer dots, Pointer workspace, Pointer counters) {
+                  const Values& gate, const Values& scale, const Values& shift, Pointer residual, bool affine_per_slice,
+                  bool relu, Pointer image, Pointer dots, Pointer workspace, Pointer counters) {
             auto call = make_call(w, dtype, tf32, backward, shape, out_side, in_side, totals, strides, in_alignment,
                                   groups, source, weight);
             call.target = out(target);
@@ -175,8 +172,7 @@ void bind_entries(py::module_ m, Entries entries) {
     m.def("grad_weight_needs",
           [entries](const Where& w, int dtype, bool tf32, const Shape& shape, const Side& out_side, const Side& in_side,
                     const Totals& totals, const Strides& strides, const Groups& groups, Pointer grad, Pointer input) {
-              const auto call =
-                  make_call(w, dtype, tf32, shape, out_side, in_side, totals, strides, groups, grad, input);
+              const auto call = make_call(w, dtype, tf32, shape, out_side, in_side, totals, strides, groups, grad, input);
               gpu::GradWeightNeeds needs{};
               char message[kMessage];
               raise_if(entries.grad_weight_needs(&call, &needs, message, kMessage), message);

@@ -42,7 +42,7 @@ struct ConvolutionCall {
     int tf32;  // float32 may be rounded to tf32 for the matrix unit
     int backward;
     Conv2dShape shape;
-    Slices slices;  // starts: the device's
+    Slices slices;                // starts: the device's
     int64_t total_out, total_in;  // rows and columns of the weight
     int64_t weight_strides[4];
     int64_t in_alignment;  // a number that divides every first channel of the input side's slices
@@ -98,32 +98,32 @@ struct RouterCall {
     Where where;
     DType dtype;
     int64_t samples, channels, pixels, num_experts;
-    const void* input;           // [B, H, W, C]
+    const void* input;              // [B, H, W, C]
     Values norm_weight, norm_bias;  // [C], or absent
-    int normalize;               // 0: no layer normalisation
+    int normalize;                  // 0: no layer normalisation
     float epsilon;
-    Values weight;  // [N, C]
-    Values bias;    // [N], or absent
+    Values weight;    // [N, C]
+    Values bias;      // [N], or absent
     int64_t* expert;  // [B]; num_experts where a score is NaN
     void* scores;     // [B, N], in dtype; or null
     float* gate;      // [B], or null
 };
 
-constexpr int64_t few_samples = 32;   // a kernel orders so many by itself, without a plan
+constexpr int64_t few_samples = 32;    // a kernel orders so many by itself, without a plan
 constexpr int64_t most_groups = 8191;  // of a plan: a counter for each lies in shared memory
 
 }  // namespace moe::gpu
 
-#define MOE_DECLARE_ENTRIES(prefix)                                                                                  \
-    extern "C" {                                                                                                     \
-    int prefix##_plan(const moe::gpu::PlanCall* call, char* message, size_t size);                                   \
-    int prefix##_convolution_needs(const moe::gpu::ConvolutionCall* call, moe::gpu::ConvolutionNeeds* needs,         \
-                                   char* message, size_t size);                                                      \
-    int prefix##_convolution(const moe::gpu::ConvolutionCall* call, char* message, size_t size);                     \
-    int prefix##_grad_weight_needs(const moe::gpu::GradWeightCall* call, moe::gpu::GradWeightNeeds* needs,           \
-                                   char* message, size_t size);                                                      \
-    int prefix##_grad_weight(const moe::gpu::GradWeightCall* call, char* message, size_t size);                      \
-    int prefix##_router(const moe::gpu::RouterCall* call, char* message, size_t size);                               \
+#define MOE_DECLARE_ENTRIES(prefix)                                                                          \
+    extern "C" {                                                                                             \
+    int prefix##_plan(const moe::gpu::PlanCall* call, char* message, size_t size);                           \
+    int prefix##_convolution_needs(const moe::gpu::ConvolutionCall* call, moe::gpu::ConvolutionNeeds* needs, \
+                                   char* message, size_t size);                                              \
+    int prefix##_convolution(const moe::gpu::ConvolutionCall* call, char* message, size_t size);             \
+    int prefix##_grad_weight_needs(const moe::gpu::GradWeightCall* call, moe::gpu::GradWeightNeeds* needs,   \
+                                   char* message, size_t size);                                              \
+    int prefix##_grad_weight(const moe::gpu::GradWeightCall* call, char* message, size_t size);              \
+    int prefix##_router(const moe::gpu::RouterCall* call, char* message, size_t size);                       \
     }
 
 MOE_DECLARE_ENTRIES(moe_cuda)

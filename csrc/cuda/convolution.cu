@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which tile a forward or input gradient takes, and its entry points.
-#include "cuda/convolution.h"
-
 #include <algorithm>
+
+#include "cuda/convolution.h"
 
 namespace moe::MOE_GPU {
 
@@ -67,7 +67,8 @@ Status choose(const gpu::ConvolutionCall& call, const TileSize* sizes, int count
         const double time = waves * stages * size.m * size.n / size.rate;
         if (least < 0.0 || time < least) least = time, best = c;
     }
-    if (best.packed && (s.V * pixels >= int64_t(1) << 31)) return invalid("%lld rows are too many", (long long)(s.V * pixels));
+    if (best.packed && (s.V * pixels >= int64_t(1) << 31))
+        return invalid("%lld rows are too many", (long long)(s.V * pixels));
     if (best.tiles * best.blocks_n * s.groups >= int64_t(1) << 31) return invalid("more than 2^31 tiles");
     if (best.residues > 65535) return invalid("stride: more than 65535 residues");
     const int64_t sample = std::max(s.C * s.H * s.W, s.K * s.P * s.Q);
@@ -79,10 +80,14 @@ namespace {
 
 Status dispatch(const gpu::ConvolutionCall& call, gpu::ConvolutionNeeds* needs) {
     switch (call.dtype) {
-        case DType::bfloat16: return convolve<device::bfloat16>(call, needs);
-        case DType::float16: return convolve<device::float16>(call, needs);
-        case DType::float32: return call.tf32 ? convolve<device::tf32>(call, needs) : convolve<float>(call, needs);
-        default: return invalid("dtype: expected float32, bfloat16 or float16");
+        case DType::bfloat16:
+            return convolve<device::bfloat16>(call, needs);
+        case DType::float16:
+            return convolve<device::float16>(call, needs);
+        case DType::float32:
+            return call.tf32 ? convolve<device::tf32>(call, needs) : convolve<float>(call, needs);
+        default:
+            return invalid("dtype: expected float32, bfloat16 or float16");
     }
 }
 
@@ -92,8 +97,8 @@ Status dispatch(const gpu::ConvolutionCall& call, gpu::ConvolutionNeeds* needs) 
 
 using namespace moe;
 
-extern "C" int MOE_ENTRY(convolution_needs)(const gpu::ConvolutionCall* call, gpu::ConvolutionNeeds* needs,
-                                            char* message, size_t size) {
+extern "C" int MOE_ENTRY(convolution_needs)(const gpu::ConvolutionCall* call, gpu::ConvolutionNeeds* needs, char* message,
+                                            size_t size) {
     *needs = {};
     return finish(MOE_GPU::dispatch(*call, needs), message, size);
 }

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward and input gradient of a routed convolution as one implicit GEMM over channels_last images.
 //
-// Rows are pixels of the result, columns its channels, and the reduction runs over (tap, channel). The input gradient runs
-// once for each residue of its pixels modulo the stride (block_y), over the taps that meet that residue only: nothing is
-// multiplied by inserted zeros. Where there are fewer tiles than multiprocessors the reduction is split (block_z); the last
-// block of a tile to arrive adds the parts in their order, so that the same inputs give the same bits.
+// Rows are pixels of the result, columns its channels, and the reduction runs over (tap, channel). The input gradient
+// runs once for each residue of its pixels modulo the stride (block_y), over the taps that meet that residue only:
+// nothing is multiplied by inserted zeros. Where there are fewer tiles than multiprocessors the reduction is split
+// (block_z); the last block of a tile to arrive adds the parts in their order, so that the same inputs give the same
+// bits.
 #pragma once
 
 #include <numeric>
@@ -54,9 +55,9 @@ struct ConvolutionParams {
 
 // The taps of one axis that meet a residue, and where they begin.
 struct Taps {
-    int count, first;   // how many, and the first one
+    int count, first;    // how many, and the first one
     int origin, offset;  // first target pixel; what is added to the source pixel
-    int step;           // of the source pixel, from tap to tap
+    int step;            // of the source pixel, from tap to tap
 };
 
 template <class Direction>
@@ -92,14 +93,14 @@ struct ConvolutionLayout {
     static constexpr int kStage = Left::kElements + Right::kElements;
     static constexpr int kStages = std::is_same_v<Loading, Copy> ? Tile::kStages : 2;
     static constexpr int kStageBytes = kStages * kStage * int(sizeof(T));
-    static constexpr int kRowsAt = kStageBytes;                            // sample, pixel, y, x of each row
+    static constexpr int kRowsAt = kStageBytes;  // sample, pixel, y, x of each row
     static constexpr int kFoundAt = kRowsAt + 4 * Tile::kM * int(sizeof(int));
     static constexpr int kBytes = kFoundAt + (kFoundInts + 1) * int(sizeof(int));
     static_assert(int(sizeof(float)) * Tile::kWarpsN * Tile::kM <= kStageBytes, "the dot products' place");
 };
 
-// Fetches one stage by asynchronous copies. Steps are (tap, block of channels), in order: what changes from tap to tap only
-// is kept in between.
+// Fetches one stage by asynchronous copies. Steps are (tap, block of channels), in order: what changes from tap to tap
+// only is kept in between.
 template <class Tile, class Direction>
 struct CopyLoader {
     using Layout = ConvolutionLayout<Tile, Direction, Copy>;
@@ -143,8 +144,8 @@ struct CopyLoader {
             if (kAllLeft || line < Left::kLines) {
                 int64_t sample = rows.load(line);
                 if constexpr (std::is_same_v<Direction, Forward>) sample = int(sample) / p.samples_per_input;
-                base[i] = sample * p.y.source * p.x.source * p.source_channels + conv_group * p.depth +
-                          left_chunk() * kChunk;
+                base[i] =
+                    sample * p.y.source * p.x.source * p.source_channels + conv_group * p.depth + left_chunk() * kChunk;
                 y[i] = rows.load(2 * Tile::kM + line);
                 x[i] = rows.load(3 * Tile::kM + line);
             }
@@ -237,9 +238,9 @@ struct GatherLoader {
         for (int n = device::thread() / kDepth; n < Tile::kN; n += Tile::kThreads / kDepth) {
             T value = device::from_float<T>(0.0f);
             if (inside && first_n + n < p.width) value = p.weight.load(weight + (first_n + n) * p.weight_n);
-            to_right.store(Layout::kFastB ? Right::place(n, k / kChunk) + k % kChunk
-                                          : Right::place(k, n / kChunk) + n % kChunk,
-                           value);
+            to_right.store(
+                Layout::kFastB ? Right::place(n, k / kChunk) + k % kChunk : Right::place(k, n / kChunk) + n % kChunk,
+                value);
         }
     }
 };
@@ -252,7 +253,7 @@ MOE_DEVICE bool add_splits(Tile& tile, Global<float> workspace, Global<int32_t> 
     const int64_t own = (unit * splits + device::block_z()) * vectors * Tile::kThreads * 4;
     MOE_UNROLL
     for (int v = 0; v < vectors; ++v) {
-        const float(&sum)[4] = tile.sum[v / Tile::kBlocksN][v % Tile::kBlocksN];
+        const float (&sum)[4] = tile.sum[v / Tile::kBlocksN][v % Tile::kBlocksN];
         const device::Vector<float, 4> four{sum[0], sum[1], sum[2], sum[3]};
         workspace.template store_vector<4>(own + (v * Tile::kThreads + device::thread()) * 4, four);
     }
@@ -400,8 +401,8 @@ convolution_kernel(const ConvolutionParams<typename Tile::T> p) {
                     for (int e = 0; e < 2; ++e) {
                         const int n = first_n + Tile::column(j, e);
                         if (pixel >= 0 && n < p.width) {
-                            dot = device::multiply_add(tile.sum[i][j][2 * h + e],
-                                                       device::to_float(p.image.load(at + n)), dot);
+                            dot = device::multiply_add(tile.sum[i][j][2 * h + e], device::to_float(p.image.load(at + n)),
+                                                       dot);
                         }
                     }
                 }
@@ -484,7 +485,8 @@ Status choose(const gpu::ConvolutionCall& call, const TileSize* sizes, int count
               ConvolutionChoice& choice);
 
 template <class T>
-ConvolutionParams<T> convolution_params(const gpu::ConvolutionCall& call, const ConvolutionChoice& choice, Status& status) {
+ConvolutionParams<T> convolution_params(const gpu::ConvolutionCall& call, const ConvolutionChoice& choice,
+                                        Status& status) {
     const Conv2dShape& s = call.shape;
     const bool backward = call.backward != 0;
     const int64_t inputs = s.V / s.k;
@@ -503,10 +505,22 @@ ConvolutionParams<T> convolution_params(const gpu::ConvolutionCall& call, const 
     p.shift = view(call.shift, affine, "shift", status);
     const int64_t step_y = backward ? s.stride_h / std::gcd(s.stride_h, s.dil_h) : 1;
     const int64_t step_x = backward ? s.stride_w / std::gcd(s.stride_w, s.dil_w) : 1;
-    p.y = {int(backward ? s.P : s.H), int(backward ? s.H : s.P), int(s.R), int(s.stride_h), int(s.pad_h), int(s.dil_h),
-           int(choice.rows[0]), int(step_y)};
-    p.x = {int(backward ? s.Q : s.W), int(backward ? s.W : s.Q), int(s.S), int(s.stride_w), int(s.pad_w), int(s.dil_w),
-           int(choice.rows[1]), int(step_x)};
+    p.y = {int(backward ? s.P : s.H),
+           int(backward ? s.H : s.P),
+           int(s.R),
+           int(s.stride_h),
+           int(s.pad_h),
+           int(s.dil_h),
+           int(choice.rows[0]),
+           int(step_y)};
+    p.x = {int(backward ? s.Q : s.W),
+           int(backward ? s.W : s.Q),
+           int(s.S),
+           int(s.stride_w),
+           int(s.pad_w),
+           int(s.dil_w),
+           int(choice.rows[1]),
+           int(step_x)};
     p.pixels = Divisor(choice.rows[0] * choice.rows[1]);
     p.row_length = Divisor(choice.rows[1]);
     p.samples_per_input = int(s.k);
@@ -531,8 +545,8 @@ ConvolutionParams<T> convolution_params(const gpu::ConvolutionCall& call, const 
     p.workspace = device::global<float>(choice.splits > 1 ? call.workspace : nullptr,
                                         units * choice.splits * choice.tile_m * choice.tile_n, "workspace");
     p.counters = device::global<int32_t>(choice.splits > 1 ? call.counters : nullptr, units, "counters");
-    p.dots = device::global<float>(call.image ? call.dots : nullptr,
-                                   s.V * choice.blocks_n * s.groups * s.H * s.W, "dots");
+    p.dots =
+        device::global<float>(call.image ? call.dots : nullptr, s.V * choice.blocks_n * s.groups * s.H * s.W, "dots");
     return p;
 }
 
@@ -544,7 +558,10 @@ Status launch_convolution(const gpu::ConvolutionCall& call, const ConvolutionCho
     if (!status.ok()) return status;
     const device::Launch how{call.backward ? "grad_input" : "forward",
                              {choice.tiles * choice.blocks_n * call.shape.groups, choice.residues, choice.splits},
-                             Tile::kThreads, Layout::kBytes, call.where.device, call.where.stream,
+                             Tile::kThreads,
+                             Layout::kBytes,
+                             call.where.device,
+                             call.where.stream,
                              call.where.overlap != 0};
     return device::launch<convolution_kernel<Tile, Direction, Loading>>(how, params);
 }
@@ -579,7 +596,8 @@ Status convolve(const gpu::ConvolutionCall& call, gpu::ConvolutionNeeds* needs) 
     }
     if (units == 0) return status;
     if (choice.packed && !call.plan && call.shape.V > gpu::few_samples) return invalid("plan: expected, got null");
-    if (choice.splits > 1 && !(call.workspace && call.counters)) return invalid("workspace, counters: expected, got null");
+    if (choice.splits > 1 && !(call.workspace && call.counters))
+        return invalid("workspace, counters: expected, got null");
     if (call.image && !call.dots) return invalid("dots: expected beside image, got null");
     if (choice.copies) {
         if (call.backward) return Tiles::Copies::visit(choice.tile, LaunchConvolution<Backward, Copy>{call, choice});

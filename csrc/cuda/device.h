@@ -269,7 +269,7 @@ inline Status from_cuda(cudaError_t error, const char* what) {
 
 // Makes a device current, and the one before it again at its end: this library's runtime has a notion of its own.
 class DeviceGuard {
-   public:
+  public:
     explicit DeviceGuard(int index) {
         status = from_cuda(cudaGetDevice(&before_), "cudaGetDevice");
         if (status.ok() && before_ != index) {
@@ -284,7 +284,7 @@ class DeviceGuard {
     DeviceGuard& operator=(const DeviceGuard&) = delete;
     Status status;
 
-   private:
+  private:
     int before_ = 0;
     bool changed_ = false;
 };

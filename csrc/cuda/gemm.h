@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the implicit GEMMs are made of: tiles of operands in shared memory, fragments, and the product of a stage.
 //
-// A stage holds 64 bytes of the reduction for every row of an operand: 32 elements of 16 bits or 16 of float32. An operand
-// lies in shared memory as in global memory: KFast with the reduction along a row, else with the result's rows (or columns)
-// along it. Chunks of 16 bytes are swizzled, or rows padded, so that the 8 rows of an ldmatrix lie in different banks.
+// A stage holds 64 bytes of the reduction for every row of an operand: 32 elements of 16 bits or 16 of float32. An
+// operand lies in shared memory as in global memory: KFast with the reduction along a row, else with the result's rows
+// (or columns) along it. Chunks of 16 bytes are swizzled, or rows padded, so that the 8 rows of an ldmatrix lie in
+// different banks.
 //
 // Accumulators are those of mma.sync m16n8 in every element type, with float32's products too: lane l holds of each
 // 16 x 8 block the rows l / 4 and l / 4 + 8 and the columns 2 * (l % 4) and the next.
@@ -38,9 +39,9 @@ struct Operand {
     using T = typename Traits<Element>::T;
     static constexpr int kChunk = Traits<Element>::kChunk;
     static constexpr bool kPadded = !KFast && sizeof(T) == 4;
-    static constexpr int kLines = KFast ? Rows : Traits<Element>::kDepth;      // lines in memory, and chunks of a line
+    static constexpr int kLines = KFast ? Rows : Traits<Element>::kDepth;  // lines in memory, and chunks of a line
     static constexpr int kChunks = KFast ? 4 : Rows / kChunk;
-    static constexpr int kLine = kChunks * kChunk + (kPadded ? 8 : 0);         // elements from one line to the next
+    static constexpr int kLine = kChunks * kChunk + (kPadded ? 8 : 0);  // elements from one line to the next
     static constexpr int kElements = kLines * kLine;
 
     // Where a chunk lies, in elements.
@@ -200,8 +201,7 @@ MOE_DEVICE void multiply_in_full(Tile& tile, Shared<float> a, Shared<float> b) {
             for (int h = 0; h < 2; ++h) {
                 const int row = Tile::row(i, h * 2);
                 if constexpr (KFastA) {
-                    const auto four =
-                        a.template load_vector<at_once>(Operand<float, Tile::kM, true>::place(row, chunk));
+                    const auto four = a.template load_vector<at_once>(Operand<float, Tile::kM, true>::place(row, chunk));
                     MOE_UNROLL
                     for (int k = 0; k < at_once; ++k) left[i][h][k] = four.v[k];
                 } else {
@@ -238,8 +238,7 @@ MOE_DEVICE void multiply_in_full(Tile& tile, Shared<float> a, Shared<float> b) {
                 for (int i = 0; i < Tile::kBlocksM; ++i) {
                     MOE_UNROLL
                     for (int e = 0; e < 4; ++e) {
-                        tile.sum[i][j][e] =
-                            device::multiply_add(left[i][e / 2][k], right[e % 2][k], tile.sum[i][j][e]);
+                        tile.sum[i][j][e] = device::multiply_add(left[i][e / 2][k], right[e % 2][k], tile.sum[i][j][e]);
                     }
                 }
             }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The weight gradient's second kernel, which adds the segments of every group; and its entry points.
-#include "cuda/grad_weight.h"
-
 #include <algorithm>
+
+#include "cuda/grad_weight.h"
 
 namespace moe::MOE_GPU {
 
@@ -16,8 +16,8 @@ struct ReduceParams {
     Divisor total_in, taps_s;
     int segment;
     int rows_of_slice, depth;  // K; input channels of a convolution group
-    int columns;  // taps * total_in
-    int blocks;   // of one row
+    int columns;               // taps * total_in
+    int blocks;                // of one row
     int64_t stride_row, stride_column, stride_r, stride_s;
 };
 
@@ -125,7 +125,8 @@ Status add_parts(const gpu::GradWeightCall& call, const GradWeightChoice& choice
     ReduceParams<T> p{};
     p.groups = view(call.slices, s, call.groups, call.pairs, call.plan);
     const int64_t taps = s.R * s.S, depth = s.C / s.groups;
-    p.partial = device::global<float>(static_cast<const void*>(call.workspace), choice.parts * s.K * taps * depth, "workspace");
+    p.partial =
+        device::global<float>(static_cast<const void*>(call.workspace), choice.parts * s.K * taps * depth, "workspace");
     p.grad_weight = device::global<T>(call.grad_weight, call.total_out * call.total_in * taps, "grad_weight");
     p.total_in = Divisor(call.total_in);
     p.taps_s = Divisor(s.S);
@@ -137,8 +138,9 @@ Status add_parts(const gpu::GradWeightCall& call, const GradWeightChoice& choice
     p.stride_row = call.weight_strides[0], p.stride_column = call.weight_strides[1];
     p.stride_r = call.weight_strides[2], p.stride_s = call.weight_strides[3];
     if (call.total_out * p.blocks >= int64_t(1) << 31) return invalid("weight: too many rows");
-    const device::Launch how{"grad_weight's sum", {call.total_out * p.blocks}, kReduceThreads, 129 * int(sizeof(int)),
-                             call.where.device, call.where.stream, call.where.overlap != 0};
+    const device::Launch how{"grad_weight's sum",    {call.total_out * p.blocks}, kReduceThreads,
+                             129 * int(sizeof(int)), call.where.device,           call.where.stream,
+                             call.where.overlap != 0};
     return device::launch<reduce_kernel<T>>(how, p);
 }
 
@@ -147,13 +149,18 @@ Status run(const gpu::GradWeightCall& call, gpu::GradWeightNeeds* needs) {
     Status status;
     const bool only_choose = needs != nullptr;
     switch (call.dtype) {
-        case DType::bfloat16: status = fill_parts<device::bfloat16>(call, choice, only_choose); break;
-        case DType::float16: status = fill_parts<device::float16>(call, choice, only_choose); break;
+        case DType::bfloat16:
+            status = fill_parts<device::bfloat16>(call, choice, only_choose);
+            break;
+        case DType::float16:
+            status = fill_parts<device::float16>(call, choice, only_choose);
+            break;
         case DType::float32:
             status = call.tf32 ? fill_parts<device::tf32>(call, choice, only_choose)
                                : fill_parts<float>(call, choice, only_choose);
             break;
-        default: return invalid("dtype: expected float32, bfloat16 or float16");
+        default:
+            return invalid("dtype: expected float32, bfloat16 or float16");
     }
     if (!status.ok()) return status;
     const Conv2dShape& s = call.shape;
@@ -166,9 +173,12 @@ Status run(const gpu::GradWeightCall& call, gpu::GradWeightNeeds* needs) {
     }
     if (call.total_out * call.total_in * s.R * s.S == 0) return status;
     switch (call.dtype) {
-        case DType::bfloat16: return add_parts<device::bfloat16>(call, choice);
-        case DType::float16: return add_parts<device::float16>(call, choice);
-        default: return add_parts<float>(call, choice);
+        case DType::bfloat16:
+            return add_parts<device::bfloat16>(call, choice);
+        case DType::float16:
+            return add_parts<device::float16>(call, choice);
+        default:
+            return add_parts<float>(call, choice);
     }
 }
 
@@ -180,9 +190,11 @@ Status choose(const gpu::GradWeightCall& call, const TileSize* sizes, int count,
     const int64_t multiprocessors = std::max(call.where.multiprocessors, 1);
     const int64_t width = s.K / s.groups, depth = s.C / s.groups, columns = s.R * s.S * depth;
     const int64_t run = 16 / element_bytes;
-    if (!call.plan && s.V > gpu::few_samples && call.workspace) return invalid("plan: expected for more than %d samples, got null", int(gpu::few_samples));
+    if (!call.plan && s.V > gpu::few_samples && call.workspace)
+        return invalid("plan: expected for more than %d samples, got null", int(gpu::few_samples));
     if (s.K * columns >= int64_t(1) << 31) return invalid("weight: one slice has 2^31 elements or more");
-    if (std::max(s.C * s.H * s.W, s.K * s.P * s.Q) >= int64_t(1) << 31) return invalid("one sample has 2^31 elements or more");
+    if (std::max(s.C * s.H * s.W, s.K * s.P * s.Q) >= int64_t(1) << 31)
+        return invalid("one sample has 2^31 elements or more");
     GradWeightChoice c{};
     c.copies = width % run == 0 && depth % run == 0;
     for (const void* p : {call.grad, call.input}) c.copies = c.copies && reinterpret_cast<uintptr_t>(p) % 16 == 0;

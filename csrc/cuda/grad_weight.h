@@ -16,14 +16,14 @@ namespace moe::MOE_GPU {
 template <class T>
 struct GradWeightParams {
     Grouping groups;
-    Global<const T> grad;   // [V, P, Q, K]
-    Global<const T> input;  // [B, H, W, C]
-    Global<float> partial;  // [parts, K, columns]
+    Global<const T> grad;                       // [V, P, Q, K]
+    Global<const T> input;                      // [B, H, W, C]
+    Global<float> partial;                      // [parts, K, columns]
     Divisor pixels, row_length, depth, taps_s;  // P * Q, Q, input channels of a convolution group, S
     int samples_per_input, segment;
-    int rows, row_pixels;                 // H, W
-    int grad_channels, source_channels;   // K, C
-    int width, columns;                   // output channels of a convolution group; R * S * depth
+    int rows, row_pixels;                // H, W
+    int grad_channels, source_channels;  // K, C
+    int width, columns;                  // output channels of a convolution group; R * S * depth
     int blocks_m, blocks_n, conv_groups;
     int stride_h, stride_w, pad_h, pad_w, dil_h, dil_w;
 };
@@ -41,8 +41,8 @@ struct GradWeightLayout {
 // A pixel of the reduction on its way through a segment.
 template <class T>
 struct Pixel {
-    int left;        // pixels of the segment from this one on; none: outside
-    int at, sample;  // in its image; in the segment
+    int left;             // pixels of the segment from this one on; none: outside
+    int at, sample;       // in its image; in the segment
     int64_t grad, input;  // where its images begin
 
     MOE_DEVICE void start(const GradWeightParams<T>& p, Shared<int> memory, const Found& found, int line, int end) {
@@ -91,7 +91,8 @@ MOE_DEVICE int64_t input_at(const GradWeightParams<T>& p, const Pixel<T>& pixel,
     const int row = p.row_length.quotient(pixel.at);
     const int y = row * p.stride_h + column.y;
     const int x = (pixel.at - row * int(p.row_length.value)) * p.stride_w + column.x;
-    const bool seen = pixel.left > 0 && column.inside && unsigned(y) < unsigned(p.rows) && unsigned(x) < unsigned(p.row_pixels);
+    const bool seen =
+        pixel.left > 0 && column.inside && unsigned(y) < unsigned(p.rows) && unsigned(x) < unsigned(p.row_pixels);
     return seen ? pixel.input + (y * p.row_pixels + x) * p.source_channels + column.channel : -1;
 }
 
@@ -132,7 +133,8 @@ grad_weight_kernel(const GradWeightParams<typename Tile::T> p) {
     constexpr bool copies = std::is_same_v<Loading, Copy>;
     constexpr int chunk = copies ? run : 1;
     constexpr int left_lines = Tile::kThreads / (Tile::kM / chunk), right_lines = Tile::kThreads / (Tile::kN / chunk);
-    static_assert(left_lines > 0 && right_lines > 0 && depth % left_lines == 0 && depth % right_lines == 0, "whole rounds");
+    static_assert(left_lines > 0 && right_lines > 0 && depth % left_lines == 0 && depth % right_lines == 0,
+                  "whole rounds");
     const int left_line = device::thread() / (Tile::kM / chunk), right_line = device::thread() / (Tile::kN / chunk);
     const int left_at = device::thread() % (Tile::kM / chunk) * chunk;
     const int right_at = device::thread() % (Tile::kN / chunk) * chunk;
@@ -158,11 +160,13 @@ grad_weight_kernel(const GradWeightParams<typename Tile::T> p) {
             for (int i = 0; i < lefts; ++i) {
                 const Pixel<T>& pixel = left_pixel[i];
                 device::copy_async(left.at(left_place(left_line + i * left_lines)),
-                                   p.grad.at(pixel.grad + pixel.at * p.grad_channels + row), pixel.left > 0 && row_inside);
+                                   p.grad.at(pixel.grad + pixel.at * p.grad_channels + row),
+                                   pixel.left > 0 && row_inside);
             }
             MOE_UNROLL
             for (int i = 0; i < rights; ++i) {
-                const int64_t from = input_at(p, same_lines ? left_pixel[i % lefts] : right_pixel[same_lines ? 0 : i], column);
+                const int64_t from =
+                    input_at(p, same_lines ? left_pixel[i % lefts] : right_pixel[same_lines ? 0 : i], column);
                 device::copy_async(right.at(right_place(right_line + i * right_lines)), p.input.at(from), from >= 0);
             }
             MOE_UNROLL
@@ -202,7 +206,7 @@ grad_weight_kernel(const GradWeightParams<typename Tile::T> p) {
             MOE_UNROLL
             for (int j = 0; j < Tile::kBlocksN; ++j) {
                 const int n = first_n + Tile::column(j, 0);
-                const float(&sum)[4] = tile.sum[i][j];
+                const float (&sum)[4] = tile.sum[i][j];
                 if (p.columns % 2 == 0) {
                     if (n < p.columns) p.partial.template store_vector<2>(at + n, {sum[2 * h], sum[2 * h + 1]});
                 } else {
@@ -249,9 +253,10 @@ Status launch_grad_weight(const gpu::GradWeightCall& call, const GradWeightChoic
     p.blocks_m = int(choice.blocks_m), p.blocks_n = int(choice.blocks_n), p.conv_groups = int(s.groups);
     p.stride_h = int(s.stride_h), p.stride_w = int(s.stride_w);
     p.pad_h = int(s.pad_h), p.pad_w = int(s.pad_w), p.dil_h = int(s.dil_h), p.dil_w = int(s.dil_w);
-    const device::Launch how{"grad_weight", {choice.parts * choice.blocks_m * choice.blocks_n * s.groups},
-                             Tile::kThreads, GradWeightLayout<Tile, Loading>::kBytes, call.where.device,
-                             call.where.stream, call.where.overlap != 0};
+    const device::Launch how{"grad_weight",          {choice.parts * choice.blocks_m * choice.blocks_n * s.groups},
+                             Tile::kThreads,         GradWeightLayout<Tile, Loading>::kBytes,
+                             call.where.device,      call.where.stream,
+                             call.where.overlap != 0};
     return device::launch<grad_weight_kernel<Tile, Loading>>(how, p);
 }
 
@@ -269,7 +274,8 @@ struct LaunchGradWeight {
 template <class Element>
 Status fill_parts(const gpu::GradWeightCall& call, GradWeightChoice& choice, bool only_choose) {
     using Tiles = GradWeightTiles<Element>;
-    const Status status = choose(call, Tiles::kSizes, Tiles::Copies::kCount, int(sizeof(typename Traits<Element>::T)), choice);
+    const Status status =
+        choose(call, Tiles::kSizes, Tiles::Copies::kCount, int(sizeof(typename Traits<Element>::T)), choice);
     if (!status.ok() || only_choose || call.shape.V == 0) return status;
     if (choice.copies) return Tiles::Copies::visit(choice.tile, LaunchGradWeight<Copy>{call, choice});
     return launch_grad_weight<typename Tiles::Gathers, Gather>(call, choice);

@@ -92,10 +92,10 @@ inline int64_t tile_bound(int64_t samples, int64_t rows_per_sample, int64_t tile
 
 // What find_tile leaves in shared memory, and the order of few samples after it.
 struct Found {
-    int group;  // above `count`: there is no such tile
-    int place;  // of the group's first sample in the order
-    int first;  // the tile's first row in the group
-    int rows;   // of the group
+    int group;   // above `count`: there is no such tile
+    int place;   // of the group's first sample in the order
+    int first;   // the tile's first row in the group
+    int rows;    // of the group
     int before;  // tiles of the groups before
 };
 constexpr int kFoundInts = 5 + int(gpu::few_samples);

@@ -76,8 +76,13 @@ Status make_plan(const gpu::PlanCall& call) {
     if (call.samples >= int64_t(1) << 31) return invalid("samples: fewer than 2^31, got %lld", (long long)call.samples);
     params.plan = device::global(call.plan, params.groups.count + 2 + call.samples, "plan");
     const int threads = int(std::clamp<int64_t>((call.samples + 31) / 32 * 32, 32, kPlanThreads));
-    const device::Launch how{"plan", {}, threads, (params.groups.count + 1) * int(sizeof(int)), call.where.device,
-                             call.where.stream, call.where.overlap != 0};
+    const device::Launch how{"plan",
+                             {},
+                             threads,
+                             (params.groups.count + 1) * int(sizeof(int)),
+                             call.where.device,
+                             call.where.stream,
+                             call.where.overlap != 0};
     return device::launch<plan_kernel>(how, params);
 }
 

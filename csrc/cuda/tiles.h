@@ -31,11 +31,12 @@ struct TileList {
 // Of forward and input gradient. The last tile is that of calls that gather.
 template <class Element>
 struct ConvolutionTiles {  // bfloat16 and float16
-    using Copies = TileList<Tile<Element, 128, 128, 2, 4, 4>, Tile<Element, 128, 64, 2, 2, 4>,
-                            Tile<Element, 64, 64, 2, 2, 4>, Tile<Element, 128, 32, 4, 1, 4>,
-                            Tile<Element, 16, 64, 1, 4, 6>>;
+    using Copies =
+        TileList<Tile<Element, 128, 128, 2, 4, 4>, Tile<Element, 128, 64, 2, 2, 4>, Tile<Element, 64, 64, 2, 2, 4>,
+                 Tile<Element, 128, 32, 4, 1, 4>, Tile<Element, 16, 64, 1, 4, 6>>;
     using Gathers = Tile<Element, 64, 64, 2, 2, 2>;
-    static constexpr TileSize kSizes[] = {{128, 128, 1.0}, {128, 64, 0.85}, {64, 64, 0.6}, {128, 32, 0.55}, {16, 64, 0.2}};
+    static constexpr TileSize kSizes[] = {
+        {128, 128, 1.0}, {128, 64, 0.85}, {64, 64, 0.6}, {128, 32, 0.55}, {16, 64, 0.2}};
 };
 template <>
 struct ConvolutionTiles<device::tf32> {
@@ -54,8 +55,8 @@ struct ConvolutionTiles<float> {
 // Of the weight gradient: rows are output channels, columns (tap, input channel).
 template <class Element>
 struct GradWeightTiles {  // bfloat16 and float16
-    using Copies = TileList<Tile<Element, 128, 128, 2, 4, 4>, Tile<Element, 64, 64, 2, 2, 4>,
-                            Tile<Element, 32, 128, 1, 4, 4>>;
+    using Copies =
+        TileList<Tile<Element, 128, 128, 2, 4, 4>, Tile<Element, 64, 64, 2, 2, 4>, Tile<Element, 32, 128, 1, 4, 4>>;
     using Gathers = Tile<Element, 64, 64, 2, 2, 2>;
     static constexpr TileSize kSizes[] = {{128, 128, 1.0}, {64, 64, 0.6}, {32, 128, 0.55}};
 };

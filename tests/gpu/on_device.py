@@ -14,13 +14,16 @@ import torch.nn.functional as F
 from oracle import Case, Numbers, windows
 from torch import Tensor, nn
 
-from moe_kernels import RoutedBatchNorm2d, RoutedConv2d, RoutedLinear, Routing
+from moe_kernels import RoutedBatchNorm2d, RoutedConv2d, RoutedLinear, Routing, backends
 
 DEVICE = torch.device("cuda")
 EXPERTS = 3
 
 # Both operands of a product lose all but 10 bits: 2 * 2**-10 of the product, in units of float32's eps.
 TF32_ROUNDINGS = 2**14
+
+# Batches of the tests about plans: the backend cuda reads none for the first, every backend reads one for the second.
+FEW, MANY = 6, 36
 
 
 def there(t: Tensor, device: torch.device | None = None) -> Tensor:
@@ -103,6 +106,12 @@ def images(batch: int = 6, size: int = 8, dtype: torch.dtype = torch.float32) ->
 
 def choice(*expert: int, num_experts: int = EXPERTS) -> Routing:
     return Routing(torch.tensor(expert, device=DEVICE), num_experts=num_experts)
+
+
+def counters() -> list[Tensor]:
+    """What the backend in use keeps for its split reductions."""
+    kernels: Any = backends.choose(DEVICE)
+    return list(getattr(kernels, "_counters", {}).values())
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:

@@ -4,20 +4,39 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import oracle
 import pytest
 import torch
-from on_device import DEVICE, assert_close_in_norm, check, choice, compare, images, net, no_synchronisation, on_device
+from on_device import (
+    DEVICE,
+    FEW,
+    MANY,
+    assert_close_in_norm,
+    check,
+    choice,
+    compare,
+    counters,
+    images,
+    net,
+    no_synchronisation,
+    on_device,
+)
 from oracle import LAYOUTS, NAMED, Case, named, partition, whole, windows
 from torch import Tensor
 
+import moe_kernels
 from moe_kernels import ExpertSlices, RoutedBatchNorm2d, RoutedConv2d, RoutedLinear, Routing, functional, use_backend
 
 pytestmark = pytest.mark.gpu
 
+REPEATS = 50  # of what only a race would make differ
 ARITHMETIC = {
     "float32": (torch.float32, False),
     "tf32": (torch.float32, True),
@@ -142,7 +161,7 @@ SIDES = {"partition": (16, 3), "windows": (windows(32, 0.5, 3), None)}
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("side", list(SIDES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_batch_norm(dtype: torch.dtype, side: str, layout: torch.memory_format) -> None:
+def test_batch_norm(dtype: torch.dtype, side: str, layout: torch.memory_format, backend: str) -> None:
     """Against the same layer in torch's own operators, in float64 on the CPU: training, then eval."""
     features, num_experts = SIDES[side]
     layer = RoutedBatchNorm2d(features, num_experts, device=DEVICE)  # type: ignore[arg-type]
@@ -160,7 +179,7 @@ def test_batch_norm(dtype: torch.dtype, side: str, layout: torch.memory_format) 
         results = []
         for module, device, wide in ((layer, DEVICE, dtype), (truth, torch.device("cpu"), torch.float64)):
             leaf = x.to(device, wide).requires_grad_()
-            with use_backend("reference" if module is truth else "auto"):
+            with use_backend("reference" if module is truth else backend):
                 y = module(leaf, Routing(which.to(device), num_experts=3))
                 grads = torch.autograd.grad(y, [leaf, module.weight, module.bias], dy.to(device, wide))
             results.append((y, *grads))
@@ -184,13 +203,14 @@ def test_eval_packs_the_weight_and_follows_it() -> None:
         torch.optim.SGD([layer.weight], lr=0.1).step()  # in eval mode: the kept form must not survive it
 
 
-def test_a_routing_changed_in_place_is_seen() -> None:
+@pytest.mark.parametrize("batch", [FEW, MANY])
+def test_a_routing_changed_in_place_is_seen(batch: int) -> None:
     """The plan that a Routing keeps is that of its values, not of its address."""
-    model, x = net(router=False), images()
-    expert = torch.tensor([0, 1, 2, 0, 1, 1], device=DEVICE)
+    model, x = net(router=False), images(batch)
+    expert = torch.tensor([0, 1, 2, 0, 1, 1], device=DEVICE).repeat(batch // 6)
     routing = Routing(expert, num_experts=3)
     first = model(x, routing)
-    expert.copy_(torch.tensor([2, 2, 0, 1, 0, 0], device=DEVICE))
+    expert.copy_(torch.tensor([2, 2, 0, 1, 0, 0], device=DEVICE).repeat(batch // 6))
     model.norm.reset_running_stats()
     assert torch.equal(model(x, routing), model(x, Routing(expert.clone(), num_experts=3)))
     assert not torch.equal(model(x, routing), first)
@@ -256,3 +276,174 @@ def test_kernels_run_on_the_current_stream() -> None:
         y = layer(late, routing)
     stream.synchronize()
     assert torch.equal(y, expected)
+
+
+# --- kernels that follow each other closely, or run at once -------------------------------------------------------------
+
+
+def _chain(layers: list[RoutedConv2d], x: Tensor, routing: Routing, wait: bool = False) -> Tensor:
+    for layer in layers:
+        x = layer(x, routing)
+        if wait:
+            torch.cuda.synchronize()
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 2, 3, 8, 16])
+def test_a_layer_after_a_layer(batch: int, dtype: torch.dtype) -> None:
+    """With so few samples a kernel may start before the one ahead of it has ended: what it reads must be there, and what
+    it writes over, memory that was free by then, read by all. Bits of calls that wait for each other."""
+    wide = windows(64, 0.5, 3)
+    layers = [RoutedConv2d(32, wide, 3, padding=1), RoutedConv2d(wide, 64, 3, stride=2, padding=1, num_experts=3)]
+    layers += [RoutedConv2d(64, 64, 3, padding=1, num_experts=3), RoutedConv2d(64, 32, 1, num_experts=3)]
+    layers = [layer.to(DEVICE, dtype, memory_format=torch.channels_last).eval() for layer in layers]
+    inputs = torch.randn(8, batch, 32, 8, 8).to(DEVICE, dtype).unbind(0)
+    inputs = tuple(x.contiguous(memory_format=torch.channels_last) for x in inputs)
+    routings = [Routing(torch.randint(3, (batch,)).to(DEVICE), num_experts=3) for _ in inputs]
+    with torch.no_grad():
+        expected = [_chain(layers, x, routing, wait=True) for x, routing in zip(inputs, routings, strict=True)]
+        for _ in range(REPEATS):
+            found = [_chain(layers, x, routing) for x, routing in zip(inputs, routings, strict=True)]
+            assert torch.equal(torch.stack(found), torch.stack(expected))
+        with use_backend("reference"):
+            truth = [_chain(layers, x, routing) for x, routing in zip(inputs, routings, strict=True)]
+    bound = 1e-5 if dtype == torch.float32 else 3e-2
+    assert_close_in_norm(torch.stack(found), torch.stack(truth), bound)
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_a_training_step_of_layers_after_layers(batch: int) -> None:
+    """The same of the backward pass: each input gradient is read by the next, and by a weight gradient."""
+    model, x, dy = net(norm=False, router=False), images(batch), torch.randn(batch, 10, device=DEVICE)
+    routing = Routing(torch.randint(3, (batch,)).to(DEVICE), num_experts=3)
+    leaf = x.requires_grad_()
+    leaves = [leaf, *model.parameters()]
+    first: tuple[Tensor, ...] = ()
+    for _ in range(REPEATS):
+        grads = torch.autograd.grad(model(leaf, routing), leaves, dy)
+        first = first or grads
+        assert all(torch.equal(a, b) for a, b in zip(grads, first, strict=True))
+    with use_backend("reference"):
+        truth = torch.autograd.grad(model(leaf, routing), leaves, dy)
+    for a, b in zip(first, truth, strict=True):
+        assert_close_in_norm(a, b, 1e-4)
+
+
+def test_two_streams_at_once(backend: str) -> None:
+    """Split reductions of both run beside each other: neither may see the other's counters."""
+    layer = RoutedConv2d(256, 256, 3, padding=1, bias=False, num_experts=3, device=DEVICE).requires_grad_(False)
+    inputs = torch.randn(2, 1, 256, 4, 4, device=DEVICE).unbind(0)
+    routings = choice(1), choice(2)
+    expected = [layer(x, routing) for x, routing in zip(inputs, routings, strict=True)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in inputs]
+    found: list[list[Tensor]] = [[] for _ in inputs]
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)  # both queues are filled before the first kernel runs
+    for _ in range(REPEATS):
+        for stream, x, routing, results in zip(streams, inputs, routings, found, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(layer(x, routing))
+    torch.cuda.synchronize()
+    for results, y in zip(found, expected, strict=True):
+        assert all(torch.equal(result, y) for result in results)
+    if backend == "cuda":
+        assert len(counters()) >= 2 and not any(bool(t.any()) for t in counters())
+
+
+# --- the router of pooled features --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gate", ["straight_through", "softmax", "none"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 37])
+def test_pooled_routing_is_its_composition(batch: int, dtype: torch.dtype, normalize: bool, gate: str) -> None:
+    x = images(batch, 9, dtype)
+    norm, linear = torch.nn.LayerNorm(16), torch.nn.Linear(16, 5)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    norm, linear = norm.to(DEVICE, dtype), linear.to(DEVICE, dtype)
+    affine = (norm.weight, norm.bias) if normalize else (None, None)
+    with torch.no_grad(), no_synchronisation():
+        routing = functional.pooled_routing(x, linear.weight, linear.bias, *affine, normalize=normalize, gate=gate)
+    features = x.double().mean((2, 3))
+    if normalize:
+        features = torch.nn.functional.layer_norm(features, [16], norm.weight.double(), norm.bias.double(), norm.eps)
+    scores = torch.nn.functional.linear(features, linear.weight.double(), linear.bias.double())
+    first, second = scores.topk(2, dim=1).values.unbind(1)
+    close = 1e-4 if dtype == torch.float32 else 0.1  # scores so near each other may be ordered either way
+    clear = first - second > close
+    assert (batch == 1 or clear.any()) and torch.equal(routing.expert[clear], scores.argmax(1)[clear])
+    if gate == "softmax":
+        assert routing.gate is not None and routing.gate.dtype == dtype
+        expected = scores.softmax(1).gather(1, routing.expert[:, None])[:, 0]
+        torch.testing.assert_close(routing.gate.reshape(-1).double(), expected, rtol=close, atol=close)
+    elif routing.gate is not None:
+        assert (routing.gate == 1).all()
+
+
+def test_pooled_routing_gives_a_sample_with_nan_no_expert() -> None:
+    x, weight = images(5), torch.randn(3, 16, device=DEVICE)
+    good = functional.pooled_routing(x, weight).expert
+    x[2, 4, 1, 1] = float("nan")
+    expert = functional.pooled_routing(x, weight).expert
+    rest = [0, 1, 3, 4]
+    assert expert[2] == 3 and torch.equal(expert[rest], good[rest])
+
+
+# --- fresh processes ----------------------------------------------------------------------------------------------------
+
+_START = """
+import hashlib, os, sys
+import torch
+from moe_kernels import ExpertSlices, RoutedConv2d, RoutedLinear, Routing, functional
+torch.manual_seed(0)
+wide = ExpertSlices.windows(64, 0.5, 3)
+layers = [RoutedConv2d(16, wide, 3, padding=1), RoutedConv2d(wide, 64, 3, 2, 1, num_experts=3)]
+layers = [layer.to(DEVICE) for layer in layers]
+x = torch.randn(40, 16, 9, 9).to(DEVICE).requires_grad_()
+weight = torch.randn(3, 16).to(DEVICE)
+torch.cuda.synchronize()
+started = []
+sys.addaudithook(lambda event, args: started.append(args[0]) if event in ("subprocess.Popen", "os.exec") else None)
+"""
+_CALLS = """
+with torch.no_grad():
+    routing = functional.pooled_routing(x, weight)
+y = x
+for layer in layers:
+    y = layer(y, routing)
+(y * y).sum().backward()
+torch.cuda.synchronize()
+values = [y.detach(), x.grad, *(p.grad for layer in layers for p in layer.parameters())]
+digest = hashlib.sha256(b"".join(v.cpu().contiguous().numpy().tobytes() for v in values)).hexdigest()
+print("STARTED", started)
+print("DIGEST", digest)
+"""
+
+
+def _in_a_fresh_process(backend: str, **variables: str) -> dict[str, str]:
+    path = os.pathsep.join([str(Path(moe_kernels.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "MOE_KERNELS_BACKEND": backend, **variables}
+    script = _START.replace("DEVICE", repr(str(DEVICE))) + _CALLS
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    lines = (line.split(" ", 1) for line in done.stdout.splitlines())
+    return {name: rest for name, rest in lines if name in ("STARTED", "DIGEST")}
+
+
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+def test_nothing_is_compiled_at_the_first_call(backend: str, tmp_path: Path) -> None:
+    """No process is started, and Triton's cache of compiled kernels stays empty."""
+    found = _in_a_fresh_process(backend, TRITON_CACHE_DIR=str(tmp_path))
+    assert found["STARTED"] == "[]" and not list(tmp_path.iterdir())
+
+
+def test_another_process_gives_the_same_bits(backend: str) -> None:
+    first, second = (_in_a_fresh_process(backend)["DIGEST"] for _ in range(2))
+    assert first == second

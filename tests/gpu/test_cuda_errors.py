@@ -143,13 +143,14 @@ print("done")
 """
 
 
-def test_memcheck_finds_nothing() -> None:
+def test_memcheck_finds_nothing(backend: str) -> None:
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         pytest.skip("compute-sanitizer is neither on PATH nor in /usr/local/cuda/bin")
     path = os.pathsep.join([str(Path(moe_kernels.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     # each tensor an allocation of its own, so that a step past its end is seen
     environment = {**os.environ, "PYTHONPATH": path, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment["MOE_KERNELS_BACKEND"] = backend
     script = [sys.executable, "-c", _SCRIPT]
     memcheck = [tool, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
     # alone first: the kernels are then compiled, and a failure under the tool is the tool's finding

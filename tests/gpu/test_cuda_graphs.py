@@ -9,9 +9,12 @@ import pytest
 import torch
 from on_device import (
     DEVICE,
+    FEW,
+    MANY,
     assert_same_bits,
     capture,
     choice,
+    counters,
     gradients,
     images,
     net,
@@ -28,6 +31,10 @@ from moe_kernels import RoutedBatchNorm2d, RoutedConv2d, RoutedLinear, Routing
 pytestmark = pytest.mark.gpu
 
 CHOICES = ([0, 1, 2, 0, 1, 1], [2, 2, 2, 2, 2, 2], [1, 0, 0, 2, 1, 0])
+
+
+def _choices(batch: int) -> list[Tensor]:
+    return [torch.tensor(choices, device=DEVICE).repeat(batch // 6) for choices in CHOICES]
 
 
 # --- no synchronisation -------------------------------------------------------------------------------------------------
@@ -133,32 +140,36 @@ def _eager(model: nn.Module, x: Tensor, expert: Tensor, dy: Tensor) -> dict[str,
     return {"output": y.detach(), "input": dx, **dict(zip(names, rest, strict=True))}
 
 
-def test_a_routing_made_before_the_capture_may_change_between_replays() -> None:
+@pytest.mark.parametrize("batch", [FEW, MANY])
+def test_a_routing_made_before_the_capture_may_change_between_replays(batch: int) -> None:
     """Its plan, kept from the eager calls before, is no part of the graph and must not be used in it."""
-    model, x = net(router=False), images()
-    expert = torch.tensor(CHOICES[0], device=DEVICE)
-    routing, dy = Routing(expert, num_experts=3), torch.randn(6, 10, device=DEVICE)
+    model, x = net(router=False), images(batch)
+    first, *others = _choices(batch)
+    expert = first.clone()
+    routing, dy = Routing(expert, num_experts=3), torch.randn(batch, 10, device=DEVICE)
     model(x, routing).sum().backward()
     replay, found = _captured(model, x, routing, dy)
-    for now in CHOICES[1:]:
-        expert.copy_(torch.tensor(now, device=DEVICE))
+    for now in others:
+        expert.copy_(now)
         replay()  # type: ignore[operator]
         assert_same_bits(found, _eager(model, x, expert, dy))
     # and the plan of the capture, in memory that belongs to the graph, serves no eager call
-    expert.copy_(torch.tensor(CHOICES[0], device=DEVICE))
+    expert.copy_(first)
     expected = _eager(model, x, expert, dy)
     assert torch.equal(model(x, routing), expected["output"])
 
 
-def test_two_captures_with_one_routing() -> None:
+@pytest.mark.parametrize("batch", [FEW, MANY])
+def test_two_captures_with_one_routing(batch: int) -> None:
     """Each makes its own plan: the second one is replayed first, when the first one's plan is of other choices."""
     models = [net(router=False), net(router=False)]
-    x, dy = images(), torch.randn(6, 10, device=DEVICE)
-    expert = torch.tensor(CHOICES[0], device=DEVICE)
+    x, dy = images(batch), torch.randn(batch, 10, device=DEVICE)
+    first, *others = _choices(batch)
+    expert = first.clone()
     routing = Routing(expert, num_experts=3)
     captured = [_captured(model, x, routing, dy) for model in models]
-    for now in CHOICES[1:]:
-        expert.copy_(torch.tensor(now, device=DEVICE))
+    for now in others:
+        expert.copy_(now)
         for model, (replay, found) in reversed(list(zip(models, captured, strict=True))):
             replay()  # type: ignore[operator]
             assert_same_bits(found, _eager(model, x, expert, dy))
@@ -181,6 +192,32 @@ def test_inference_as_a_graph(dtype: torch.dtype, mode: type) -> None:
             x.copy_(batch)
             replay()
             assert torch.equal(found[0], model(batch))
+
+
+def test_a_split_reduction_as_a_graph(backend: str) -> None:
+    """Its counters are the graph's own, and zero again after each replay."""
+    layer = RoutedConv2d(256, 256, 3, padding=1, bias=False, num_experts=3, device=DEVICE).requires_grad_(False)
+    x, found = torch.randn(1, 256, 4, 4, device=DEVICE).contiguous(memory_format=torch.channels_last), []
+    routing = choice(1)
+
+    def step() -> None:
+        leaf = x.detach().requires_grad_()
+        y = layer(leaf, routing)
+        found[:] = [y.detach(), torch.autograd.grad(y, leaf, y.detach())[0]]
+
+    step()
+    expected = [t.clone() for t in found]
+    if backend == "cuda":
+        assert counters(), "one sample of 4x4 and 256 channels: the reduction was to be split"
+    warm_up(step)
+    replay = capture(step)
+    kept = [t.clone() for t in counters()]
+    for _ in range(3):
+        for t in found:
+            t.fill_(float("nan"))
+        replay()
+        assert all(torch.equal(t, e) for t, e in zip(found, expected, strict=True))
+    assert all(torch.equal(t, k) and not t.any() for t, k in zip(counters(), kept, strict=True))
 
 
 # --- torch.compile ------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ MUTANTS = {
         "gemm.h",
         "device::sync_threads();  // this stage",
         "// this stage",
-        "another thread|which thread",
+        "which thread|no thread of this block",
     ),
     "a wait for one group too few": ("gemm.h", "wait_copies<Stages - 2>", "wait_copies<Stages - 1>", "on its way"),
     "no barrier after the rows": (
