@@ -180,7 +180,7 @@ class CudaBackend(Backend):
         dw = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
         dy, x = nhwc(grad), nhwc(input)
         sides, keep = _sides(experts, g, grad.device)
-        plan, count, pairs = self._groups(experts, g, samples)
+        plan, (count, pairs) = experts.plan, experts.groups(g, samples)
         kernels, where = self._kernels, self._where(grad.device, samples)
         fixed = (
             where, DTYPE[grad.dtype], uses_tf32(grad), _shape(samples, g, input.shape, grad.shape, shape), *sides,
@@ -287,7 +287,7 @@ class CudaBackend(Backend):
         """Fills ``target``; with ``image`` returns the dot products of each pixel, ``[V, columns, H * W]``."""
         samples, device = target.shape[0], target.device
         sides, keep = _sides(experts, g, device)
-        plan, count, pairs = self._groups(experts, g, samples)
+        plan, (count, pairs) = experts.plan, experts.groups(g, samples)
         kernels, where = self._kernels, self._where(device, samples)
         fixed = (
             where, DTYPE[source.dtype], uses_tf32(source), backward, shape, *sides, tuple(weight.shape[:2]),
@@ -316,21 +316,6 @@ class CudaBackend(Backend):
             raise
         del keep, values
         return dots
-
-    def _groups(self, experts: Experts, g: Conv2dGeometry, samples: int) -> tuple[Tensor | None, int, bool]:
-        """The plan if one was made before; how many groups there are; and whether they are pairs of experts."""
-        both = g.num_out > 0 and g.num_in > 0
-        plan = experts.plan
-        if plan is None:
-            pairs = both and not experts.same_choice()
-            return None, max(g.num_out, 1) * (max(g.num_in, 1) if pairs or not g.num_out else 1), pairs
-        count = plan.shape[0] - samples - 2
-        possible = [max(g.num_out, 1) * max(g.num_in, 1)]
-        if g.num_out == g.num_in:
-            possible.append(max(g.num_out, 1))
-        if plan.dtype != torch.int32 or count not in possible:
-            raise ValueError(f"plan: expected int32 for {samples} samples, got {plan.dtype} of shape {tuple(plan.shape)}")
-        return plan, count, both and not count == g.num_out == g.num_in
 
     def _plan(self, experts: Experts, g: Conv2dGeometry, samples: int, pairs: bool, device: torch.device) -> Tensor:
         num_in = g.num_in if pairs or not g.num_out else 0

@@ -38,6 +38,24 @@ class Experts(NamedTuple):
             return False
         return out.data_ptr() == inner.data_ptr() != 0
 
+    def groups(self, g: Conv2dGeometry, samples: int) -> tuple[int, bool]:
+        """How many groups the plan has, that was made before or will be; and whether they are pairs of experts.
+
+        Raises:
+            ValueError: if the plan is not one of these slices and samples.
+        """
+        both = g.num_out > 0 and g.num_in > 0
+        every_pair = max(g.num_out, 1) * max(g.num_in, 1)
+        if self.plan is None:
+            pairs = both and not self.same_choice()
+            return (every_pair if pairs or not both else g.num_out), pairs
+        count = self.plan.shape[0] - samples - 2
+        if self.plan.dtype != torch.int32 or not (count == every_pair or count == g.num_out == g.num_in):
+            raise ValueError(
+                f"plan: expected int32 for {samples} samples, got {self.plan.dtype} of shape {tuple(self.plan.shape)}"
+            )
+        return count, both and not count == g.num_out == g.num_in
+
 
 class Side(NamedTuple):
     """The slices of one side, and the choice of each sample: whose values a per-channel quantity belongs to."""

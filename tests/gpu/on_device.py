@@ -108,10 +108,13 @@ def choice(*expert: int, num_experts: int = EXPERTS) -> Routing:
     return Routing(torch.tensor(expert, device=DEVICE), num_experts=num_experts)
 
 
-def counters() -> list[Tensor]:
-    """What the backend in use keeps for its split reductions."""
-    kernels: Any = backends.choose(DEVICE)
-    return list(getattr(kernels, "_counters", {}).values())
+def counters() -> dict[Any, Tensor]:
+    """What the backend in use keeps for its split reductions, for each stream; emptied, so that what is found there
+    afterwards is a test's own."""
+    torch.cuda.synchronize()
+    kept: dict[Any, Tensor] = getattr(backends.choose(DEVICE), "_counters", {})
+    kept.clear()
+    return kept
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:

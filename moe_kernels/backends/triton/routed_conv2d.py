@@ -711,18 +711,11 @@ def _segment(samples: int, tiles: int, elements: int, device: torch.device) -> i
 
 def _plan(experts: Experts, g: Conv2dGeometry, samples: int, device: torch.device) -> tuple[Tensor, int, bool]:
     """The plan, given or made here; its number of groups; and whether they are pairs of experts."""
-    both = g.num_out > 0 and g.num_in > 0
+    groups, pairs = experts.groups(g, samples)
     plan = experts.plan
     if plan is None:
-        same = both and experts.same_choice()
-        plan = make(experts, g.num_out, 0 if same else g.num_in, samples, device)
-    groups = plan.shape[0] - samples - 2
-    possible = [max(g.num_out, 1) * max(g.num_in, 1)]
-    if g.num_out == g.num_in:
-        possible.append(max(g.num_out, 1))
-    if plan.dtype != torch.int32 or groups not in possible:
-        raise ValueError(f"plan: expected int32 for {samples} samples, got {plan.dtype} of shape {tuple(plan.shape)}")
-    return plan, groups, both and not groups == g.num_out == g.num_in
+        plan = make(experts, g.num_out, g.num_in if pairs or not g.num_out else 0, samples, device)
+    return plan, groups, pairs
 
 
 def _refuse_huge(*images: Tensor) -> None:
