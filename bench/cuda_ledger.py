@@ -15,7 +15,6 @@ import argparse
 import concurrent.futures
 import importlib.util
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -187,30 +186,26 @@ def _ask(tool: str, *arguments: str) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _disassemble(tool: str, path: str, architecture: str) -> dict[tuple[str, str], Code]:
-    return parse_code(_ask(tool, "-sass", "-arch", architecture, path))
-
-
 def look(paths: Iterable[Path], processes: int) -> list[Row]:
     """A row for each kernel and architecture."""
     tool = cuobjdump()
-    usages = {path: parse_usage(_ask(tool, "--dump-resource-usage", str(path))) for path in paths}
-    jobs = sorted({(path, architecture) for path, usage in usages.items() for architecture, _ in usage})
-    jobs.sort(key=lambda job: -job[0].stat().st_size)  # the longest first
-    names = sorted({name for usage in usages.values() for _, name in usage})
+
+    def read(path: Path) -> tuple[dict[tuple[str, str], Usage], dict[tuple[str, str], Code]]:
+        # all architectures at once: the tool takes a second to start
+        return parse_usage(_ask(tool, "--dump-resource-usage", str(path))), parse_code(_ask(tool, "-sass", str(path)))
+
+    usages: dict[tuple[str, str], Usage] = {}
+    codes: dict[tuple[str, str], Code] = {}
+    with concurrent.futures.ThreadPoolExecutor(processes) as pool:  # a thread waits for a process
+        for usage, code in pool.map(read, sorted(paths, key=lambda path: -path.stat().st_size)):
+            usages.update(usage)
+            codes.update(code)
+    names = sorted({name for _, name in usages})
     readable = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     short = {name: short_name(line) for name, line in zip(names, readable.splitlines(), strict=True)}
-    rows: dict[tuple[str, int, str], Row] = {}
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=context) as pool:
-        started = {pool.submit(_disassemble, tool, str(path), arch): (path, arch) for path, arch in jobs}
-        for done in concurrent.futures.as_completed(started):
-            path, arch = started[done]
-            codes = done.result()
-            for (built, name), usage in usages[path].items():
-                if built == arch:  # a KeyError below: a kernel without code, which would pass every rule
-                    rows[short[name], _number(arch), name] = Row(short[name], arch, *usage, *codes[arch, name])
-    return [rows[key] for key in sorted(rows)]
+    # a KeyError here: a kernel without code, which would pass every rule
+    rows = [Row(short[name], arch, *usage, *codes[arch, name]) for (arch, name), usage in usages.items()]
+    return sorted(rows, key=lambda row: (row.kernel, _number(row.architecture)))
 
 
 def _number(architecture: str) -> int:
@@ -228,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--binary", type=Path, default=BUILT, help="a module or object, or a folder of *.cu.o")
     parser.add_argument("--json", type=Path, help="write the rows")
     parser.add_argument("--rows", type=int, default=12, help="how many of them to print, most registers first")
-    parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     rows = look(binaries(options.binary), options.jobs)

@@ -71,6 +71,7 @@ void raise_if(int code, const char* message) {
 // The entry points of one build of the kernels.
 struct Entries {
     decltype(&moe_cuda_plan) plan;
+    decltype(&moe_cuda_make_counters) make_counters;
     decltype(&moe_cuda_convolution_needs) convolution_needs;
     decltype(&moe_cuda_convolution) convolution;
     decltype(&moe_cuda_grad_weight_needs) grad_weight_needs;
@@ -132,6 +133,13 @@ void bind_entries(py::module_ m, Entries entries) {
             raise_if(entries.plan(&call, message, kMessage), message);
         },
         unlocked);
+    m.def("make_counters", [entries](const Where& w, int64_t count) {
+        const gpu::Where on = where(w);
+        int32_t* counters = nullptr;
+        char message[kMessage];
+        raise_if(entries.make_counters(&on, count, &counters, message, kMessage), message);
+        return reinterpret_cast<Pointer>(counters);
+    });
     m.def("convolution_needs",
           [entries](const Where& w, int dtype, bool tf32, bool backward, const Shape& shape, const Side& out_side,
                     const Side& in_side, const Totals& totals, const Strides& strides, int64_t in_alignment,
@@ -224,16 +232,17 @@ void bind_entries(py::module_ m, Entries entries) {
 void bind_gpu(py::module_& module) {
 #ifdef MOE_WITH_CUDA
     auto cuda = module.def_submodule("cuda", "The CUDA kernels, on the device.");
-    bind_entries(cuda, {moe_cuda_plan, moe_cuda_convolution_needs, moe_cuda_convolution, moe_cuda_grad_weight_needs,
-                        moe_cuda_grad_weight, moe_cuda_router});
+    bind_entries(cuda, {moe_cuda_plan, moe_cuda_make_counters, moe_cuda_convolution_needs, moe_cuda_convolution,
+                        moe_cuda_grad_weight_needs, moe_cuda_grad_weight, moe_cuda_router});
     cuda.attr("build_info") = MOE_CUDA_INFO;
 #else
     module.attr("cuda_missing") = MOE_CUDA_MISSING;
 #endif
 #ifdef MOE_WITH_SIMULATOR
     auto sim = module.def_submodule("cuda_sim", "The CUDA kernels, simulated on the host.");
-    bind_entries(sim, {moe_cuda_sim_plan, moe_cuda_sim_convolution_needs, moe_cuda_sim_convolution,
-                       moe_cuda_sim_grad_weight_needs, moe_cuda_sim_grad_weight, moe_cuda_sim_router});
+    bind_entries(sim,
+                 {moe_cuda_sim_plan, moe_cuda_sim_make_counters, moe_cuda_sim_convolution_needs, moe_cuda_sim_convolution,
+                  moe_cuda_sim_grad_weight_needs, moe_cuda_sim_grad_weight, moe_cuda_sim_router});
     sim.attr("build_info") = "host simulator";
     sim.def("selftest", [](const std::string& name) {
         char message[kMessage] = {};

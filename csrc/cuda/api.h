@@ -58,7 +58,7 @@ struct ConvolutionCall {
     const void* image;  // backward: the forward's input, for the gate's gradient; or null
     float* dots;        // [V, dots_columns(), H * W], with image
     float* workspace;   // as many floats as convolution_needs says
-    int32_t* counters;  // as many as convolution_needs says, zero; left zero
+    int32_t* counters;  // as many as convolution_needs says, zero (make_counters); left zero
 };
 
 struct ConvolutionNeeds {
@@ -114,16 +114,18 @@ constexpr int64_t most_groups = 8191;  // of a plan: a counter for each lies in 
 
 }  // namespace moe::gpu
 
-#define MOE_DECLARE_ENTRIES(prefix)                                                                          \
-    extern "C" {                                                                                             \
-    int prefix##_plan(const moe::gpu::PlanCall* call, char* message, size_t size);                           \
-    int prefix##_convolution_needs(const moe::gpu::ConvolutionCall* call, moe::gpu::ConvolutionNeeds* needs, \
-                                   char* message, size_t size);                                              \
-    int prefix##_convolution(const moe::gpu::ConvolutionCall* call, char* message, size_t size);             \
-    int prefix##_grad_weight_needs(const moe::gpu::GradWeightCall* call, moe::gpu::GradWeightNeeds* needs,   \
-                                   char* message, size_t size);                                              \
-    int prefix##_grad_weight(const moe::gpu::GradWeightCall* call, char* message, size_t size);              \
-    int prefix##_router(const moe::gpu::RouterCall* call, char* message, size_t size);                       \
+#define MOE_DECLARE_ENTRIES(prefix)                                                                            \
+    extern "C" {                                                                                               \
+    int prefix##_plan(const moe::gpu::PlanCall* call, char* message, size_t size);                             \
+    int prefix##_make_counters(const moe::gpu::Where* where, int64_t count, int32_t** counters, char* message, \
+                               size_t size);                                                                   \
+    int prefix##_convolution_needs(const moe::gpu::ConvolutionCall* call, moe::gpu::ConvolutionNeeds* needs,   \
+                                   char* message, size_t size);                                                \
+    int prefix##_convolution(const moe::gpu::ConvolutionCall* call, char* message, size_t size);               \
+    int prefix##_grad_weight_needs(const moe::gpu::GradWeightCall* call, moe::gpu::GradWeightNeeds* needs,     \
+                                   char* message, size_t size);                                                \
+    int prefix##_grad_weight(const moe::gpu::GradWeightCall* call, char* message, size_t size);                \
+    int prefix##_router(const moe::gpu::RouterCall* call, char* message, size_t size);                         \
     }
 
 MOE_DECLARE_ENTRIES(moe_cuda)

@@ -103,6 +103,17 @@ extern "C" int MOE_ENTRY(convolution_needs)(const gpu::ConvolutionCall* call, gp
     return finish(MOE_GPU::dispatch(*call, needs), message, size);
 }
 
+// For one stream: the kernels of two may run at once. They are never freed.
+extern "C" int MOE_ENTRY(make_counters)(const gpu::Where* where, int64_t count, int32_t** counters, char* message,
+                                        size_t size) {
+    const MOE_GPU::device::DeviceGuard guard(where->device);
+    if (!guard.status.ok()) return finish(guard.status, message, size);
+    void* p = nullptr;
+    const Status status = MOE_GPU::device::allocate_zeros(&p, size_t(count) * sizeof(int32_t), where->stream);
+    *counters = static_cast<int32_t*>(p);
+    return finish(status, message, size);
+}
+
 extern "C" int MOE_ENTRY(convolution)(const gpu::ConvolutionCall* call, char* message, size_t size) {
     const MOE_GPU::device::DeviceGuard guard(call->where.device);
     if (!guard.status.ok()) return finish(guard.status, message, size);

@@ -289,6 +289,16 @@ class DeviceGuard {
     bool changed_ = false;
 };
 
+// Zeros that live as long as the process, there for what follows in the stream.
+inline Status allocate_zeros(void** p, size_t bytes, void* stream) {
+    const Status status = from_cuda(cudaMalloc(p, bytes), "cudaMalloc");
+    if (!status.ok()) {
+        cudaGetLastError();
+        return status;
+    }
+    return from_cuda(cudaMemsetAsync(*p, 0, bytes, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
+}
+
 struct Grid {
     int64_t x = 1, y = 1, z = 1;
 };

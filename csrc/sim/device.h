@@ -5,6 +5,8 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 
@@ -407,6 +409,16 @@ class DeviceGuard {
     DeviceGuard& operator=(const DeviceGuard&) = delete;
     Status status;
 };
+
+inline Status allocate_zeros(void** p, size_t bytes, void*) {
+    *p = std::calloc(bytes, 1);
+    Status status;
+    if (!*p) {
+        status.code = StatusCode::device_error;
+        std::snprintf(status.message, sizeof(status.message), "out of memory: %zu bytes", bytes);
+    }
+    return status;
+}
 
 struct Grid {
     int64_t x = 1, y = 1, z = 1;

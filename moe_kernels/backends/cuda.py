@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,8 +80,9 @@ class CudaBackend(Backend):
     def __init__(self) -> None:
         self._kernels: Any = getattr(native.module, self.name, None)
         self._supported: set[torch.device] = set()
-        # zeros between kernels; one set for each stream, because kernels of two may run at once
-        self._counters: dict[tuple[int | None, int], Tensor] = {}
+        # Where counters of split reductions lie: zeros between kernels, one set for each stream, because kernels of two
+        # may run at once. Not torch's memory, which may belong to a pool (a graph's) that ends before the process does.
+        self._counters: dict[tuple[int, int], int] = {}
 
     def unavailable(self) -> str | None:
         reason = native.unavailable()
@@ -299,7 +301,8 @@ class CudaBackend(Backend):
         )  # fmt: skip
         if needs.reads_plan and plan is None:
             plan = self._plan(experts, g, samples, pairs, device)
-        workspace = counters = dots = None
+        workspace = dots = None
+        counters: int | Tensor = 0
         if needs.workspace:
             workspace = torch.empty(needs.workspace, dtype=torch.float32, device=device)
             counters = self._zeros(where, needs.counters, device)
@@ -309,7 +312,8 @@ class CudaBackend(Backend):
         try:
             kernels.convolution(
                 *fixed, (count, pairs, pointer(plan)), source.data_ptr(), weight.data_ptr(), target.data_ptr(),
-                *after, pointer(image), pointer(dots), pointer(workspace), pointer(counters),
+                *after, pointer(image), pointer(dots), pointer(workspace),
+                counters if isinstance(counters, int) else counters.data_ptr(),
             )  # fmt: skip
         except RuntimeError:
             self._counters.clear()  # who knows what they hold
@@ -321,13 +325,13 @@ class CudaBackend(Backend):
         num_in = g.num_in if pairs or not g.num_out else 0
         return self.plan(experts, g.num_out, num_in, samples, device)
 
-    def _zeros(self, where: tuple[int, int, bool, int], size: int, device: torch.device) -> Tensor:
-        """Counters that are zero before a kernel and after it."""
+    def _zeros(self, where: tuple[int, int, bool, int], size: int, device: torch.device) -> int | Tensor:
+        """Counters that are zero before a kernel and after it: where they lie, or a tensor for this call."""
         if size > _COUNTERS or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return torch.zeros(size, dtype=torch.int32, device=device)  # a graph's own: it may run beside others
-        key = (device.index, where[3])
+        key = (where[0], where[3])
         if key not in self._counters:
-            self._counters[key] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+            self._counters[key] = self._kernels.make_counters(where, _COUNTERS)
         return self._counters[key]
 
 
@@ -349,7 +353,8 @@ class SimulatedCudaBackend(CudaBackend):
         return f"available; {self._kernels.build_info}"
 
     def _where(self, device: torch.device, samples: int) -> tuple[int, int, bool, int]:
-        return 0, 4, samples <= _SMALL_BATCH, 0  # few multiprocessors: small shapes split their reductions too
+        # few multiprocessors: small shapes split their reductions too; a stream for each thread, which waits for nobody
+        return 0, 4, samples <= _SMALL_BATCH, threading.get_ident()
 
 
 @functools.cache

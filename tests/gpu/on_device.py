@@ -15,6 +15,7 @@ from oracle import Case, Numbers, windows
 from torch import Tensor, nn
 
 from moe_kernels import RoutedBatchNorm2d, RoutedConv2d, RoutedLinear, Routing, backends
+from moe_kernels.backends import cuda
 
 DEVICE = torch.device("cuda")
 EXPERTS = 3
@@ -108,13 +109,25 @@ def choice(*expert: int, num_experts: int = EXPERTS) -> Routing:
     return Routing(torch.tensor(expert, device=DEVICE), num_experts=num_experts)
 
 
-def counters() -> dict[Any, Tensor]:
-    """What the backend in use keeps for its split reductions, for each stream; emptied, so that what is found there
-    afterwards is a test's own."""
+def counters() -> dict[Any, int]:
+    """Where the backend in use keeps counters of its split reductions, for each stream; emptied, so that what is found
+    there afterwards is a test's own."""
     torch.cuda.synchronize()
-    kept: dict[Any, Tensor] = getattr(backends.choose(DEVICE), "_counters", {})
+    kept: dict[Any, int] = getattr(backends.choose(DEVICE), "_counters", {})
     kept.clear()
     return kept
+
+
+def all_zero(kept: dict[Any, int]) -> bool:
+    """Whether the counters at these addresses are zero."""
+
+    class Memory:
+        def __init__(self, address: int) -> None:
+            shape = (cuda._COUNTERS,)
+            self.__cuda_array_interface__ = {"shape": shape, "typestr": "<i4", "data": (address, False), "version": 3}
+
+    torch.cuda.synchronize()
+    return not any(bool(torch.as_tensor(Memory(address), device=DEVICE).any()) for address in kept.values())
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:

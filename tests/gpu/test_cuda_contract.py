@@ -18,6 +18,7 @@ from on_device import (
     DEVICE,
     FEW,
     MANY,
+    all_zero,
     assert_close_in_norm,
     check,
     choice,
@@ -350,7 +351,7 @@ def test_two_streams_at_once(backend: str) -> None:
     for results, y in zip(found, expected, strict=True):
         assert all(torch.equal(result, y) for result in results)
     if backend == "cuda":
-        assert len(kept) == 3 and not any(bool(t.any()) for t in kept.values())
+        assert len(kept) == 3 and all_zero(kept)
 
 
 # --- the router of pooled features --------------------------------------------------------------------------------------
