@@ -10,7 +10,7 @@ export MOE_KERNELS_CUDA ?= 0
 export MOE_KERNELS_SIMULATOR ?= 1
 CHOICE := $(MOE_KERNELS_CUDA) $(MOE_KERNELS_CUDA_ARCHS) $(MOE_KERNELS_SIMULATOR)
 
-.PHONY: demo test lint nightly aot cuda bench gpu table examples install clean FORCE
+.PHONY: demo test lint nightly aot cuda bench gpu sanitize-gpu table examples install clean FORCE
 
 install: $(VENV)/.installed
 
@@ -57,6 +57,17 @@ cuda: install
 	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DMOE_KERNELS_CUDA=ON -DMOE_KERNELS_WERROR=ON
 	$(BIN)/cmake --build build/cuda --target kernels_cuda --parallel $(or $(MAX_JOBS),$(shell nproc))
 	$(BIN)/python -m bench.cuda_ledger
+
+# The tests of a GPU under compute-sanitizer. Memory that torch keeps would hide what lies beyond a tensor; without it a
+# graph cannot be captured.
+sanitize-gpu: install
+	@command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not on PATH: it comes with CUDA"; exit 1; }
+	@$(BIN)/python -c "from moe_kernels import available_backends as a; r = a()['cuda']; r and exit(f'backend cuda: {r}')"
+	for tool in memcheck racecheck initcheck synccheck; do \
+	    only=$$([ $$tool = initcheck ] || echo --kernel-name kns=moe); \
+	    MOE_KERNELS_BACKEND=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool $$only \
+	        --error-exitcode 1 $(BIN)/python -m pytest tests/gpu --ignore tests/gpu/test_cuda_graphs.py || exit 1; \
+	done
 
 # On a machine with a GPU: tests and figures.
 gpu: install

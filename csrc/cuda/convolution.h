@@ -280,7 +280,7 @@ MOE_DEVICE bool add_splits(Tile& tile, Global<float> workspace, Global<int32_t> 
 }
 
 template <class Tile, class Direction, class Loading>
-MOE_KERNEL(Tile::kThreads, 1)
+MOE_KERNEL(Tile::kThreads, Tile::kBlocks)
 convolution_kernel(const ConvolutionParams<typename Tile::T> p) {
     using Layout = ConvolutionLayout<Tile, Direction, Loading>;
     using T = typename Tile::T;

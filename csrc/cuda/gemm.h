@@ -59,6 +59,8 @@ struct Tile {
     using T = typename Traits<Element>::T;
     static constexpr int kM = BM, kN = BN, kWarpsN = WarpsN, kStages = Stages;
     static constexpr int kThreads = 32 * WarpsM * WarpsN;
+    // Blocks that a multiprocessor has registers for: while one waits at its barrier, another multiplies.
+    static constexpr int kBlocks = kThreads >= 256 ? 2 : 3;
     static constexpr int kWarpM = BM / WarpsM, kWarpN = BN / WarpsN;
     static constexpr int kBlocksM = kWarpM / 16, kBlocksN = kWarpN / 8;
     static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "two blocks of columns are read at a time");

@@ -97,7 +97,7 @@ MOE_DEVICE int64_t input_at(const GradWeightParams<T>& p, const Pixel<T>& pixel,
 }
 
 template <class Tile, class Loading>
-MOE_KERNEL(Tile::kThreads, 1)
+MOE_KERNEL(Tile::kThreads, Tile::kBlocks)
 grad_weight_kernel(const GradWeightParams<typename Tile::T> p) {
     using Layout = GradWeightLayout<Tile, Loading>;
     using Left = typename Layout::Left;

@@ -124,8 +124,8 @@ struct State {
 };
 
 // The thread that runs; null outside of kernels. The model spares a call of the loader's for each access; it needs eight
-// bytes of what the loader reserves for such variables.
-#if defined(__GLIBC__)
+// bytes of what the loader reserves for such variables, which CUDA's runtime leaves no room for in the same module.
+#if defined(__GLIBC__) && !defined(MOE_WITH_CUDA)
 extern __thread Thread* current __attribute__((tls_model("initial-exec")));
 #else
 extern __thread Thread* current;
