@@ -13,6 +13,7 @@
 #include "cuda/status.h"
 #ifdef MOE_WITH_SIMULATOR
 #include "sim/selftest.h"
+#include "sim/simulator.h"
 #endif
 
 namespace py = pybind11;
@@ -70,6 +71,7 @@ void raise_if(int code, const char* message) {
 
 // The entry points of one build of the kernels.
 struct Entries {
+    decltype(&moe_cuda_check_device) check_device;
     decltype(&moe_cuda_plan) plan;
     decltype(&moe_cuda_make_counters) make_counters;
     decltype(&moe_cuda_convolution_needs) convolution_needs;
@@ -123,6 +125,11 @@ void bind_entries(py::module_ m, Entries entries) {
     const auto unlocked = py::call_guard<py::gil_scoped_release>();
     m.attr("few_samples") = gpu::few_samples;
     m.attr("most_groups") = gpu::most_groups;
+    m.def("check_device", [entries](const Where& w) {
+        const gpu::Where on = where(w);
+        char message[kMessage];
+        raise_if(entries.check_device(&on, message, kMessage), message);
+    });
     m.def(
         "plan",
         [entries](const Where& w, int64_t samples, int64_t num_out, int64_t num_in, Pointer out_expert, Pointer in_expert,
@@ -232,24 +239,25 @@ void bind_entries(py::module_ m, Entries entries) {
 void bind_gpu(py::module_& module) {
 #ifdef MOE_WITH_CUDA
     auto cuda = module.def_submodule("cuda", "The CUDA kernels, on the device.");
-    bind_entries(cuda, {moe_cuda_plan, moe_cuda_make_counters, moe_cuda_convolution_needs, moe_cuda_convolution,
-                        moe_cuda_grad_weight_needs, moe_cuda_grad_weight, moe_cuda_router});
+    bind_entries(cuda, {moe_cuda_check_device, moe_cuda_plan, moe_cuda_make_counters, moe_cuda_convolution_needs,
+                        moe_cuda_convolution, moe_cuda_grad_weight_needs, moe_cuda_grad_weight, moe_cuda_router});
     cuda.attr("build_info") = MOE_CUDA_INFO;
 #else
     module.attr("cuda_missing") = MOE_CUDA_MISSING;
 #endif
 #ifdef MOE_WITH_SIMULATOR
-    auto sim = module.def_submodule("cuda_sim", "The CUDA kernels, simulated on the host.");
-    bind_entries(sim,
-                 {moe_cuda_sim_plan, moe_cuda_sim_make_counters, moe_cuda_sim_convolution_needs, moe_cuda_sim_convolution,
-                  moe_cuda_sim_grad_weight_needs, moe_cuda_sim_grad_weight, moe_cuda_sim_router});
-    sim.attr("build_info") = "host simulator";
-    sim.def("selftest", [](const std::string& name) {
+    auto simulated = module.def_submodule("cuda_sim", "The CUDA kernels, simulated on the host.");
+    bind_entries(simulated, {moe_cuda_sim_check_device, moe_cuda_sim_plan, moe_cuda_sim_make_counters,
+                             moe_cuda_sim_convolution_needs, moe_cuda_sim_convolution, moe_cuda_sim_grad_weight_needs,
+                             moe_cuda_sim_grad_weight, moe_cuda_sim_router});
+    simulated.attr("build_info") = "host simulator";
+    simulated.def("selftest", [](const std::string& name) {
         char message[kMessage] = {};
         const int code = moe_cuda_sim_selftest(name.c_str(), message, kMessage);
         return std::pair(code, std::string(message));
     });
-    sim.def("selftest_names", [] {
+    simulated.def("run_last_block_first", [](bool on) { sim::last_block_first = on; });
+    simulated.def("selftest_names", [] {
         std::vector<std::string> names;
         std::string name;
         for (const char c : std::string(moe_cuda_sim_selftest_names()) + "\n") {

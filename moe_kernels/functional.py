@@ -121,8 +121,8 @@ def pooled_routing(
         Routing.from_scores(linear(features, weight, bias), gate=gate)
 
     Differentiable as that composition. Where no gradient is needed and nothing traces, a backend with a kernel for it
-    (CUDA's) takes one launch that reads the input once, with all in between in float32; a gate of exactly 1 is None then.
-    Elsewhere it costs what the composition does: on CUDA a dozen launches.
+    (CUDA's) takes one launch that reads a channels_last input once, with all in between in float32; a gate of exactly 1
+    is None then. Elsewhere it costs what the composition does: on CUDA a dozen launches.
 
     Raises:
         TypeError: for a wrong type or dtype, ValueError: for a wrong shape, device or gate; both name the argument.

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["has_kernels_for_norm", "plan_for", "plan_for_norm"]
 
-# Where the pixels of one sample fill tiles of any size up to 128 well, no tile takes rows of several samples, and the
-# forward and the input gradient need no plan.
-_LARGEST_TILE, _MANY_PIXELS = 128, 512
+_LARGEST_TILE, _MANY_PIXELS = 128, 512  # of any backend
 
 
 def plan_for(
@@ -113,25 +111,25 @@ def _shared(
 
 def _reads_plan(input: Tensor, weight: Tensor, g: Conv2dGeometry) -> bool:
     """From shapes and from what is differentiated: whether a call of this layer reads a plan."""
-    if input.shape[0] * g.samples_per_input < _plans_from(input):
+    # a compiled graph may run with any backend, and for a batch of another size
+    least, below = 0, _MANY_PIXELS
+    if not ops.traced(input, input):
+        backend = backends.choose(input.device)
+        least, below = backend.plans_from, backend.plan_below
+    if input.shape[0] * g.samples_per_input < least:
         return False
     gradients = torch.is_grad_enabled()
     if gradients and weight.requires_grad:
         return True
+
+    def mixes(pixels: int) -> bool:
+        return pixels < below and pixels % _LARGEST_TILE != 0
+
     rows, columns = ops.output_shape(input, weight, g)[2:]
-    if _mixes(rows * columns):
+    if mixes(rows * columns):
         return True
     residues = [-(-input.shape[2 + a] // g.stride[a]) for a in (0, 1)]
-    return gradients and input.requires_grad and _mixes(residues[0] * residues[1])
-
-
-def _plans_from(input: Tensor) -> int:
-    """A compiled graph may run with any backend, and for a batch of another size."""
-    return 0 if ops.traced(input, input) else backends.choose(input.device).plans_from
-
-
-def _mixes(pixels: int) -> bool:
-    return pixels < _MANY_PIXELS and pixels % _LARGEST_TILE != 0
+    return gradients and input.requires_grad and mixes(residues[0] * residues[1])
 
 
 def _same_tensor(a: Tensor, b: Tensor) -> bool:

@@ -116,6 +116,8 @@ constexpr int64_t most_groups = 8191;  // of a plan: a counter for each lies in 
 
 #define MOE_DECLARE_ENTRIES(prefix)                                                                            \
     extern "C" {                                                                                               \
+    /* whether the module has code for the device */                                                           \
+    int prefix##_check_device(const moe::gpu::Where* where, char* message, size_t size);                       \
     int prefix##_plan(const moe::gpu::PlanCall* call, char* message, size_t size);                             \
     int prefix##_make_counters(const moe::gpu::Where* where, int64_t count, int32_t** counters, char* message, \
                                size_t size);                                                                   \

@@ -55,6 +55,7 @@ Status choose(const gpu::ConvolutionCall& call, const TileSize* sizes, int count
         c.tiles_per_sample = divide_up(pixels, size.m);
         c.packed = s.V > 1 && pixels < size.m;  // no tile crosses a sample whose pixels fill one
         c.tiles = c.packed ? tile_bound(s.V, pixels, size.m, call.groups) : s.V * c.tiles_per_sample;
+        if (pixels == 0) c.tiles = 0;
         // the bound has room for routings in unequal parts
         const int64_t expected = c.packed ? divide_up(s.V * pixels, size.m) + std::min(call.groups, s.V) / 2 : c.tiles;
         const int64_t blocks = std::max<int64_t>(expected * c.blocks_n * s.groups * c.residues, 1);
@@ -67,12 +68,9 @@ Status choose(const gpu::ConvolutionCall& call, const TileSize* sizes, int count
         const double time = waves * stages * size.m * size.n / size.rate;
         if (least < 0.0 || time < least) least = time, best = c;
     }
-    if (best.packed && (s.V * pixels >= int64_t(1) << 31))
-        return invalid("%lld rows are too many", (long long)(s.V * pixels));
-    if (best.tiles * best.blocks_n * s.groups >= int64_t(1) << 31) return invalid("more than 2^31 tiles");
-    if (best.residues > 65535) return invalid("stride: more than 65535 residues");
-    const int64_t sample = std::max(s.C * s.H * s.W, s.K * s.P * s.Q);
-    if (sample >= int64_t(1) << 31) return invalid("one sample has 2^31 elements or more");
+    if (best.packed && s.V * pixels > kMostInt) return invalid("the batch has 2^31 pixels or more");
+    if (best.units(s) > kMostInt) return invalid("more than 2^31 tiles");
+    if (std::max(s.C * s.H * s.W, s.K * s.P * s.Q) > kMostInt) return invalid("one sample has 2^31 elements or more");
     return {};
 }
 

@@ -2,7 +2,7 @@
 // Forward and input gradient of a routed convolution as one implicit GEMM over channels_last images.
 //
 // Rows are pixels of the result, columns its channels, and the reduction runs over (tap, channel). The input gradient
-// runs once for each residue of its pixels modulo the stride (block_y), over the taps that meet that residue only:
+// runs once for each residue of its pixels modulo the stride, over the taps that meet that residue only:
 // nothing is multiplied by inserted zeros. Where there are fewer tiles than multiprocessors the reduction is split
 // (block_z); the last block of a tile to arrive adds the parts in their order, so that the same inputs give the same
 // bits.
@@ -25,7 +25,6 @@ struct Backward {};
 struct Axis {
     int source, target;  // pixels
     int taps, stride, padding, dilation;
-    int rows;  // of one sample's tile rows (of one residue) along this axis
     int step;  // taps that meet one residue are so far apart
 };
 
@@ -45,6 +44,7 @@ struct ConvolutionParams {
     int source_channels, target_channels;
     int depth, width;  // channels of one convolution group: of the reduction, of the result
     int conv_groups, blocks_n, tiles_per_sample;
+    int residues;
     int splits;
     bool packed;  // a tile takes rows of several samples of one group
     bool affine_per_slice, relu, store_pairs;
@@ -165,7 +165,7 @@ struct CopyLoader {
         for (int i = 0; i < kLefts; ++i) {
             const int row = y[i] + r * ty.step, column = x[i] + s * tx.step;
             seen[i] = unsigned(row) < unsigned(p.y.source) && unsigned(column) < unsigned(p.x.source);
-            from[i] = base[i] + int64_t(row * p.x.source + column) * p.source_channels;
+            from[i] = base[i] + (int64_t(row) * p.x.source + column) * p.source_channels;
         }
         tap = r * p.y.step * p.weight_r + s * p.x.step * p.weight_s;
     }
@@ -248,7 +248,7 @@ struct GatherLoader {
 // Adds the parts of a split reduction, in the last block of the tile to arrive: true there.
 template <class Tile>
 MOE_DEVICE bool add_splits(Tile& tile, Global<float> workspace, Global<int32_t> counters, Shared<int> flag, int splits) {
-    const int64_t unit = device::block_x() + int64_t(device::block_y()) * device::grid_x();
+    const int64_t unit = device::block_x();
     constexpr int vectors = Tile::kBlocksM * Tile::kBlocksN;
     const int64_t own = (unit * splits + device::block_z()) * vectors * Tile::kThreads * 4;
     MOE_UNROLL
@@ -288,8 +288,10 @@ convolution_kernel(const ConvolutionParams<typename Tile::T> p) {
     device::allow_next();
 
     const int columns = p.conv_groups * p.blocks_n;
-    const int tile_number = device::block_x() / columns;
-    const int column_number = device::block_x() - tile_number * columns;
+    const int block = device::block_x() / p.residues;
+    const int residue = device::block_x() - block * p.residues;
+    const int tile_number = block / columns;
+    const int column_number = block - tile_number * columns;
     const int conv_group = column_number / p.blocks_n;
     const int first_n = (column_number - conv_group * p.blocks_n) * Tile::kN;
     const int pixels = int(p.pixels.value);
@@ -324,7 +326,6 @@ convolution_kernel(const ConvolutionParams<typename Tile::T> p) {
     if (valid && p.groups.in.expert.given()) slice += p.groups.in.start(in_e) * p.weight_column;
 
     // the rows
-    const int residue = device::block_y();
     const Taps ty = taps_of<Direction>(p.y, residue / p.x.stride);
     const Taps tx = taps_of<Direction>(p.x, residue % p.x.stride);
     for (int r = device::thread(); r < Tile::kM; r += Tile::kThreads) {
@@ -470,7 +471,7 @@ convolution_kernel(const ConvolutionParams<typename Tile::T> p) {
 
 // --- the host's side --------------------------------------------------------------------------------------------------
 
-// What is started for a call: a function of shapes and the device, so that the same inputs give the same bits.
+// What is started for a call: a function of shapes, alignment and the device, so that the same inputs give the same bits.
 struct ConvolutionChoice {
     int tile;  // an index into the element's list of tiles
     int tile_m, tile_n;
@@ -478,6 +479,8 @@ struct ConvolutionChoice {
     int64_t tiles, blocks_n, tiles_per_sample, residues;
     int splits;
     int64_t rows[2];  // of one sample's rows, along y and x
+    // blocks, before the reduction is split
+    int64_t units(const Conv2dShape& s) const { return tiles * blocks_n * s.groups * residues; }
 };
 
 // `element_bytes`, `stage_depth`: of the element type in memory, and how much of the reduction one stage holds.
@@ -511,7 +514,6 @@ ConvolutionParams<T> convolution_params(const gpu::ConvolutionCall& call, const 
            int(s.stride_h),
            int(s.pad_h),
            int(s.dil_h),
-           int(choice.rows[0]),
            int(step_y)};
     p.x = {int(backward ? s.Q : s.W),
            int(backward ? s.W : s.Q),
@@ -519,7 +521,6 @@ ConvolutionParams<T> convolution_params(const gpu::ConvolutionCall& call, const 
            int(s.stride_w),
            int(s.pad_w),
            int(s.dil_w),
-           int(choice.rows[1]),
            int(step_x)};
     p.pixels = Divisor(choice.rows[0] * choice.rows[1]);
     p.row_length = Divisor(choice.rows[1]);
@@ -531,6 +532,7 @@ ConvolutionParams<T> convolution_params(const gpu::ConvolutionCall& call, const 
     p.width = int(p.target_channels / s.groups);
     p.blocks_n = int(choice.blocks_n);
     p.tiles_per_sample = int(choice.tiles_per_sample);
+    p.residues = int(choice.residues);
     p.splits = choice.splits;
     p.packed = choice.packed;
     p.affine_per_slice = call.affine_per_slice != 0;
@@ -541,7 +543,7 @@ ConvolutionParams<T> convolution_params(const gpu::ConvolutionCall& call, const 
     p.weight_n = backward ? strides[1] : strides[0];
     p.weight_k = backward ? strides[0] : strides[1];
     p.weight_group = s.K / s.groups * strides[0];
-    const int64_t units = choice.tiles * choice.blocks_n * s.groups * choice.residues;
+    const int64_t units = choice.units(s);
     p.workspace = device::global<float>(choice.splits > 1 ? call.workspace : nullptr,
                                         units * choice.splits * choice.tile_m * choice.tile_n, "workspace");
     p.counters = device::global<int32_t>(choice.splits > 1 ? call.counters : nullptr, units, "counters");
@@ -557,7 +559,7 @@ Status launch_convolution(const gpu::ConvolutionCall& call, const ConvolutionCho
     const auto params = convolution_params<typename Tile::T>(call, choice, status);
     if (!status.ok()) return status;
     const device::Launch how{call.backward ? "grad_input" : "forward",
-                             {choice.tiles * choice.blocks_n * call.shape.groups, choice.residues, choice.splits},
+                             {choice.units(call.shape), 1, choice.splits},
                              Tile::kThreads,
                              Layout::kBytes,
                              call.where.device,
@@ -584,7 +586,7 @@ Status convolve(const gpu::ConvolutionCall& call, gpu::ConvolutionNeeds* needs) 
     Status status = choose(call, Tiles::kSizes, Tiles::Copies::kCount, int(sizeof(typename Traits<Element>::T)),
                            Traits<Element>::kDepth, choice);
     if (!status.ok()) return status;
-    const int64_t units = choice.tiles * choice.blocks_n * call.shape.groups * choice.residues;
+    const int64_t units = choice.units(call.shape);
     if (needs) {
         needs->workspace = choice.splits > 1 ? units * choice.splits * choice.tile_m * choice.tile_n : 0;
         needs->counters = choice.splits > 1 ? units : 0;

@@ -99,7 +99,6 @@ struct alignas(sizeof(T) * N) Vector {
 MOE_DEVICE int block_x() { return blockIdx.x; }
 MOE_DEVICE int block_y() { return blockIdx.y; }
 MOE_DEVICE int block_z() { return blockIdx.z; }
-MOE_DEVICE int grid_x() { return gridDim.x; }
 MOE_DEVICE int thread() { return threadIdx.x; }
 MOE_DEVICE int threads() { return blockDim.x; }
 MOE_DEVICE int lane() { return threadIdx.x % 32; }
@@ -315,18 +314,35 @@ struct Launch {
     bool overlap;
 };
 
+// Whether this module has code for the current device.
+template <auto kernel>
+Status loadable() {
+    cudaFuncAttributes attributes{};
+    const auto error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess) cudaGetLastError();
+    return from_cuda(error, "cudaFuncGetAttributes");
+}
+
 // A template argument, so that what was asked of the driver is kept for each kernel.
 template <auto kernel, class Params>
 Status launch(const Launch& how, const Params& params) {
     constexpr int without_asking = 48 * 1024;
-    static std::atomic<uint64_t> asked{0};  // a bit for each device
-    const auto bit = uint64_t(1) << (how.device % 64);
-    if (how.shared_bytes > without_asking && !(how.device < 64 && (asked.load() & bit))) {
-        const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes);
+    static std::atomic<uint64_t> asked{0}, waits{0};  // a bit for each device
+    const auto bit = uint64_t(how.device < 64) << (how.device % 64);
+    bool can_wait = (waits.load() & bit) != 0;
+    if (!(asked.load() & bit)) {
+        cudaFuncAttributes attributes{};
+        auto error = cudaFuncGetAttributes(&attributes, kernel);
+        if (error == cudaSuccess && how.shared_bytes > without_asking) {
+            error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, how.shared_bytes);
+        }
         if (error != cudaSuccess) {
             cudaGetLastError();
             return from_cuda(error, how.name);
         }
+        // made from older PTX, a kernel has no wait_for_previous, whatever the device can do
+        can_wait = attributes.ptxVersion >= 90;
+        if (can_wait) waits |= bit;
         asked |= bit;
     }
     cudaLaunchAttribute attribute{};
@@ -338,7 +354,7 @@ Status launch(const Launch& how, const Params& params) {
     config.dynamicSmemBytes = size_t(how.shared_bytes);
     config.stream = static_cast<cudaStream_t>(how.stream);
     config.attrs = &attribute;
-    config.numAttrs = how.overlap ? 1 : 0;
+    config.numAttrs = how.overlap && can_wait ? 1 : 0;
     const auto error = cudaLaunchKernelEx(&config, kernel, params);
     if (error != cudaSuccess) cudaGetLastError();  // an error of a launch stays in the runtime otherwise
     return from_cuda(error, how.name);

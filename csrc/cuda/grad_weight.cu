@@ -137,7 +137,7 @@ Status add_parts(const gpu::GradWeightCall& call, const GradWeightChoice& choice
     p.blocks = int(divide_up(p.columns, kReduceThreads * kColumns));
     p.stride_row = call.weight_strides[0], p.stride_column = call.weight_strides[1];
     p.stride_r = call.weight_strides[2], p.stride_s = call.weight_strides[3];
-    if (call.total_out * p.blocks >= int64_t(1) << 31) return invalid("weight: too many rows");
+    if (call.total_out * p.blocks > kMostInt) return invalid("weight: too many rows");
     const device::Launch how{"grad_weight's sum",    {call.total_out * p.blocks}, kReduceThreads,
                              129 * int(sizeof(int)), call.where.device,           call.where.stream,
                              call.where.overlap != 0};
@@ -192,9 +192,9 @@ Status choose(const gpu::GradWeightCall& call, const TileSize* sizes, int count,
     const int64_t run = 16 / element_bytes;
     if (!call.plan && s.V > gpu::few_samples && call.workspace)
         return invalid("plan: expected for more than %d samples, got null", int(gpu::few_samples));
-    if (s.K * columns >= int64_t(1) << 31) return invalid("weight: one slice has 2^31 elements or more");
-    if (std::max(s.C * s.H * s.W, s.K * s.P * s.Q) >= int64_t(1) << 31)
-        return invalid("one sample has 2^31 elements or more");
+    if (s.V > 0 && s.P * s.Q == 0) return invalid("grad: expected pixels, got none");
+    if (s.K * columns > kMostInt) return invalid("weight: one slice has 2^31 elements or more");
+    if (std::max(s.C * s.H * s.W, s.K * s.P * s.Q) > kMostInt) return invalid("one sample has 2^31 elements or more");
     GradWeightChoice c{};
     c.copies = width % run == 0 && depth % run == 0;
     for (const void* p : {call.grad, call.input}) c.copies = c.copies && reinterpret_cast<uintptr_t>(p) % 16 == 0;
@@ -210,13 +210,13 @@ Status choose(const gpu::GradWeightCall& call, const TileSize* sizes, int count,
                                                    std::max<int64_t>(s.V, 1));
         c.segment = std::max<int64_t>(divide_up(s.V, wanted), 1);
         c.parts = tile_bound(s.V, 1, c.segment, call.groups);
-        if (c.segment * s.P * s.Q >= int64_t(1) << 31) return invalid("one segment has 2^31 pixels or more");
+        if (c.segment * s.P * s.Q > kMostInt) return invalid("one segment has 2^31 pixels or more");
         const double blocks = double(divide_up(s.V, c.segment) * tiles);
         const double waves = std::max(blocks / double(multiprocessors), 1.0);
         const double time = waves * double(c.segment) * size.m * size.n / size.rate;
         if (least < 0.0 || time < least) least = time, best = c;
     }
-    if (best.parts * best.blocks_m * best.blocks_n * s.groups >= int64_t(1) << 31) return invalid("more than 2^31 tiles");
+    if (best.parts * best.blocks_m * best.blocks_n * s.groups > kMostInt) return invalid("more than 2^31 tiles");
     return {};
 }
 

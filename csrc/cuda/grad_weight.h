@@ -167,7 +167,8 @@ grad_weight_kernel(const GradWeightParams<typename Tile::T> p) {
             for (int i = 0; i < rights; ++i) {
                 const int64_t from =
                     input_at(p, same_lines ? left_pixel[i % lefts] : right_pixel[same_lines ? 0 : i], column);
-                device::copy_async(right.at(right_place(right_line + i * right_lines)), p.input.at(from), from >= 0);
+                device::copy_async(right.at(right_place(right_line + i * right_lines)), p.input.at(from < 0 ? 0 : from),
+                                   from >= 0);
             }
             MOE_UNROLL
             for (int i = 0; i < lefts; ++i) left_pixel[i].advance(p, memory, found, depth);
@@ -226,7 +227,7 @@ struct GradWeightChoice {
     int64_t blocks_m, blocks_n, segment, parts;
 };
 
-// A function of shapes and the device, so that the same inputs give the same bits.
+// A function of shapes, alignment and the device, so that the same inputs give the same bits.
 Status choose(const gpu::GradWeightCall& call, const TileSize* sizes, int count, int element_bytes,
               GradWeightChoice& choice);
 

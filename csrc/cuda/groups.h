@@ -12,12 +12,16 @@ namespace moe::MOE_GPU {
 using device::Global;
 using device::Shared;
 
+// Positions in kernels are 32-bit numbers, which are rounded up to whole tiles.
+constexpr int64_t kMostInt = (int64_t(1) << 31) - 4096;
+
 // Division of numbers below 2^31 by one that the host knows.
 struct Divisor {
     uint32_t value = 1, multiplier = 0, shift = 0;
 
     Divisor() = default;
     explicit Divisor(int64_t divisor) : value(uint32_t(divisor)) {
+        if (value == 0) return;  // of what is empty; nothing is divided
         while ((uint64_t(1) << shift) < value) ++shift;
         multiplier = uint32_t((((uint64_t(1) << shift) - value) << 32) / value + 1);
     }

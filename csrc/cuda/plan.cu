@@ -73,7 +73,7 @@ Status make_plan(const gpu::PlanCall& call) {
         return invalid("groups: at most %lld, got %lld", (long long)gpu::most_groups, (long long)count);
     }
     params.groups = view(slices, shape, count, call.num_out && call.num_in, nullptr);
-    if (call.samples >= int64_t(1) << 31) return invalid("samples: fewer than 2^31, got %lld", (long long)call.samples);
+    if (call.samples > kMostInt) return invalid("samples: fewer than 2^31, got %lld", (long long)call.samples);
     params.plan = device::global(call.plan, params.groups.count + 2 + call.samples, "plan");
     const int threads = int(std::clamp<int64_t>((call.samples + 31) / 32 * 32, 32, kPlanThreads));
     const device::Launch how{"plan",
@@ -91,6 +91,12 @@ Status make_plan(const gpu::PlanCall& call) {
 }  // namespace moe::MOE_GPU
 
 using namespace moe;
+
+extern "C" int MOE_ENTRY(check_device)(const gpu::Where* where, char* message, size_t size) {
+    const MOE_GPU::device::DeviceGuard guard(where->device);
+    if (!guard.status.ok()) return finish(guard.status, message, size);
+    return finish(MOE_GPU::device::loadable<MOE_GPU::plan_kernel>(), message, size);
+}
 
 extern "C" int MOE_ENTRY(plan)(const gpu::PlanCall* call, char* message, size_t size) {
     const MOE_GPU::device::DeviceGuard guard(call->where.device);

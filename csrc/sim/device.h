@@ -106,7 +106,6 @@ struct alignas(sizeof(T) * N) Vector {
 
 // --- where a thread is ------------------------------------------------------------------------------------------------
 
-MOE_DEVICE int grid_x() { return int(sim::current->state->start.grid[0]); }
 MOE_DEVICE int block_x() { return sim::current->state->block[0]; }
 MOE_DEVICE int block_y() { return sim::current->state->block[1]; }
 MOE_DEVICE int block_z() { return sim::current->state->block[2]; }
@@ -151,11 +150,15 @@ struct Global {
         i += position;
         if (sim::current->early) sim::fail_early(place, does, name);
         if (i < 0 || i > count - N) sim::fail_bounds(place, does, i, N, name, count);
-        T* const p = base + i;
-        if (reinterpret_cast<uintptr_t>(p) % (N * sizeof(T)) != 0) {
-            sim::fail_alignment(place, does, i, name, int(N * sizeof(T)));
+        at(i - position).aligned(does, N, place);
+        return base + i;
+    }
+    // That N elements from index 0 on lie aligned; whether there are so many is not asked.
+    void aligned(const char* does, int n, Place place) const {
+        const uint64_t bytes = uint64_t(n) * sizeof(T);
+        if ((uint64_t(reinterpret_cast<uintptr_t>(base)) + uint64_t(position) * sizeof(T)) % bytes != 0) {
+            sim::fail_alignment(place, does, position, name, int(bytes));
         }
-        return p;
     }
 };
 
@@ -302,6 +305,7 @@ template <class T>
 void copy_async(Shared<T> to, Global<const T> from, bool inside, Place place = here()) {
     constexpr int n = sim::kCopyBytes / int(sizeof(T));
     const int byte = to.check("copies to", 0, n, sim::kCopyBytes, place);
+    from.aligned("copies from", n, place);  // a device wants that of an address that it does not read, too
     sim::start_copy(byte, inside ? from.template vector<n>("copies from", 0, place) : nullptr, place);
 }
 MOE_DEVICE void commit_copies() { ++sim::current->groups; }
@@ -418,6 +422,11 @@ inline Status allocate_zeros(void** p, size_t bytes, void*) {
         std::snprintf(status.message, sizeof(status.message), "out of memory: %zu bytes", bytes);
     }
     return status;
+}
+
+template <auto kernel>
+Status loadable() {
+    return {};
 }
 
 struct Grid {

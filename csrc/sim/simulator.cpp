@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -35,6 +36,7 @@
 namespace moe::sim {
 
 __thread Thread* current = nullptr;
+std::atomic<bool> last_block_first{false};
 
 }  // namespace moe::sim
 
@@ -520,13 +522,15 @@ Status run_grid(const Start& start) {
     m.status = {};
     m.file = m.known_files = 0;
     m.files[0] = nullptr;
-    for (m.block[2] = 0; m.block[2] < start.grid[2]; ++m.block[2]) {
-        for (m.block[1] = 0; m.block[1] < start.grid[1]; ++m.block[1]) {
-            for (m.block[0] = 0; m.block[0] < start.grid[0]; ++m.block[0]) {
-                m.run_block();
-                if (m.failed) return m.status;
-            }
+    const int64_t blocks = start.grid[0] * start.grid[1] * start.grid[2];
+    for (int64_t i = 0; i < blocks; ++i) {
+        int64_t block = last_block_first ? blocks - 1 - i : i;
+        for (int axis = 0; axis < 3; ++axis) {
+            m.block[axis] = int(block % start.grid[axis]);
+            block /= start.grid[axis];
         }
+        m.run_block();
+        if (m.failed) return m.status;
     }
     if (start.overlap && !m.waited_for_previous) {
         // The kernel after this one would wait for this one only, and this one has not waited for the one before.

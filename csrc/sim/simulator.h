@@ -3,6 +3,7 @@
 // names of cuda/device.h on top of it. A fiber switches only where a thread waits: at barriers and warp collectives.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -130,6 +131,9 @@ extern __thread Thread* current __attribute__((tls_model("initial-exec")));
 #else
 extern __thread Thread* current;
 #endif
+
+// The blocks of a grid in the other order: what depends on which is last shows. For the whole process.
+extern std::atomic<bool> last_block_first;
 
 [[noreturn, gnu::cold, gnu::format(printf, 2, 3)]] void fail(Place place, const char* format, ...);
 [[noreturn, gnu::cold]] void fail_bounds(Place place, const char* does, int64_t index, int n, const char* name,

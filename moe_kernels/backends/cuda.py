@@ -74,11 +74,13 @@ class GradWeightNeeds(NamedTuple):
 class CudaBackend(Backend):
     name = "cuda"
     plans = True
-    plans_from = 33  # the kernels order up to 32 samples by themselves (few_samples in csrc/cuda/api.h)
+    plan_below = 128  # rows of the largest tile
     routes = True
 
     def __init__(self) -> None:
         self._kernels: Any = getattr(native.module, self.name, None)
+        if self._kernels is not None:
+            self.plans_from = self._kernels.few_samples + 1  # so many the kernels order by themselves
         self._supported: set[torch.device] = set()
         # Where counters of split reductions lie: zeros between kernels, one set for each stream, because kernels of two
         # may run at once. Not torch's memory, which may belong to a pool (a graph's) that ends before the process does.
@@ -103,6 +105,11 @@ class CudaBackend(Backend):
         capability = _properties(device).capability
         if capability < _OLDEST:
             return f"its kernels need compute capability 8.0 or later, {device} has {capability[0]}.{capability[1]}"
+        index = torch.cuda.current_device() if device.index is None else device.index
+        try:
+            self._kernels.check_device((index, 1, False, 0))
+        except RuntimeError as error:
+            return f"built by {self._kernels.build_info}, which has no code for {device} ({error})"
         self._supported.add(device)
         return None
 
@@ -414,11 +421,16 @@ def _epilogue(epilogue: Epilogue, width: int) -> tuple[Any, tuple[Any, ...]]:
     """The tensors that must outlive the call, and the native form."""
     if epilogue is NO_EPILOGUE:
         return None, _NO_EPILOGUE
-    values = [dense(t) for t in epilogue[:4]]
+    values = [_single(dense(t)) for t in epilogue[:4]]
     residual = None if epilogue.residual is None else nhwc(epilogue.residual)
     affine = values[2] if values[2] is not None else values[3]
     per_slice = affine is not None and affine.shape[0] != width
     return (values, residual), (*map(_values, values), pointer(residual), per_slice, epilogue.relu)
+
+
+def _single(value: Tensor | None) -> Tensor | None:
+    """The kernels read no float64."""
+    return value.float() if value is not None and value.dtype == torch.float64 else value
 
 
 def _values(value: Tensor | None) -> tuple[int, int, int]:

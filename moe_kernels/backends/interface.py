@@ -95,6 +95,7 @@ class Backend(abc.ABC):
     name: str
     plans = False  # whether its calls read a plan, which is then made once for a Routing
     plans_from = 2  # samples: with fewer they read none
+    plan_below = 0  # pixels of a result: with as many no tile takes rows of several samples, and only weights need a plan
     normalises = False  # whether it has kernels for a BatchNorm of each expert's own; elsewhere that is torch's operators
     routes = False  # whether it has a kernel for the router of pooled features
 

@@ -188,6 +188,40 @@ def test_a_split_reduction_leaves_its_counters_zero(multiprocessors: int) -> Non
     assert torch.equal(first, second) and not any(counters)
 
 
+@pytest.mark.parametrize("multiprocessors", [132], indirect=True)
+def test_the_order_of_blocks_changes_no_bit(multiprocessors: int) -> None:
+    """The last block of a tile to arrive adds the parts, whichever it is; segments are added in their order."""
+    kernels = moe_kernels.backends._BACKENDS["cuda_sim"]._kernels  # type: ignore[attr-defined]
+    for name in ("4x4", "stride 2", "more samples than a kernel orders"):
+        case = replace(ALIGNED[name], dtype=torch.float32)
+        values = numbers(case)
+        found = []
+        for reverse in (False, True):
+            kernels.run_last_block_first(reverse)
+            try:
+                y = run(case, values)
+                found.append([y, *torch.autograd.grad(y, list(values.leaves().values()), values.grad)])
+            finally:
+                kernels.run_last_block_first(False)
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_no_pixels_and_large_strides_and_float64_gates() -> None:
+    empty = torch.randn(2, 8, 0, 5, requires_grad=True)
+    layer = RoutedConv2d(8, 8, 3, padding=2, num_experts=2)
+    y = layer(empty, Routing(torch.tensor([0, 1]), num_experts=2))
+    (dx,) = torch.autograd.grad(y.sum(), empty)
+    assert dx.shape == empty.shape
+    check(Case(partition(8, 2), whole(8), padding=(1, 1), stride=(300, 300), size=(4, 4), dtype=torch.float32))
+    gate = torch.rand(3, dtype=torch.float64)
+    x, expert = torch.randn(3, 8, 5, 5), torch.tensor([0, 1, 1])
+    both = []
+    for backend in ("cuda_sim", "reference"):
+        with use_backend(backend), torch.no_grad():
+            both.append(layer(x, Routing(expert, gate, num_experts=2)))
+    torch.testing.assert_close(*both, rtol=1e-5, atol=1e-5)
+
+
 def test_an_access_outside_names_buffer_file_kernel_block_and_thread() -> None:
     """The extents are those that the call states: of a weight with fewer rows than the slice, the rest is outside."""
     kernels = moe_kernels.backends._BACKENDS["cuda_sim"]._kernels  # type: ignore[attr-defined]

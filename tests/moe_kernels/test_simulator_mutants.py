@@ -65,6 +65,20 @@ MUTANTS = {
         "flag.store(0, device::atomic_add(counters, unit, 1));",
         "which thread|no thread of this block",
     ),
+    "one tile too few": (
+        "groups.h",
+        "return (samples * rows_per_sample + tile_rows - 1)",
+        "return -1 + (samples * rows_per_sample + tile_rows - 1)",
+        "wrong",
+    ),
+    "a group counted once for each sample": ("grad_weight.cu", "if (other < lane) leader = false;", "", "wrong"),
+    "no barrier between the warps of a plan": (
+        "plan.cu",
+        "next.store(group, place + device::population(alike));\n            }\n            device::sync_threads();",
+        "next.store(group, place + device::population(alike));\n            }",
+        "which thread|no thread of this block|wrong|plan",
+    ),
+    "a segment that begins one pixel late": ("grad_weight.h", "at = line;", "at = line + 1;", "wrong|input|grad"),
     "an early start without waiting": ("convolution.h", "    device::wait_for_previous();\n", "", "wait_for_previous"),
 }
 
@@ -86,6 +100,7 @@ caught = []
 for case in (
     Case(partition(64, 2), whole(64), padding=(1, 1), size=(4, 4), batch=3, dtype=torch.bfloat16),
     Case(partition(32, 2), whole(96), padding=(1, 1), size=(6, 6), batch=2, dtype=torch.bfloat16),
+    Case(partition(8, 3), whole(8), size=(3, 3), batch=70, dtype=torch.bfloat16),
 ):
     with moe_kernels.use_backend("cuda_sim"):
         try:

@@ -47,6 +47,7 @@ _T = TypeVar("_T")
 class TritonBackend(Backend):
     name = "triton"
     plans = True
+    plan_below = 512  # from here on those of one sample fill tiles of any size up to 128 well
     normalises = True
 
     def unavailable(self) -> str | None:
