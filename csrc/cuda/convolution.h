@@ -165,7 +165,9 @@ struct CopyLoader {
         for (int i = 0; i < kLefts; ++i) {
             const int row = y[i] + r * ty.step, column = x[i] + s * tx.step;
             seen[i] = unsigned(row) < unsigned(p.y.source) && unsigned(column) < unsigned(p.x.source);
-            from[i] = base[i] + (int64_t(row) * p.x.source + column) * p.source_channels;
+            // of a pixel outside, which is not read, the product may wrap around
+            const int pixel = int(unsigned(row) * unsigned(p.x.source) + unsigned(column));
+            from[i] = base[i] + int64_t(pixel) * p.source_channels;
         }
         tap = r * p.y.step * p.weight_r + s * p.x.step * p.weight_s;
     }
