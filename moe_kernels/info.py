@@ -67,7 +67,7 @@ def _choices() -> list[str]:
         expected = ", ".join(known)
         return [f"MOE_KERNELS_BACKEND={asked}: no such backend, so every call fails; expected one of {expected}"]
     lines = []
-    for kind in ("cpu", "cuda"):
+    for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         try:
             chosen = backends.choose(torch.device(kind)).name
         except backends.BackendUnavailable as error:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
-from oracle import BACKENDS, CallCounter
+from oracle import BACKENDS, CallCounter, products
 
 import moe_kernels
 
@@ -28,10 +28,13 @@ def _same_start() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=(*BACKENDS, "cuda_sim"))
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once with each backend."""
-    with moe_kernels.use_backend(request.param):
+    """Runs the test once with each backend; the CUDA kernels in the simulator, float32 by full products there."""
+    reason = moe_kernels.available_backends()[request.param]
+    if reason is not None:
+        pytest.skip(reason)
+    with products(), moe_kernels.use_backend(request.param):
         yield request.param
 
 

@@ -316,6 +316,18 @@ def poisoned() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def products(precision: str = "ieee") -> Iterator[None]:
+    """float32 by full products ("ieee") or rounded to "tf32": the switch that convolutions obey on a GPU and in the
+    simulator."""
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before, conv.fp32_precision = conv.fp32_precision, precision
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before
+
+
 class CallCounter(collections.Counter[str]):
     """Counts the calls of a backend, by name."""
 

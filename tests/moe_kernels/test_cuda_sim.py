@@ -14,7 +14,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from oracle import Case, cases, check, compare, numbers, partition, poisoned, run, truth, whole, windows
+from oracle import Case, cases, check, compare, numbers, partition, poisoned, products, run, truth, whole, windows
 
 import moe_kernels
 from moe_kernels import RoutedConv2d, Routing, use_backend
@@ -75,22 +75,8 @@ def multiprocessors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(autouse=True)
 def _simulator() -> Iterator[None]:
-    with use_backend("cuda_sim"), _precision("ieee"):
+    with use_backend("cuda_sim"), products():
         yield
-
-
-class _precision:
-    """float32 by full products or rounded to tf32, as torch's switch for convolutions says."""
-
-    def __init__(self, precision: str) -> None:
-        self.conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-        self.precision = precision
-
-    def __enter__(self) -> None:
-        self.before, self.conv.fp32_precision = self.conv.fp32_precision, self.precision
-
-    def __exit__(self, *error: object) -> None:
-        self.conv.fp32_precision = self.before
 
 
 def check_tf32(case: Case) -> None:
@@ -98,7 +84,7 @@ def check_tf32(case: Case) -> None:
     values = numbers(case)
     expected, magnitude = truth(case, values)
     leaves = values.leaves()
-    with poisoned(), _precision("tf32"):
+    with poisoned(), products("tf32"):
         y = run(case, values)
         grads = torch.autograd.grad(y, list(leaves.values()), values.grad)
     compare(case, {"output": y, **dict(zip(leaves, grads, strict=True))}, expected, magnitude, rounded=2 * 2.0**-11)
@@ -144,7 +130,7 @@ def test_the_cases_above_take_every_tile(monkeypatch: pytest.MonkeyPatch) -> Non
             for dtype, precision in ((torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")):
                 case = replace(case, layout="channels_last", weight_layout="channels_last", dtype=dtype)
                 values = numbers(case)
-                with _precision(precision):
+                with products(precision):
                     y = run(case, values)
                     torch.autograd.grad(y, list(values.leaves().values()), values.grad)
     for kind, tiles in CONVOLUTION_TILES.items():

@@ -26,6 +26,7 @@ from oracle import (
     named,
     numbers,
     partition,
+    products,
     run,
     whole,
     windows,
@@ -46,13 +47,8 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
     reason = moe_kernels.available_backends()[request.param]
     if reason is not None:
         pytest.skip(reason)
-    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before, conv.fp32_precision = conv.fp32_precision, "ieee"
-    try:
-        with use_backend(request.param):
-            yield request.param
-    finally:
-        conv.fp32_precision = before
+    with products(), use_backend(request.param):
+        yield request.param
 
 
 def planned(kernels: str) -> int:
