@@ -48,7 +48,8 @@ class Routing:
         TypeError: if ``expert`` is not int64 or ``gate`` not floating.
         ValueError: if the shapes do not agree or ``num_experts`` is not positive.
 
-    Indices are checked where they are used on the CPU, and by :meth:`validate` on any device.
+    Indices are checked where the CPU's backends use them, and by :meth:`validate` on any device; a GPU's kernels answer
+    an index out of range with NaN for its sample.
     """
 
     __slots__ = ("choices", "expert", "gate", "num_experts", "plans", "unit_gate")

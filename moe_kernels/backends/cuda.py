@@ -92,7 +92,10 @@ class CudaBackend(Backend):
             return reason
         if self._kernels is None:
             return native.module.cuda_missing
-        return None if torch.cuda.is_available() else "torch sees no CUDA device"
+        if torch.cuda.is_available():
+            return None
+        why = "torch sees no CUDA device" if torch.version.cuda else "this torch is built without CUDA"
+        return f"built ({self._kernels.build_info}), but {why}"
 
     def unsupported(self, device: torch.device) -> str | None:
         if device in self._supported:  # asked at each call

@@ -403,9 +403,11 @@ def test_nothing_is_read_back() -> None:
 @pytest.mark.parametrize("size", [4, 8], ids=["packed", "one sample a tile"])
 @pytest.mark.parametrize("bad", [3, -(2**63)])
 def test_an_expert_out_of_range_gives_nan_for_its_sample_alone(bad: int, size: int) -> None:
+    biased = RoutedConv2d(16, 16, 3, padding=1, num_experts=3)
     layer = RoutedConv2d(16, 16, 3, padding=1, bias=False, num_experts=3)
     x = torch.randn(5, 16, size, size, requires_grad=True)
     expert = torch.tensor([0, 2, bad, 1, 0])
+    assert torch.equal(biased(x, Routing(expert, num_experts=3)).isnan().flatten(1).all(1), torch.arange(5) == 2)
     y = layer(x, Routing(expert, num_experts=3))
     rest = [0, 1, 3, 4]
     good = layer(x[rest], Routing(expert[rest], num_experts=3))

@@ -184,9 +184,6 @@ def test_small_images_share_a_tile(size: int, packed: bool) -> None:
     assert launches[-1].meta["PACKED"] == packed
 
 
-# --- indices out of range ---------------------------------------------------------------------------------------------
-
-
 # --- what runs elsewhere ----------------------------------------------------------------------------------------------
 
 
