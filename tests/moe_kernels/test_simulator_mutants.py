@@ -65,10 +65,10 @@ MUTANTS = {
         "flag.store(0, device::atomic_add(counters, unit, 1));",
         "which thread|no thread of this block",
     ),
-    "one tile too few": (
+    "no tiles for groups that end inside one": (
         "groups.h",
-        "return (samples * rows_per_sample + tile_rows - 1)",
-        "return -1 + (samples * rows_per_sample + tile_rows - 1)",
+        "/ tile_rows + partly;",
+        "/ tile_rows + 0 * partly;",
         "wrong",
     ),
     "a group counted once for each sample": ("grad_weight.cu", "if (other < lane) leader = false;", "", "wrong"),
