@@ -69,7 +69,7 @@ MUTANTS = {
         "groups.h",
         "/ tile_rows + partly;",
         "/ tile_rows + 0 * partly;",
-        "wrong",
+        "wrong|workspace",
     ),
     "a group counted once for each sample": ("grad_weight.cu", "if (other < lane) leader = false;", "", "wrong"),
     "no barrier between the warps of a plan": (
