@@ -18,7 +18,7 @@ struct TileSize {
 template <class... Tiles>
 struct TileList {
     static constexpr int kCount = int(sizeof...(Tiles));
-    // Calls visit.template operator()<Tile>() with the tile number `index`.
+    // Calls visitor.run<Tile>() with the tile number `index`.
     template <class Visitor>
     static Status visit(int index, Visitor visitor) {
         Status status;

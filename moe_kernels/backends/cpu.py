@@ -15,6 +15,7 @@ from ..rows import sum_choices
 from . import native
 from .interface import NO_EPILOGUE, Backend
 from .native import DTYPE as _DTYPE
+from .native import conv2d_shape
 from .native import module as _C
 from .native import pointer as _pointer
 
@@ -72,7 +73,7 @@ class CpuBackend(Backend):
         samples = batch * g.samples_per_input
         x, weight = nhwc(input), weight.resolve_neg()
         y = torch.empty((samples, g.out_width, rows, columns), dtype=dtype, device=input.device, memory_format=_NHWC)
-        shape = _shape(samples, g, channels, height, width, rows, columns, kh, kw)
+        shape = conv2d_shape(samples, g, channels, height, width, rows, columns, kh, kw)
         slices, keep = _slices(experts, g, samples)
         pointers, also_keep = _epilogue(epilogue, dtype, g.out_width)
         _C.conv2d_forward(
@@ -95,7 +96,7 @@ class CpuBackend(Backend):
         samples, _, rows, columns = grad.shape
         dy, weight = nhwc(grad), weight.resolve_neg()
         dx = torch.empty((samples, g.in_width, *size), dtype=grad.dtype, device=grad.device, memory_format=_NHWC)
-        native_shape = _shape(samples, g, g.in_width, *size, rows, columns, weight.shape[2], weight.shape[3])
+        native_shape = conv2d_shape(samples, g, g.in_width, *size, rows, columns, weight.shape[2], weight.shape[3])
         slices, keep = _slices(experts, g, samples)
         _C.conv2d_grad_input(
             _DTYPE[grad.dtype], torch.get_num_threads(), native_shape, slices, weight.stride(), dy.data_ptr(),
@@ -121,7 +122,7 @@ class CpuBackend(Backend):
         x = nhwc(input)
         layout = _NHWC if channels_last else torch.contiguous_format
         dw = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
-        native_shape = _shape(samples, g, channels, height, width, rows, columns, shape[2], shape[3])
+        native_shape = conv2d_shape(samples, g, channels, height, width, rows, columns, shape[2], shape[3])
         slices, keep = _slices(experts, g, samples)
         _C.conv2d_grad_weight(
             _DTYPE[grad.dtype], torch.get_num_threads(), native_shape, slices, dw.stride(), shape[0], shape[1],
@@ -135,7 +136,7 @@ class CpuBackend(Backend):
         if weight.dtype not in _DTYPE or weight.device.type != "cpu":
             return None
         # Packed blocks do not depend on the image's size; one pixel stands for any.
-        shape = _shape(0, g, g.in_width, 1, 1, 1, 1, weight.shape[2], weight.shape[3])
+        shape = conv2d_shape(0, g, g.in_width, 1, 1, 1, 1, weight.shape[2], weight.shape[3])
         slices = (0, g.num_out, g.out_starts, 0, g.num_in, g.in_starts)
         direction, dtype = (_GRAD_INPUT if backward else _FORWARD), _DTYPE[weight.dtype]
         numel = _C.pack_numel(direction, dtype, shape, slices)
@@ -146,15 +147,6 @@ class CpuBackend(Backend):
         threads = torch.get_num_threads()
         _C.pack(direction, dtype, threads, shape, slices, weight.stride(), weight.data_ptr(), block.data_ptr())
         return block
-
-
-def _shape(
-    samples: int, g: Conv2dGeometry, channels: int, height: int, width: int, rows: int, columns: int, kh: int, kw: int
-) -> tuple[int, ...]:
-    return (
-        samples, g.samples_per_input, channels, height, width, g.out_width, rows, columns, kh, kw,
-        g.stride[0], g.stride[1], g.padding[0], g.padding[1], g.dilation[0], g.dilation[1], g.groups,
-    )  # fmt: skip
 
 
 def _slices(experts: Experts, g: Conv2dGeometry, samples: int) -> tuple[tuple[Any, ...], Any]:

@@ -24,7 +24,7 @@ from ..rows import starts_on, sum_choices
 from . import native
 from .fallback import REFERENCE, left_to_reference, uses_tf32
 from .interface import NO_EPILOGUE, Backend, Epilogue, Experts
-from .native import DTYPE, pointer
+from .native import DTYPE, conv2d_shape, pointer
 
 if TYPE_CHECKING:
     from ..geometry import Conv2dGeometry
@@ -138,7 +138,7 @@ class CudaBackend(Backend):
             for a in (2, 3)
         ]
         y = _empty(input, samples, g.out_width, *size)
-        shape = _shape(samples, g, input.shape, y.shape, weight.shape)
+        shape = conv2d_shape(samples, g, *input.shape[1:], *y.shape[2:], *weight.shape[2:])
         self._convolve(nhwc(input), gpu_weight(weight, packed), y, experts, g, shape, epilogue, None, False)
         return in_format(y, memory_format_of(input))
 
@@ -194,9 +194,9 @@ class CudaBackend(Backend):
         sides, keep = _sides(experts, g, grad.device)
         plan, (count, pairs) = experts.plan, experts.groups(g, samples)
         kernels, where = self._kernels, self._where(grad.device, samples)
+        sizes = conv2d_shape(samples, g, *input.shape[1:], *grad.shape[2:], *shape[2:])
         fixed = (
-            where, DTYPE[grad.dtype], uses_tf32(grad), _shape(samples, g, input.shape, grad.shape, shape), *sides,
-            (shape[0], shape[1]), dw.stride(),
+            where, DTYPE[grad.dtype], uses_tf32(grad), sizes, *sides, (shape[0], shape[1]), dw.stride(),
         )  # fmt: skip
         needs = _grad_weight_needs(
             kernels, where[1], *fixed[1:4], g.num_out, g.num_in, *fixed[6:], count, pairs, dy.data_ptr() % 16,
@@ -279,7 +279,7 @@ class CudaBackend(Backend):
         samples = grad.shape[0]
         checks.choices(experts, g, samples)
         dx = _empty(grad, samples, g.in_width, *size)
-        shape = _shape(samples, g, dx.shape, grad.shape, weight.shape)
+        shape = conv2d_shape(samples, g, *dx.shape[1:], *grad.shape[2:], *weight.shape[2:])
         weight = gpu_weight(weight, packed)
         dots = self._convolve(nhwc(grad), weight, dx, experts, g, shape, epilogue, image, True)
         return in_format(sum_choices(dx, g.samples_per_input), memory_format_of(grad)), dots
@@ -402,13 +402,6 @@ def _alignment_of(starts: tuple[int, ...]) -> int:
 def _alignment(starts: Sequence[int]) -> int:
     """A number that divides every first channel; 0, which everything divides, where they are a partition's."""
     return _alignment_of(tuple(starts)) if starts else 0
-
-
-def _shape(samples: int, g: Conv2dGeometry, image: Sequence[int], out: Sequence[int], weight: Sequence[int]) -> Any:
-    return (
-        samples, g.samples_per_input, image[1], image[2], image[3], g.out_width, out[2], out[3], weight[2], weight[3],
-        g.stride[0], g.stride[1], g.padding[0], g.padding[1], g.dilation[0], g.dilation[1], g.groups,
-    )  # fmt: skip
 
 
 def _sides(experts: Experts, g: Conv2dGeometry, device: torch.device) -> tuple[tuple[Any, Any], Any]:

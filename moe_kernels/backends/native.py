@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch  # first: it brings the OpenMP runtime that the native module's symbols resolve to
 
-__all__ = ["DTYPE", "module", "pointer", "unavailable"]
+if TYPE_CHECKING:
+    from ..geometry import Conv2dGeometry
+
+__all__ = ["DTYPE", "conv2d_shape", "module", "pointer", "unavailable"]
 
 try:
     from .. import _C  # type: ignore[attr-defined]
@@ -39,3 +42,13 @@ def unavailable() -> str | None:
 def pointer(value: torch.Tensor | None) -> int:
     """Where a tensor's elements are; 0 for None."""
     return 0 if value is None else value.data_ptr()
+
+
+def conv2d_shape(
+    samples: int, g: Conv2dGeometry, channels: int, height: int, width: int, rows: int, columns: int, kh: int, kw: int
+) -> tuple[int, ...]:
+    """As moe::Conv2dShape."""
+    return (
+        samples, g.samples_per_input, channels, height, width, g.out_width, rows, columns, kh, kw,
+        g.stride[0], g.stride[1], g.padding[0], g.padding[1], g.dilation[0], g.dilation[1], g.groups,
+    )  # fmt: skip
