@@ -96,12 +96,13 @@ inline int64_t tile_bound(int64_t samples, int64_t rows_per_sample, int64_t tile
 
 // What find_tile leaves in shared memory, and the order of few samples after it.
 struct Found {
-    int group;  // above `count`: there is no such tile
-    int place;  // of the group's first sample in the order
-    int first;  // the tile's first row in the group
-    int rows;   // of the group
+    int group;   // above `count`: there is no such tile
+    int place;   // of the group's first sample in the order
+    int first;   // the tile's first row in the group
+    int rows;    // of the group
+    int before;  // tiles of the groups before
 };
-constexpr int kFoundInts = 4 + int(gpu::few_samples);
+constexpr int kFoundInts = 5 + int(gpu::few_samples);
 
 // The sum over the lanes up to this one.
 MOE_DEVICE int inclusive_sum(int value) {
@@ -133,6 +134,7 @@ MOE_DEVICE Found find_tile(const Grouping& groups, Shared<int> memory, int tile,
                     memory.store(1, begin);
                     memory.store(2, (tile - (last - tiles)) * tile_rows);
                     memory.store(3, samples * rows_per_sample);
+                    memory.store(4, last - tiles);
                 }
                 before = device::shuffle(last, 31);
             }
@@ -156,12 +158,13 @@ MOE_DEVICE Found find_tile(const Grouping& groups, Shared<int> memory, int tile,
                 const int more = device::shuffle(leader ? tiles : 0, other);
                 if (theirs < group) before += more;
             }
-            if (inside) memory.store(4 + begin + place, lane);
+            if (inside) memory.store(5 + begin + place, lane);
             if (leader && tile >= before && tile < before + tiles) {
                 memory.store(0, group);
                 memory.store(1, begin);
                 memory.store(2, (tile - before) * tile_rows);
                 memory.store(3, members * rows_per_sample);
+                memory.store(4, before);
             }
         }
     }
@@ -172,12 +175,13 @@ MOE_DEVICE Found find_tile(const Grouping& groups, Shared<int> memory, int tile,
     found.place = memory.load(1);
     found.first = memory.load(2);
     found.rows = memory.load(3);
+    found.before = memory.load(4);
     return found;
 }
 
 // The sample at a place of the order; after find_tile.
 MOE_DEVICE int sample_at(const Grouping& groups, Shared<int> memory, int place) {
-    return groups.plan.given() ? groups.plan.load(groups.count + 2 + place) : memory.load(4 + place);
+    return groups.plan.given() ? groups.plan.load(groups.count + 2 + place) : memory.load(5 + place);
 }
 
 }  // namespace moe::MOE_GPU
