@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import sys
@@ -17,15 +18,27 @@ from moe_kernels.routing import GATES
 
 from . import demo
 from .attacks import NonFiniteGradientError, from_name
-from .config import METHODS, AttackConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig, write_text
+from .config import (
+    METHODS,
+    AttackConfig,
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimConfig,
+    RoutingConfig,
+    RunConfig,
+    write_text,
+)
 from .data import Split, list_data, load
 from .evaluation import evaluate
-from .models import create_model, list_models
-from .models.base import KINDS
+from .models import list_models
+from .models.base import KINDS, LAYOUTS, ROUTE_PER, STEMS
+from .objectives import BALANCE_LOSSES
 from .profiling import measure_latency, profile
 from .routers import NonFiniteRouterError, list_routers
 from .tables import percent, table
 from .training import Interrupted, NonFiniteLossError, StepError, load_model, resume, train
+from .training.runs import build_model
 
 __all__ = ["main"]
 
@@ -70,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     p.set_defaults(run=_demo)
 
     p = commands.add_parser("train", help="train a model", formatter_class=defaults)
-    r, m, a, o = RunConfig(), MethodConfig(), AttackConfig(), OptimConfig()
+    r, m, a, o, t = RunConfig(), MethodConfig(), AttackConfig(), OptimConfig(), RoutingConfig()
     p.add_argument("--out", type=Path, help="the run folder to make")
     p.add_argument("--resume", type=Path, metavar="RUN", help="continue this run; all other options come from it")
     g = p.add_argument_group("method")
@@ -81,6 +94,25 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--batches", choices=("two", "one"), default=m.batches, help="a batch for each level, or one for both")
     g.add_argument("--router-objective", choices=("trades", "pseudo_label"), default=m.router_objective)
     g.add_argument("--attack-routers", action="store_true", help="add the routers' divergence to the training attack")
+    g.add_argument(
+        "--as-released",
+        action="store_true",
+        help="advmoe as its released code: --order backbone_first --batches one --router-objective pseudo_label "
+        "--attack-routers --attack-start gaussian",
+    )
+    g.add_argument("--share-attack", action="store_true", help="advmoe: one batch and one attack for both levels")
+    g.add_argument("--router-every", type=_positive, default=m.router_every, metavar="T", help="advmoe: train the routers in every T-th step")
+    g.add_argument("--part", choices=("all", "routers", "experts"), default=m.part, help="at: what is trained")
+    g.add_argument("--pretrain-epochs", type=int, default=m.pretrain_epochs, help="at_sparse: of the dense network")
+    g.add_argument("--mask-epochs", type=int, default=m.mask_epochs, help="at_sparse: of the mask; the rest fine-tunes")
+    g.add_argument("--init", metavar="RUN", help="begin with the weights of this run or checkpoint")
+    g = p.add_argument_group("routing")
+    g.add_argument("--balance", choices=("none", *BALANCE_LOSSES), default=t.balance, help="balancing loss of the routers")
+    g.add_argument("--balance-weight", type=float, default=t.balance_weight)
+    g.add_argument("--experts-start", choices=("apart", "alike"), default=t.experts, help="alike: as copies of the first")
+    g.add_argument(
+        "--share-epochs", type=int, default=t.share_epochs, help="train one expert for so many epochs, then copy it"
+    )
     _model_options(p)
     _data_options(p)
     p.add_argument("--train-limit", type=int, metavar="N", help="use N training images")
@@ -90,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--step-size", type=float, help="of pixel range 1; the data's own by default")
     g.add_argument("--attack-steps", type=int, default=a.steps)
     g.add_argument("--attack-loss", choices=("kl", "ce", "margin"), default=a.loss)
+    g.add_argument("--attack-start", choices=("uniform", "gaussian"), default="uniform", help="gaussian: TRADES' own")
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=int, default=r.epochs)
     g.add_argument("--batch-size", type=int, default=r.batch_size)
@@ -146,8 +179,14 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--experts", type=int, default=d.num_experts, metavar="N")
     g.add_argument("--ratio", type=float, default=d.ratio, help="width of an expert against the dense layer's")
     g.add_argument("--width", type=int, help="channels of the first stage; the architecture's own by default")
+    g.add_argument("--layout", choices=LAYOUTS, default=d.layout, help="where the experts' channels lie")
     g.add_argument("--router", default=d.router, help=f"one of {', '.join(list_routers())}")
-    g.add_argument("--bn", choices=("shared", "per_expert"), default=d.bn)
+    g.add_argument("--route-per", choices=ROUTE_PER, help="what a router chooses for; layer by default")
+    g.add_argument("--moe-at", type=_positive, nargs="+", metavar="STAGE", help="the routed stages; all by default")
+    g.add_argument("--temperature", type=float, default=d.temperature, help="of the routers' probabilities")
+    g.add_argument("--noise", type=float, default=d.noise, help="deviation of noise on the scores in training")
+    g.add_argument("--stem", choices=STEMS, help="imagenet from 128 pixels on by default")
+    g.add_argument("--bn", choices=("shared", "per_expert"), help="shared by default; per_expert with layout windows")
     g.add_argument("--gate", choices=GATES, default=d.gate)
     g.add_argument("--gate-after", choices=("conv", "norm"), default=d.gate_after)
 
@@ -161,8 +200,24 @@ def _data_options(parser: argparse.ArgumentParser, default: str | None = "digits
 
 def _model_config(o: argparse.Namespace) -> ModelConfig:
     return ModelConfig(
-        arch=o.arch, kind=o.kind, num_experts=o.experts, ratio=o.ratio, width=o.width, router=o.router, bn=o.bn,
-        gate=o.gate, gate_after=o.gate_after,
+        arch=o.arch, kind=o.kind, num_experts=o.experts, ratio=o.ratio, width=o.width, layout=o.layout, router=o.router,
+        route_per=o.route_per, moe_at=None if o.moe_at is None else tuple(o.moe_at), bn=o.bn, gate=o.gate,
+        gate_after=o.gate_after, temperature=o.temperature, noise=o.noise, stem=o.stem,
+    )  # fmt: skip
+
+
+def _method_config(o: argparse.Namespace) -> MethodConfig:
+    if o.as_released:
+        others = ("--order", "--batches", "--router-objective", "--attack-routers", "--share-attack", "--attack-start")
+        given = [name for name in others if name in o.given]
+        if o.method != "advmoe" or given:
+            what = f"--method {o.method}" if o.method != "advmoe" else given[0]
+            raise ValueError(f"--as-released: sets what advmoe's released code does, and does not go with {what}")
+        return MethodConfig.as_released(objective=o.objective, beta=o.beta, router_every=o.router_every)
+    return MethodConfig(
+        o.method, o.objective, o.beta, o.order, o.batches, o.router_objective, attack_routers=o.attack_routers,
+        share_attack=o.share_attack, router_every=o.router_every, part=o.part, pretrain_epochs=o.pretrain_epochs,
+        mask_epochs=o.mask_epochs,
     )  # fmt: skip
 
 
@@ -178,11 +233,14 @@ def _train(o: argparse.Namespace) -> None:
         config = RunConfig(
             model=_model_config(o),
             data=DataConfig(o.data, o.data_dir, o.train_limit, o.test_limit, augment=not o.no_augment),
-            attack=AttackConfig(o.epsilon, o.step_size, o.attack_steps, o.attack_loss),
-            optim=OptimConfig(o.lr, o.router_lr, o.momentum, o.weight_decay, o.freeze_unused),
-            method=MethodConfig(
-                o.method, o.objective, o.beta, o.order, o.batches, o.router_objective, attack_routers=o.attack_routers
+            attack=AttackConfig(
+                o.epsilon, o.step_size, o.attack_steps, o.attack_loss,
+                "gaussian" if o.attack_start == "gaussian" or o.as_released else True,
             ),
+            optim=OptimConfig(o.lr, o.router_lr, o.momentum, o.weight_decay, o.freeze_unused),
+            method=_method_config(o),
+            routing=RoutingConfig(o.balance, o.balance_weight, o.experts_start, o.share_epochs),
+            init=o.init,
             epochs=o.epochs,
             batch_size=o.batch_size,
             seed=o.seed,
@@ -251,11 +309,8 @@ def _profile(o: argparse.Namespace) -> None:
     if o.threads is not None:
         torch.set_num_threads(o.threads)
     config = _model_config(o)
-    options = {"bn": o.bn, "gate": o.gate, "gate_after": o.gate_after} if o.kind == "moe" else {}
-    common = {"num_classes": o.num_classes, "image_size": o.image_size, "width": o.width}
-    model = create_model(
-        config.arch, config.kind, num_experts=o.experts, ratio=o.ratio, router=o.router, **common, **options
-    ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    common = {"num_classes": o.num_classes, "image_size": o.image_size}
+    model = build_model(dataclasses.replace(config, **common)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     cost = profile(model, o.image_size)
     if o.layers:
         rows = [[c.name, f"{c.macs / 1e6:.3f}", "router" if c.router else "pathway"] for c in cost.layers]
@@ -265,7 +320,8 @@ def _profile(o: argparse.Namespace) -> None:
         f"multiply-accumulate as 1; convolutions and linear layers): pathway {cost.pathway_gflops:.4f}, "
         f"routers {cost.router_gflops:.4f}"
     )
-    dense = create_model(config.arch, "dense", **common).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    plain = ModelConfig(config.arch, "dense", width=config.width, stem=config.stem, **common)
+    dense = build_model(plain).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     rows = []
     for batch in o.batch_size:
         mine, other = measure_latency([model, dense], o.image_size, batch, o.repeats)

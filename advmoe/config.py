@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 
 import yaml
 
+from .objectives import BALANCE_LOSSES
 from .registry import unknown_name
 
-__all__ = ["AttackConfig", "DataConfig", "MethodConfig", "ModelConfig", "OptimConfig", "RunConfig"]
+__all__ = ["AttackConfig", "DataConfig", "MethodConfig", "ModelConfig", "OptimConfig", "RoutingConfig", "RunConfig"]
 
-METHODS = ("standard", "at", "advmoe")
+METHODS = ("standard", "at", "at_sparse", "advmoe")
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,16 @@ class ModelConfig:
     num_experts: int = 2
     ratio: float = 0.5
     width: int | None = None
+    layout: str = "partition"
     router: str = "light"
-    bn: str = "shared"
+    route_per: str | None = None
+    moe_at: tuple[int, ...] | None = None
+    bn: str | None = None
     gate: str = "straight_through"
     gate_after: str = "conv"
+    temperature: float = 1.0
+    noise: float = 0.0
+    stem: str | None = None
     normalize: bool = True
     num_classes: int | None = None
     image_size: int | None = None
@@ -82,14 +89,43 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class RoutingConfig:
+    """What keeps routers alive in training; settings of a model with routers only.
+
+    Args:
+        balance: ``none`` or a loss of :func:`advmoe.objectives.balance_loss`, added with ``balance_weight`` wherever routers
+            are trained, as the mean over all choices of the step's training forwards.
+        experts: ``apart``, or ``alike``: all experts begin as copies of the first.
+        share_epochs: for the first so many epochs every sample trains the first expert, and the others are its copies: the
+            shared part of learning is done once, and routing begins with alike experts.
+    """
+
+    balance: str = "none"
+    balance_weight: float = 0.1
+    experts: str = "apart"
+    share_epochs: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in (("balance", ("none", *BALANCE_LOSSES)), ("experts", ("apart", "alike"))):
+            if getattr(self, name) not in known:
+                raise unknown_name(name, getattr(self, name), known)
+        _require(self, ("balance_weight", "share_epochs"))
+
+
+@dataclass(frozen=True)
 class MethodConfig:
-    """``standard`` (no attack), ``at`` (adversarial training, routers and backbone together), ``advmoe`` (Algorithm 1).
+    """``standard`` (no attack), ``at`` (adversarial training, routers and backbone together), ``at_sparse`` (HYDRA's
+    structured mask, on kind sparse), ``advmoe`` (Algorithm 1).
 
     Args:
         objective: ``trades``, or ``cross_entropy`` on adversarial images (PGD-AT).
         beta: TRADES' weight.
         order, batches, router_objective, attack_routers: Algorithm 1 as printed by default (``router_first``, ``two``,
             ``trades``, False); ``backbone_first``, ``one``, ``pseudo_label``, True are what the released code does.
+        share_attack: of advmoe: one batch and one attack for both levels.
+        router_every: of advmoe: the lower level in every so many steps.
+        part: of at: ``all``, ``routers`` (the backbone rests) or ``experts`` (all but the routers).
+        pretrain_epochs, mask_epochs: of at_sparse; the remaining epochs fine-tune.
     """
 
     name: str = "advmoe"
@@ -100,6 +136,11 @@ class MethodConfig:
     router_objective: str = "trades"
     router_alpha: float = 6.0
     attack_routers: bool = False
+    share_attack: bool = False
+    router_every: int = 1
+    part: str = "all"
+    pretrain_epochs: int = 0
+    mask_epochs: int = 0
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -108,10 +149,20 @@ class MethodConfig:
             ("order", ("router_first", "backbone_first")),
             ("batches", ("two", "one")),
             ("router_objective", ("trades", "pseudo_label")),
+            ("part", ("all", "routers", "experts")),
         ):
             if getattr(self, name) not in known:
                 raise unknown_name("method" if name == "name" else name, getattr(self, name), known)
-        _require(self, ("beta", "router_alpha"))
+        _require(self, ("beta", "router_alpha", "pretrain_epochs", "mask_epochs"))
+        if self.router_every < 1:
+            raise ValueError(f"router_every: expected at least 1, got {self.router_every}")
+
+    @classmethod
+    def as_released(cls, **others: Any) -> MethodConfig:
+        """AdvMoE as its released code trains it: one batch, the backbone first, the routers by a pseudo-label."""
+        return cls(
+            "advmoe", order="backbone_first", batches="one", router_objective="pseudo_label", attack_routers=True, **others
+        )
 
 
 @dataclass(frozen=True)
@@ -123,6 +174,8 @@ class RunConfig:
     attack: AttackConfig = field(default_factory=AttackConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    init: str | None = None  # a run or checkpoint whose weights to begin with
     epochs: int = 100
     batch_size: int = 128
     seed: int = 0
@@ -135,6 +188,12 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+        for name, needed in (
+            ("share_epochs", self.routing.share_epochs),
+            ("pretrain_epochs + mask_epochs", self.method.pretrain_epochs + self.method.mask_epochs),
+        ):
+            if needed and needed >= self.epochs:
+                raise ValueError(f"{name}: expected less than the {self.epochs} epochs, got {needed}")
 
     def save(self, path: Path) -> None:
         write_text(path, yaml.safe_dump(_plain(self), sort_keys=False))
@@ -176,6 +235,7 @@ _ROOMS = {
     "attack": AttackConfig,
     "optim": OptimConfig,
     "method": MethodConfig,
+    "routing": RoutingConfig,
 }
 
 

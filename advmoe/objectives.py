@@ -3,10 +3,24 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["cross_entropy", "kl_divergence", "margin_loss", "router_pseudo_label_loss", "trades_loss"]
+from .registry import unknown_name
+
+__all__ = [
+    "BALANCE_LOSSES",
+    "balance_loss",
+    "cross_entropy",
+    "kl_divergence",
+    "margin_loss",
+    "router_pseudo_label_loss",
+    "trades_loss",
+]
+
+BALANCE_LOSSES = ("switch", "entropy", "column_entropy")
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
@@ -56,3 +70,31 @@ def router_pseudo_label_loss(
     It does not see the network's prediction; the paper's lower level minimises TRADES through the network instead.
     """
     return alpha * cross_entropy(scores, labels % scores.shape[1]) + beta * kl_divergence(scores, adversarial_scores)
+
+
+def balance_loss(scores: Tensor, kind: str) -> Tensor:
+    """What keeps a router from sending all samples to one expert; at least 0 where the experts are used alike.
+
+    With p the softmax of ``scores [B, N]``, P its mean over the batch, f the share of samples whose highest score is each
+    expert's, H the entropy in nats:
+
+    - ``switch``: ``N * sum_e f_e P_e - 1`` (Fedus et al. 2022; f carries no gradient);
+    - ``column_entropy``: ``log N - H(P)``: used alike on average;
+    - ``entropy``: ``mean_i H(p_i) + log N - H(P)``: used alike on average, and decided for each sample.
+
+    The last two as in robust sparse MoE layers (ICCVW 2025), plus the constant log N.
+
+    Raises:
+        ValueError: for an unknown kind.
+    """
+    experts = scores.shape[1]
+    log_p = F.log_softmax(scores, dim=1)
+    p = log_p.exp()
+    mean = p.mean(0)
+    if kind == "switch":
+        share = F.one_hot(scores.detach().argmax(1), experts).to(mean.dtype).mean(0)
+        return experts * (share * mean).sum() - 1
+    if kind not in BALANCE_LOSSES:
+        raise unknown_name("balance", kind, BALANCE_LOSSES)
+    column = math.log(experts) + (mean * (mean + 1e-12).log()).sum()
+    return column if kind == "column_entropy" else column - (p * log_p).sum(1).mean()

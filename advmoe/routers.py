@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routers: from features or images to scores ``[B, num_experts]``.
 
-A router of level ``"layer"`` sees the input of the one layer it routes; a router of level ``"image"`` sees the normalised
-image, once, and its choice goes to every routed layer. :func:`register_router` adds one's own.
+A router of level ``"layer"`` sees the features before what it routes (a layer, or a block, a stage or the network: option
+``route_per`` of ``create_model``); a router of level ``"image"`` sees the normalised image, once, and its choice goes to
+every routed layer. :func:`register_router` adds one's own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -17,19 +20,57 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from moe_kernels import Routing, functional
+from moe_kernels.routing import GATES
 
-from .registry import Registry
+from .registry import Registry, unknown_name
 
 __all__ = [
+    "ConvRouter",
+    "FixedRouter",
     "GlobalRouter",
+    "ImageRouter",
     "LightRouter",
+    "LinearRouter",
     "NonFiniteRouterError",
+    "RandomRouter",
     "Router",
+    "RouterOptions",
     "build_router",
     "list_routers",
+    "observe_routers",
     "record_scores",
     "register_router",
+    "routers_of",
 ]
+
+Observer = Callable[["Router", Tensor, Routing], None]
+
+
+@dataclass(frozen=True)
+class RouterOptions:
+    """How a router's scores become a choice.
+
+    Args:
+        gate: see :meth:`moe_kernels.Routing.from_scores`.
+        temperature: scores are divided by it: above 1 the probabilities, and with them the gates' gradients and the
+            balancing losses, are softer. The choice itself is the same.
+        noise: standard deviation of Gaussian noise on the scores (after the temperature), in training mode only.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    gate: str = "straight_through"
+    temperature: float = 1.0
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.gate not in GATES:
+            raise unknown_name("gate", self.gate, GATES)
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature: expected a finite number above 0, got {self.temperature}")
+        if not 0 <= self.noise < math.inf:
+            raise ValueError(f"noise: expected a finite number of at least 0, got {self.noise}")
 
 
 class NonFiniteRouterError(RuntimeError):
@@ -39,7 +80,8 @@ class NonFiniteRouterError(RuntimeError):
 class Router(nn.Module):
     """What a router is: ``forward`` gives scores, :meth:`route` the choice made of them.
 
-    Subclasses take ``(in_channels, num_experts)`` and say their ``level``.
+    Subclasses take ``(in_channels, num_experts)`` and say their ``level``; one that has to know the size of the image
+    overrides :meth:`build`.
     """
 
     level: ClassVar[str] = "layer"  # "layer" or "image"
@@ -48,8 +90,15 @@ class Router(nn.Module):
         super().__init__()
         self.in_channels = in_channels
         self.num_experts = num_experts
-        self.gate = "straight_through"
+        self.options = RouterOptions()
         self.routes = ""  # the name of the layer it routes; "" for all
+        self.only: int | None = None  # every sample to this expert, without looking at it
+        self._observers: list[Observer] = []
+
+    @classmethod
+    def build(cls, in_channels: int, num_experts: int, image_size: int) -> Router:
+        """A router for features of ``in_channels`` channels, or, of level image, for images of ``image_size`` pixels."""
+        return cls(in_channels, num_experts)
 
     def route(self, x: Tensor) -> Routing:
         """The chosen expert of each sample of ``x``.
@@ -57,41 +106,66 @@ class Router(nn.Module):
         Raises:
             NonFiniteRouterError: if a score is not finite (looked at on the CPU, outside a trace).
         """
+        if self.only is not None:
+            expert = torch.full((len(x),), self.only, dtype=torch.int64, device=x.device)
+            return Routing(expert, num_experts=self.num_experts)
         scores = self(x)
         if scores.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(torch.isfinite(scores).all()):
             hint = "a lower learning rate usually helps"
-            if self.gate == "raw_straight_through":
+            if self.options.gate == "raw_straight_through":
                 hint = "the gate 'raw_straight_through' is known to diverge: 'straight_through' does not"
             raise NonFiniteRouterError(
                 f"the router of {self.routes or 'all layers'} gave scores that are not finite; {hint}"
             )
-        return Routing.from_scores(scores, gate=self.gate)
+        if self.options.temperature != 1:
+            scores = scores / self.options.temperature
+        chosen = scores
+        if self.options.noise and self.training:
+            chosen = scores + self.options.noise * torch.randn_like(scores)
+        routing = Routing.from_scores(chosen, gate=self.options.gate)
+        for observer in self._observers:
+            observer(self, scores, routing)
+        return routing
 
     def extra_repr(self) -> str:
-        return f"gate={self.gate!r}"
+        o, plain = self.options, RouterOptions()
+        parts = [f"gate={o.gate!r}"]
+        parts += [f"{name}={getattr(o, name)}" for name in ("temperature", "noise") if getattr(o, name) != getattr(plain, name)]
+        return ", ".join(parts)
 
 
-_ROUTERS: Registry[Callable[[int, int], Router]] = Registry("router")
+_ROUTERS: Registry[type[Router]] = Registry("router")
 
 
 def register_router(name: str) -> Callable[[type[Router]], type[Router]]:
     """Class decorator: makes a :class:`Router` known to ``create_model(router=name)``."""
-    return _ROUTERS.register(name)  # type: ignore[return-value]
+    return _ROUTERS.register(name)
 
 
 def list_routers() -> list[str]:
     return _ROUTERS.names()
 
 
-def build_router(name: str, in_channels: int, num_experts: int, gate: str, routes: str = "") -> Router:
-    router = _ROUTERS[name](in_channels, num_experts)
-    router.gate = gate
-    router.routes = routes
+def build_router(
+    name: str, in_channels: int, num_experts: int, options: RouterOptions, image_size: int = 32
+) -> Router:
+    """A router by its name.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    router = _ROUTERS[name].build(in_channels, num_experts, image_size)
+    router.options = options
     return router
 
 
 def router_class(name: str) -> type[Router]:
-    return _ROUTERS[name]  # type: ignore[return-value]
+    return _ROUTERS[name]
+
+
+def routers_of(model: nn.Module) -> dict[str, Router]:
+    """Every router by the name of its module, in order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Router)}
 
 
 @register_router("light")
@@ -117,13 +191,18 @@ class LightRouter(Router):
             return super().route(x)
         norm, linear = self.norm, self.linear
         return functional.pooled_routing(
-            x, linear.weight, linear.bias, norm.weight, norm.bias, eps=norm.eps, gate=self.gate
+            x, linear.weight, linear.bias, norm.weight, norm.bias, eps=norm.eps, gate=self.options.gate
         )
 
     def _is_plain(self) -> bool:
         """Whether nobody changed or watches the forward or a part of it: a subclass, another module in place, a hook."""
+        noisy = bool(self.options.noise) and self.training
         return (
-            getattr(self.forward, "__func__", None) is LightRouter.forward
+            self.only is None
+            and not self._observers
+            and not noisy
+            and self.options.temperature == 1
+            and getattr(self.forward, "__func__", None) is LightRouter.forward
             and (type(self.norm), type(self.linear)) == (nn.LayerNorm, nn.Linear)
             and not _has_any_global_hook()
             and not any(
@@ -132,6 +211,88 @@ class LightRouter(Router):
                 for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
             )
         )
+
+
+@register_router("conv")
+class ConvRouter(Router):
+    """One for each routed layer: a 3×3 convolution to one channel for each expert, then their means; 9 * C * N * H * W
+    multiply-accumulates. It sees patterns that the means over the image hide from :class:`LightRouter`."""
+
+    def __init__(self, in_channels: int, num_experts: int) -> None:
+        super().__init__(in_channels, num_experts)
+        self.norm = nn.GroupNorm(1, in_channels)
+        self.conv = nn.Conv2d(in_channels, num_experts, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.norm(x)).mean((2, 3))
+
+
+@register_router("linear")
+class LinearRouter(Router):
+    """One choice for the whole network: a linear map of the flattened image; 3 * S * S * N multiply-accumulates."""
+
+    level = "image"
+
+    def __init__(self, in_channels: int, num_experts: int, image_size: int) -> None:
+        super().__init__(in_channels, num_experts)
+        self.image_size = image_size
+        self.linear = nn.Linear(in_channels * image_size**2, num_experts)
+
+    @classmethod
+    def build(cls, in_channels: int, num_experts: int, image_size: int) -> Router:
+        return cls(in_channels, num_experts, image_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2:] != (self.image_size, self.image_size):
+            raise ValueError(f"input: expected images of {self.image_size} pixels, got {tuple(x.shape[2:])}")
+        return self.linear(x.flatten(1))
+
+
+@register_router("image")
+class ImageRouter(Router):
+    """One choice for the whole network: three convolutions of stride 2 (8, 16 and 32 channels), means, linear; 0.20
+    million multiply-accumulates on 32×32 images, less than 1 % of a ResNet-18's pathway.
+
+    Normalised within each sample (GroupNorm with one group), because a choice must not depend on the rest of the batch.
+    """
+
+    level = "image"
+
+    def __init__(self, in_channels: int, num_experts: int) -> None:
+        super().__init__(in_channels, num_experts)
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for width in (8, 16, 32):
+            layers += [nn.Conv2d(channels, width, 3, 2, 1, bias=False), nn.GroupNorm(1, width), nn.ReLU()]
+            channels = width
+        self.features = nn.Sequential(*layers)
+        self.linear = nn.Linear(channels, num_experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.features(x).mean((2, 3)))
+
+
+@register_router("random")
+class RandomRouter(Router):
+    """For ablation: each sample's expert is drawn anew, alike, in every forward, also in eval mode; from torch's global
+    generator, which a run's checkpoint holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.rand((len(x), self.num_experts), device=x.device, dtype=x.dtype)
+
+
+@register_router("fixed")
+class FixedRouter(Router):
+    """For ablation: every sample to expert ``expert``, an attribute; 0 unless set."""
+
+    def __init__(self, in_channels: int, num_experts: int) -> None:
+        super().__init__(in_channels, num_experts)
+        self.expert = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = x.new_zeros(len(x), self.num_experts)
+        scores[:, self.expert] = 1
+        return scores
 
 
 class _RouterBlock(nn.Module):
@@ -195,3 +356,17 @@ def record_scores(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def observe_routers(model: nn.Module, observer: Observer) -> Iterator[None]:
+    """Calls ``observer(router, scores, routing)`` at each choice that a router of the model makes meanwhile: scores after
+    the temperature, before noise, with their graph. Not while :attr:`Router.only` holds, when there is no choice."""
+    routers = list(routers_of(model).values())
+    for router in routers:
+        router._observers.append(observer)
+    try:
+        yield
+    finally:
+        for router in routers:
+            router._observers.remove(observer)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backbones by name, and what training needs to know about a routed model."""
 
-from . import resnet  # noqa: F401  registers its architectures
+from . import densenet, resnet, vgg, wide_resnet  # noqa: F401  each registers its architectures
 from .base import (
     backbone_parameters,
     create_model,

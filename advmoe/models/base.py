@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels import RoutedConv2d, Routing
-from moe_kernels.routing import GATES
 
 from ..registry import Registry, unknown_name
-from ..routers import Router, router_class
+from ..routers import RouterOptions, router_class, routers_of
 
 __all__ = [
     "KINDS",
@@ -30,13 +30,18 @@ __all__ = [
     "router_parameters",
 ]
 
-KINDS = ("dense", "s_dense", "moe")
+KINDS = ("dense", "s_dense", "sparse", "moe")
+LAYOUTS = ("partition", "windows")
+ROUTE_PER = ("layer", "block", "stage", "network")
+STEMS = ("cifar", "imagenet")
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+_COMMON = ("mean", "std", "stem")
 _OPTIONS = {
-    "dense": ("mean", "std"),
-    "s_dense": ("mean", "std"),
-    "moe": ("mean", "std", "bn", "gate", "gate_after"),
+    "dense": _COMMON,
+    "s_dense": _COMMON,
+    "sparse": _COMMON,
+    "moe": (*_COMMON, "bn", "gate", "gate_after", "temperature", "noise", "route_per", "moe_at"),
 }
 
 
@@ -51,17 +56,36 @@ class ModelSpec:
     num_experts: int
     ratio: float
     width: int | None
+    layout: str
     router: str
     normalize: bool
+    stem: str
     mean: tuple[float, ...] = CIFAR10_MEAN
     std: tuple[float, ...] = CIFAR10_STD
     bn: str = "shared"
-    gate: str = "straight_through"
     gate_after: str = "conv"
+    route_per: str = "layer"
+    moe_at: tuple[int, ...] | None = None
+    router_options: RouterOptions = field(default_factory=RouterOptions)
+
+    @property
+    def routed(self) -> bool:
+        return self.kind == "moe"
+
+    @property
+    def windows(self) -> bool:
+        """Whether experts are windows of a dense layer's channels, on both sides."""
+        return self.routed and self.layout == "windows"
 
     def scaled(self, channels: int) -> int:
         """``int(ratio * channels)`` where the kind scales widths; at least 1."""
-        return channels if self.kind == "dense" else max(1, int(self.ratio * channels))
+        return channels if self.kind in ("dense", "sparse") else max(1, int(self.ratio * channels))
+
+    def at_stage(self, stage: int) -> ModelSpec:
+        """The spec of stage 1, 2, …: where ``moe_at`` leaves it out, its layers are ordinary ones of a pathway's width."""
+        if not self.routed or self.moe_at is None or stage in self.moe_at:
+            return self
+        return dataclasses.replace(self, kind="s_dense")
 
 
 _MODELS: Registry[Callable[[ModelSpec], nn.Module]] = Registry("arch")
@@ -93,16 +117,28 @@ def create_model(
 
     Args:
         arch: an architecture of :func:`list_models`.
-        kind: ``"dense"`` (every width as it is), ``"s_dense"`` (all widths times ratio: about one pathway) or ``"moe"``
-            (routed convolutions of num_experts experts, each as wide as s_dense's).
+        kind: ``"dense"`` (every width as it is), ``"s_dense"`` (all widths times ratio: about one pathway), ``"sparse"``
+            (dense, with a mask over output channels that ``advmoe.sparse`` learns to keep ``ratio`` of them) or
+            ``"moe"`` (routed convolutions of num_experts experts, each as wide as s_dense's).
         ratio: r, the width of an expert against the dense layer's; widths are ``int(r * channels)``.
         width: channels of the first stage; the architecture's own by default.
-        layout: ``"partition"``: expert e owns rows ``e * w : (e + 1) * w`` of the weight, as in AdvMoE's released code.
-        router: a name of ``advmoe.routers.list_routers()``: ``"light"`` (one a layer) or ``"global"`` (one choice).
+        layout: of kind moe. ``"partition"``: expert e owns rows ``e * w : (e + 1) * w`` of the weight, as in AdvMoE's
+            released code. ``"windows"``: the paper's subsets of channels: the weights are the dense network's, expert e
+            is :meth:`moe_kernels.ExpertSlices.windows` of them on both sides, overlapping where N * r > 1; with r = 1 it
+            is the dense network. What is not routed keeps its full width.
+        router: a name of ``advmoe.routers.list_routers()``.
         normalize: subtract ``mean`` and divide by ``std`` (options; CIFAR-10's by default) inside the model.
-        options: ``mean``, ``std``; for kind moe also ``bn`` (``"shared"`` by all experts, as released, or
-            ``"per_expert"``), ``gate`` (see :meth:`moe_kernels.Routing.from_scores`) and ``gate_after`` (``"conv"``, or
-            ``"norm"``: behind the BatchNorm, which cancels part of the gradient of a gate before it).
+        options: ``mean``, ``std``; ``stem``: ``"cifar"`` (3×3) or ``"imagenet"`` (7×7 of stride 2, pooled; by default from
+            128 pixels on). For kind moe also
+
+            - ``bn``: ``"shared"`` by all experts (as released; the default of partition) or ``"per_expert"`` (the
+              default of windows, where it belongs to the dense network's channels);
+            - ``gate``, ``temperature``, ``noise``: see :class:`advmoe.routers.RouterOptions`;
+            - ``gate_after``: ``"conv"``, or ``"norm"``: behind the BatchNorm, which cancels part of the gradient of a
+              gate before it (ResNet and VGG);
+            - ``route_per``: a router for each ``"layer"``, ``"block"``, ``"stage"``, or one behind the stem
+              (``"network"``); an image-level router makes one choice for all;
+            - ``moe_at``: the stages that are routed, such as ``(3, 4)``; all by default (partition only).
 
     Raises:
         ValueError: for an unknown name (with the near matches), option, or a size that does not fit.
@@ -110,35 +146,52 @@ def create_model(
     build = _MODELS[arch]
     if kind not in KINDS:
         raise unknown_name("kind", kind, KINDS)
-    if layout != "partition":
-        raise unknown_name("layout", layout, ("partition",))
     for name in options:
         if name not in _OPTIONS[kind]:
             raise unknown_name(f"option of kind {kind}", name, _OPTIONS[kind])
+    options = {name: value for name, value in options.items() if value is not None}
+    options.setdefault("stem", "imagenet" if image_size >= 128 else "cifar")
+    options.setdefault("bn", "per_expert" if layout == "windows" else "shared")
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio: expected 0 < ratio <= 1, got {ratio}")
     for name, value in (
         ("num_experts", num_experts),
         ("num_classes", num_classes),
+        ("image_size", image_size),
         ("width", 1 if width is None else width),
     ):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
-    router_class(router)
+    level = router_class(router).level
     for name, value, known in (
-        ("bn", options.get("bn", "shared"), ("shared", "per_expert")),
-        ("gate", options.get("gate", "straight_through"), GATES),
+        ("layout", layout, LAYOUTS),
+        ("stem", options["stem"], STEMS),
+        ("bn", options["bn"], ("shared", "per_expert")),
         ("gate_after", options.get("gate_after", "conv"), ("conv", "norm")),
+        ("route_per", options.get("route_per", "layer"), ROUTE_PER),
     ):
         if value not in known:
             raise unknown_name(name, value, known)
+    if level == "image" and options.get("route_per", "network") != "network":
+        raise ValueError(f"route_per: the router {router!r} chooses once for each image; got {options['route_per']!r}")
+    router_options = RouterOptions(**{n: options.pop(n) for n in ("gate", "temperature", "noise") if n in options})
+    if router_options.gate == "softmax" and options.get("route_per") in ("block", "stage"):
+        raise ValueError("gate: 'softmax' multiplies through all layers that share a choice; use it per layer or network")
     for name in ("mean", "std"):
         if name in options:
             options[name] = tuple(float(v) for v in options[name])
-    model = build(ModelSpec(arch, kind, num_classes, image_size, num_experts, ratio, width, router, normalize, **options))
-    for name, module in model.named_modules():
-        if isinstance(module, Router):
-            module.routes = name.removesuffix(".router") if "." in name else ""
+    if "moe_at" in options:
+        options["moe_at"] = tuple(int(v) for v in options["moe_at"])
+        if layout == "windows":
+            raise ValueError("moe_at: the windows of one layer are the input of the next; use layout 'partition'")
+    model = build(
+        ModelSpec(
+            arch, kind, num_classes, image_size, num_experts, ratio, width, layout, router, normalize,
+            router_options=router_options, **options,
+        )
+    )  # fmt: skip
+    for name, module in routers_of(model).items():
+        module.routes = name.removesuffix(".router") if "." in name else ""
     return model
 
 
@@ -162,7 +215,7 @@ class Normalize(nn.Module):
 def initialize(model: nn.Module) -> None:
     """The released code's: convolutions Kaiming normal by the fan-out (of one expert, where routed), linear layers
     N(0, 0.01), BatchNorm 1 and 0; routers keep torch's own."""
-    skip = {id(m) for router in model.modules() if isinstance(router, Router) for m in router.modules()}
+    skip = {id(m) for router in routers_of(model).values() for m in router.modules()}
     for module in model.modules():
         if id(module) in skip:
             continue
@@ -178,11 +231,7 @@ def initialize(model: nn.Module) -> None:
 
 def router_parameters(model: nn.Module) -> list[nn.Parameter]:
     """φ: the parameters of all routers, each once."""
-    found: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        if isinstance(module, Router):
-            found.update((id(p), p) for p in module.parameters())
-    return list(found.values())
+    return list({id(p): p for router in routers_of(model).values() for p in router.parameters()}.values())
 
 
 def backbone_parameters(model: nn.Module) -> list[nn.Parameter]:

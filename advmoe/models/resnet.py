@@ -1,117 +1,133 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ResNet for 32×32 images (He et al. 2016), dense, scaled, or with routed convolutions as in AdvMoE's released code."""
+"""ResNet-18, 34 and 50 (He et al. 2016): dense, scaled, sparse, or with routed convolutions where AdvMoE's released code
+has them."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_kernels import RoutedBatchNorm2d, RoutedConv2d, Routing
+from ..sparse import Add
+from .base import ModelSpec, initialize, register_model
+from .layers import Backbone, Channels, Path, Stage, add_router, conv, norm, projection
 
-from ..routers import Router, build_router, router_class
-from .base import ModelSpec, Normalize, initialize, register_model
-
-__all__ = ["BasicBlock", "ResNet"]
-
-
-def _conv3x3(spec: ModelSpec, in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    if spec.kind != "moe":
-        return nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
-    conv = RoutedConv2d(in_channels, out_channels, 3, stride, 1, bias=False, num_experts=spec.num_experts)
-    if router_class(spec.router).level == "layer":
-        conv.router = build_router(spec.router, in_channels, spec.num_experts, spec.gate)
-    return conv
+__all__ = ["BasicBlock", "Bottleneck", "ResNet"]
 
 
-def _norm(spec: ModelSpec, channels: int) -> nn.Module:
-    if spec.kind == "moe" and spec.bn == "per_expert":
-        return RoutedBatchNorm2d(channels, spec.num_experts)
-    return nn.BatchNorm2d(channels)
+class _Block(nn.Module):
+    """A shortcut around some convolutions, and, with ``route_per="block"``, one router for them all.
 
-
-class BasicBlock(nn.Module):
-    """Two 3×3 convolutions and a shortcut, projected by an unrouted 1×1 convolution where the shape changes."""
-
-    def __init__(self, spec: ModelSpec, in_channels: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = _conv3x3(spec, in_channels, channels, stride)
-        self.bn1 = _norm(spec, channels)
-        self.conv2 = _conv3x3(spec, channels, channels, 1)
-        self.bn2 = _norm(spec, channels)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
-        self.gate_after_norm = spec.gate_after == "norm"
-
-    def forward(self, x: Tensor, routing: Routing | None) -> Tensor:
-        y = F.relu(self._convolve(self.conv1, self.bn1, x, routing))
-        y = self._convolve(self.conv2, self.bn2, y, routing)
-        return F.relu(y + self.shortcut(x))
-
-    def _convolve(self, conv: nn.Module, norm: nn.Module, x: Tensor, routing: Routing | None) -> Tensor:
-        if not isinstance(conv, RoutedConv2d):
-            return norm(conv(x))
-        if routing is None:
-            router = conv.router
-            assert isinstance(router, Router)
-            routing = router.route(x)
-        y = conv(x, routing.ungated() if self.gate_after_norm else routing)
-        y = norm(y, routing) if isinstance(norm, RoutedBatchNorm2d) else norm(y)
-        return routing.combine(y) if self.gate_after_norm else y
-
-
-class ResNet(nn.Module):
-    """A ResNet with a 3×3 stem and four stages.
-
-    For kind moe the stem keeps its full width, as released; then layer1.0 has a projection.
+    On 3×3 stems the shortcut's 1×1 projection has no router, on ImageNet's it is routed like the rest, as released.
     """
 
-    def __init__(self, spec: ModelSpec, blocks: tuple[int, ...]) -> None:
+    expansion = 1
+    depth = 2
+
+    def __init__(self, spec: ModelSpec, source: Channels, width: int, stride: int) -> None:
         super().__init__()
-        if not 8 <= spec.image_size <= 32:
-            raise ValueError(f"image_size: {spec.arch} has the stem for images of 8 to 32 pixels; got {spec.image_size}")
+        out = Channels.of(spec, width * self.expansion)
+        needed = stride != 1 or source.dense != out.dense
+        self._add_convolutions(spec, source, width, stride)
+        if spec.stem == "imagenet" and (needed or source.width != out.width):
+            self.shortcut = nn.Sequential(conv(spec, source, out, 1, stride), norm(spec, out))
+        else:
+            self.shortcut = projection(spec, source, out, stride, needed)
+        self.add = Add()
+        self.gate_after_norm = spec.gate_after == "norm"
+        self.out_channels = out
+        if spec.routed and spec.route_per == "block":
+            add_router(self, spec, source.width)
+
+    def _add_convolutions(self, spec: ModelSpec, source: Channels, width: int, stride: int) -> None:
+        inner = Channels.of(spec, width)
+        self.conv1 = conv(spec, source, inner, 3, stride)
+        self.bn1 = norm(spec, inner)
+        self.conv2 = conv(spec, inner, inner, 3)
+        self.bn2 = norm(spec, inner)
+
+    def forward(self, x: Tensor, path: Path) -> Tensor:
+        path.enter(self, x)
+        source = path.writer
+        y = x
+        for i in range(1, self.depth + 1):
+            y = path.convolve(getattr(self, f"conv{i}"), y, getattr(self, f"bn{i}"), self.gate_after_norm)
+            if i < self.depth:
+                y = F.relu(y)
+        return F.relu(self.add(y, path.project(self.shortcut, x, source)))
+
+
+class BasicBlock(_Block):
+    """Two 3×3 convolutions."""
+
+
+class Bottleneck(_Block):
+    """1×1, 3×3 (with the stride) and 1×1 to four times the width."""
+
+    expansion = 4
+    depth = 3
+
+    def _add_convolutions(self, spec: ModelSpec, source: Channels, width: int, stride: int) -> None:
+        inner, out = Channels.of(spec, width), Channels.of(spec, width * self.expansion)
+        self.conv1 = conv(spec, source, inner, 1)
+        self.bn1 = norm(spec, inner)
+        self.conv2 = conv(spec, inner, inner, 3, stride)
+        self.bn2 = norm(spec, inner)
+        self.conv3 = conv(spec, inner, out, 1)
+        self.bn3 = norm(spec, out)
+
+
+class ResNet(Backbone):
+    """A ResNet of four stages with a stem for small images (3×3) or ImageNet's (7×7 of stride 2, max-pooled).
+
+    Of kind moe the 3×3 stem keeps its full width, as released; then layer1.0 has a projection. The 7×7 stem is scaled in
+    the partition layout, as released.
+    """
+
+    def __init__(self, spec: ModelSpec, block: type[_Block], blocks: tuple[int, ...]) -> None:
+        super().__init__(spec)
+        if spec.image_size < 8:
+            raise ValueError(f"image_size: {spec.arch} takes images from 8 pixels on; got {spec.image_size}")
         width = 64 if spec.width is None else spec.width
-        stem = width if spec.kind == "moe" else spec.scaled(width)
-        self.normalize = Normalize(spec.mean, spec.std) if spec.normalize else nn.Identity()
-        self.conv1 = nn.Conv2d(3, stem, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(stem)
-        channels = stem
+        full = spec.windows or (spec.routed and spec.stem == "cifar")
+        channels = Channels.plain(width if full else spec.scaled(width), width)
+        small = spec.stem == "cifar"
+        self.conv1 = conv(spec, Channels.plain(3), channels, 3 if small else 7, 1 if small else 2, routed=False)
+        self.bn1 = norm(spec, channels, routed=False)
+        self.pool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
+        self._add_network_router(channels.width)
         self.stages: list[str] = []
-        for stage, count in enumerate(blocks):
-            out = spec.scaled(width * 2**stage)
-            layers = nn.ModuleList()
-            for block in range(count):
-                layers.append(BasicBlock(spec, channels, out, 2 if stage and not block else 1))
-                channels = out
-            name = f"layer{stage + 1}"
-            self.add_module(name, layers)
-            self.stages.append(name)
-        self.linear = nn.Linear(channels, spec.num_classes)
-        self.router: Router | None = None
-        if spec.kind == "moe" and router_class(spec.router).level == "image":
-            self.router = build_router(spec.router, 3, spec.num_experts, spec.gate)
+        for stage, count in enumerate(blocks, start=1):
+            here, source, layers = spec.at_stage(stage), channels, []
+            for i in range(count):
+                layers.append(block(here, channels, width * 2 ** (stage - 1), 2 if stage > 1 and not i else 1))
+                channels = layers[-1].out_channels
+            self.stages.append(f"layer{stage}")
+            self.add_module(self.stages[-1], Stage(here, source, layers))
+        self.linear = nn.Linear(channels.width, spec.num_classes)
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[B, 3, H, W]`` in [0, 1] to logits ``[B, num_classes]``."""
-        x = self.normalize(x)
-        choice = None if self.router is None else self.router.route(x)
-        # A gate that multiplies (softmax) would multiply through all layers: it is applied once, to the features. A
-        # straight-through gate has value 1 and is shared, each layer adding its gradient.
-        shared = choice if choice is None or choice.unit_gate else choice.ungated()
-        x = F.relu(self.bn1(self.conv1(x)))
+        x, path = self._start(x)
+        x = self._behind_stem(self.pool(F.relu(self.bn1(self.conv1(x)))), path)
         for name in self.stages:
-            for block in getattr(self, name):
-                x = block(x, shared)
-        features = x.mean((2, 3))
-        if choice is not None and not choice.unit_gate:
-            features = choice.combine(features)
-        return self.linear(features)
+            x = getattr(self, name)(x, path)
+        return self.linear(path.features(x))
 
 
 @register_model("resnet18")
 def resnet18(spec: ModelSpec) -> nn.Module:
-    """ResNet-18: two basic blocks a stage; width 64."""
-    return ResNet(spec, (2, 2, 2, 2))
+    """ResNet-18: two basic blocks a stage; width 64; 16 routed convolutions."""
+    return ResNet(spec, BasicBlock, (2, 2, 2, 2))
+
+
+@register_model("resnet34")
+def resnet34(spec: ModelSpec) -> nn.Module:
+    """ResNet-34: 3, 4, 6 and 3 basic blocks; width 64; 32 routed convolutions."""
+    return ResNet(spec, BasicBlock, (3, 4, 6, 3))
+
+
+@register_model("resnet50")
+def resnet50(spec: ModelSpec) -> nn.Module:
+    """ResNet-50: 3, 4, 6 and 3 bottlenecks; width 64; 48 routed convolutions."""
+    return ResNet(spec, Bottleneck, (3, 4, 6, 3))

@@ -26,13 +26,13 @@ from ..data import Batches, DataSet, augment, load, stream_generator
 from ..evaluation.measure import evaluate
 from ..routers import NonFiniteRouterError
 from .methods import Batch, Method, NonFiniteLossError, StepResult, build_method
-from .runs import Run, RunError, build_model, load_checkpoint
+from .runs import Run, RunError, build_model, load_checkpoint, load_model
+from .watch import COLLAPSED, RouterWatch
 
 __all__ = ["Interrupted", "StepError", "Trainer", "resume", "train"]
 
 logger = logging.getLogger("advmoe")
 _NON_FINITE = (NonFiniteLossError, NonFiniteGradientError, NonFiniteRouterError)
-_COLLAPSED = 0.999  # share of one expert from which on a router is reported
 
 
 class StepError(RuntimeError):
@@ -69,7 +69,10 @@ class Trainer:
         self.validation_attack = from_name(config.validation_attack, a.epsilon)
         if not len(data.validation):
             raise ValueError("validation: the best checkpoint is chosen on held-out images, of which there are none")
-        self.method: Method = build_method(self.model, config.method, config.optim, attack)
+        if config.init is not None:
+            _load_weights(self.model, config.init)
+        self.method: Method = build_method(self.model, config.method, config.optim, attack, config.routing)
+        self.watch = RouterWatch(self.model)
         names = ("upper",) if self.method.batches_per_step == 1 else ("lower", "upper")
         self.batches = [Batches(len(data.train), config.batch_size, config.seed, name) for name in names]
         self.steps_per_epoch = len(self.batches[-1])
@@ -82,6 +85,7 @@ class Trainer:
     # --- state ----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
+        self.method.settle()
         return {
             "model": self.model.state_dict(),
             "optimizers": {name: o.state_dict() for name, o in self.method.optimizers.items()},
@@ -130,6 +134,9 @@ class Trainer:
 
     def _train_epoch(self) -> None:
         self.model.train()
+        self.method.enter_epoch(self.epoch)
+        if self.step == 0:
+            self.method.begin_epoch(self.epoch)
         label = f"epoch {self.epoch + 1}/{self.config.epochs}"
         bar = tqdm(
             total=self.steps_per_epoch, initial=self.step, desc=label, disable=True if self.quiet else None, leave=False
@@ -163,18 +170,20 @@ class Trainer:
         return Batch(images.to(self.device), labels.to(self.device), attack)
 
     def _set_rates(self) -> None:
-        """Cosine from the full rate to 0 over all steps (the released code steps it once an epoch, in the same shape)."""
-        done = (self.epoch * self.steps_per_epoch + self.step) / (self.config.epochs * self.steps_per_epoch)
+        """Cosine from the full rate to 0 over all steps of the method's phase (the released code steps it once an epoch, in
+        the same shape)."""
+        start, end = self.method.schedule(self.epoch, self.config.epochs)
+        done = (self.epoch - start + self.step / self.steps_per_epoch) / (end - start)
         factor = 0.5 * (1 + math.cos(math.pi * done))
-        optim = self.config.optim
-        for name, optimizer in self.method.optimizers.items():
-            base = optim.router_lr if name == "router" and optim.router_lr is not None else optim.lr
+        for optimizer in self.method.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = base * factor
+                group["lr"] = group["base_lr"] * factor
+        self.method.position = self.epoch * self.steps_per_epoch + self.step
 
     def _step(self, batches: list[Batch]) -> StepResult:
         try:
-            return self.method.step(batches)
+            with self.watch.watching(self.method.position):
+                return self.method.step(batches)
         except _NON_FINITE as error:
             raise self._named(error, f"step {self.step + 1}") from error
         except ValueError as error:  # one sample for an expert with a BatchNorm of its own, say
@@ -212,6 +221,7 @@ class Trainer:
         return self.sums.get("count", 0.0) / max(self.seconds, 1e-9)
 
     def _finish_epoch(self) -> None:
+        self.method.settle()
         held_out = self.data.validation
         attack = self.config.validation_attack
         seed = self.config.seed
@@ -239,20 +249,33 @@ class Trainer:
             self.epoch + 1, self.config.epochs, self._mean("loss"), 100 * result.sa, 100 * robust.ra, attack,
             self._speed(),
         )  # fmt: skip
-        collapsed = [name for name, usage in result.usage.items() if len(usage) > 1 and max(usage) >= _COLLAPSED]
-        if collapsed:
+        collapsed = [name for name, usage in result.usage.items() if len(usage) > 1 and max(usage) >= COLLAPSED]
+        if collapsed and not self.method.sharing:
             logger.warning("epoch %d: one expert takes all samples in %s", self.epoch + 1, ", ".join(collapsed))
         self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, {}, 0.0
         # an undefended model's RA is noise near zero
         score = result.sa if self.config.method.name == "standard" else robust.ra
-        improved = score > self.best
-        self.best = max(self.best, score)
+        improved = score > self.best and self.method.may_be_best(self.epoch)
+        self.best = score if improved else self.best
         state = self.state_dict()
         if improved:
             self.run.save(state, "best")
         # metrics first: a line too many is cut back when the run is resumed from the older checkpoint
         self.run.add_metrics(line)
         self.run.save(state)
+
+
+def _load_weights(model: nn.Module, source: str) -> None:
+    """Begins with another run's weights.
+
+    Raises:
+        RunError: if they are not there or do not fit.
+    """
+    other, _ = load_model(source)
+    try:
+        model.load_state_dict(other.state_dict())
+    except RuntimeError as error:
+        raise RunError(f"init: the weights of {source} do not fit this model: {error}") from error
 
 
 def _device(name: str) -> torch.device:

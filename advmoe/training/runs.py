@@ -107,9 +107,10 @@ class Run:
 
 def build_model(config: ModelConfig) -> nn.Module:
     """The model of a resolved config."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"stem": config.stem}
     if config.kind == "moe":
-        options = {"bn": config.bn, "gate": config.gate, "gate_after": config.gate_after}
+        names = ("bn", "gate", "gate_after", "temperature", "noise", "route_per", "moe_at")
+        options |= {name: getattr(config, name) for name in names}
     if config.normalize and config.mean is not None and config.std is not None:
         options |= {"mean": config.mean, "std": config.std}
     return create_model(
@@ -120,6 +121,7 @@ def build_model(config: ModelConfig) -> nn.Module:
         num_experts=config.num_experts,
         ratio=config.ratio,
         width=config.width,
+        layout=config.layout,
         router=config.router,
         normalize=config.normalize,
         **options,

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers that the backbones are made of, for every kind and layout, and what goes with the features between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe_kernels import ExpertSlices, RoutedBatchNorm2d, RoutedConv2d, Routing
+
+from ..routers import Router, build_router, router_class
+from ..sparse import LiveBatchNorm2d, MaskedConv2d
+from .base import ModelSpec, Normalize
+
+__all__ = ["Backbone", "Channels", "Path", "Projection", "Stage", "add_router", "conv", "norm", "projection"]
+
+
+@dataclass(frozen=True)
+class Channels:
+    """What a layer gets: so many channels of which, in the windows layout, each sample has its window of the dense
+    layer's.
+
+    Args:
+        dense: the dense network's channels.
+        width: those that are there.
+        windows: where they lie among the dense ones, if that depends on the sample's expert.
+    """
+
+    dense: int
+    width: int
+    windows: ExpertSlices | None = None
+
+    @classmethod
+    def plain(cls, width: int, dense: int | None = None) -> Channels:
+        """What no routed layer wrote; ``dense`` where the dense network has another width there."""
+        return cls(width if dense is None else dense, width)
+
+    @classmethod
+    def of(cls, spec: ModelSpec, dense: int) -> Channels:
+        """What a routed layer of ``dense`` channels in the dense network gives out."""
+        if spec.windows:
+            windows = ExpertSlices.windows(dense, spec.ratio, spec.num_experts)
+            return cls(dense, windows.width, windows)
+        return cls(dense, spec.scaled(dense))
+
+
+class Path:
+    """The routings that go with the features of one forward.
+
+    ``choice`` is the one in force for the layers ahead; None where each has a router of its own. ``writer`` is that of the
+    last routed convolution that wrote the features: in the windows layout it says which of the dense channels they are.
+    ``gate_at_end`` holds gates that are to multiply once, at the network's end.
+    """
+
+    __slots__ = ("choice", "gate_at_end", "writer")
+
+    def __init__(self) -> None:
+        self.choice: Routing | None = None
+        self.writer: Routing | None = None
+        self.gate_at_end: Routing | None = None
+
+    def enter(self, site: nn.Module, x: Tensor) -> None:
+        """Lets the site's router, if it has one, choose for the layers ahead."""
+        router = getattr(site, "router", None)
+        if router is None:
+            return
+        choice = router.route(x)
+        if choice.gate is not None and not choice.unit_gate:
+            # multiplied through all layers it would vanish; a straight-through gate has value 1 and is shared, each layer
+            # adding its gradient
+            self.gate_at_end = choice
+            choice = choice.ungated()
+        self.choice = choice
+
+    def convolve(self, conv: nn.Module, x: Tensor, after: nn.Module | None = None, gate_after: bool = False) -> Tensor:
+        """``after(conv(x))``, routed where the convolution is; ``gate_after`` puts the gate behind ``after``, a
+        BatchNorm. The choice becomes the writer."""
+        if not isinstance(conv, RoutedConv2d):
+            y = conv(x)
+            return y if after is None else after(y)
+        routing = self.choice
+        if routing is None:
+            routing = conv.router.route(x)  # type: ignore[union-attr,operator]
+        y = conv(x, routing.ungated() if gate_after else routing, self.of_input(conv))
+        self.writer = routing
+        if after is not None:
+            y = self.normalize(after, y)
+        return routing.combine(y) if gate_after else y
+
+    def of_input(self, conv: RoutedConv2d) -> Routing | None:
+        return None if conv.in_slices.is_whole else self.writer
+
+    def normalize(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """``norm(x)``; one of each expert's own follows the writer."""
+        return norm(x, self.writer) if isinstance(norm, RoutedBatchNorm2d) else norm(x)
+
+    def project(self, shortcut: nn.Module, x: Tensor, source: Routing | None) -> Tensor:
+        """A shortcut from features that ``source`` wrote to those that ``writer`` wrote, which stays the writer."""
+        if isinstance(shortcut, Projection):
+            return shortcut(x, source, self.writer)
+        if not (isinstance(shortcut, nn.Sequential) and len(shortcut) and isinstance(shortcut[0], RoutedConv2d)):
+            return shortcut(x)
+        writer, self.writer = self.writer, source
+        y = self.convolve(*([shortcut[0], x, *shortcut[1:]]))
+        self.writer = writer
+        return y
+
+    def features(self, x: Tensor) -> Tensor:
+        """Means over the image, ``[B, C]``, gated if a gate waits."""
+        return self.gated(x.mean((2, 3)))
+
+    def gated(self, features: Tensor) -> Tensor:
+        return features if self.gate_at_end is None else self.gate_at_end.combine(features)
+
+
+def conv(
+    spec: ModelSpec, source: Channels, out: Channels, kernel: int, stride: int = 1, *, routed: bool = True
+) -> nn.Module:
+    """A convolution without bias, padded to keep the size at stride 1; routed where the spec's kind is."""
+    padding = kernel // 2
+    if spec.kind == "sparse":
+        return MaskedConv2d(source.width, out.width, kernel, stride, padding, bias=False, ratio=spec.ratio)
+    if not (spec.routed and routed):
+        return nn.Conv2d(source.width, out.width, kernel, stride, padding, bias=False)
+    layer = _routed(spec, source, out, kernel, stride, padding)
+    if spec.route_per == "layer" and router_class(spec.router).level == "layer":
+        add_router(layer, spec, source.width)
+    return layer
+
+
+def _routed(
+    spec: ModelSpec, source: Channels, out: Channels, kernel: int, stride: int, padding: int
+) -> RoutedConv2d:
+    in_side = source.width if source.windows is None else source.windows
+    out_side = out.width if out.windows is None else out.windows
+    return RoutedConv2d(in_side, out_side, kernel, stride, padding, bias=False, num_experts=spec.num_experts)
+
+
+def norm(spec: ModelSpec, channels: Channels, *, routed: bool = True) -> nn.Module:
+    """A BatchNorm of these channels; ``routed``: they were written by a routed convolution."""
+    if spec.kind == "sparse":
+        return LiveBatchNorm2d(channels.width)
+    if spec.routed and routed and spec.bn == "per_expert":
+        if channels.windows is None:
+            return RoutedBatchNorm2d(channels.width, spec.num_experts)
+        return RoutedBatchNorm2d(channels.windows)
+    return nn.BatchNorm2d(channels.width)
+
+
+def add_router(site: nn.Module, spec: ModelSpec, in_channels: int) -> None:
+    site.router = build_router(spec.router, in_channels, spec.num_experts, spec.router_options, spec.image_size)
+
+
+class Projection(nn.Module):
+    """The windows layout's shortcut that has no router: from the window that wrote the input to the block's output's.
+
+    Args:
+        source, out: the channels on its sides.
+        stride: of the 1×1 convolution; ``convolution=False``: the identity, which takes the output's window of a whole
+            input and otherwise adds position by position.
+    """
+
+    def __init__(self, spec: ModelSpec, source: Channels, out: Channels, stride: int, convolution: bool) -> None:
+        super().__init__()
+        assert out.windows is not None
+        self.windows = out.windows
+        if convolution:
+            # the names of an ordinary projection, nn.Sequential(conv, norm)
+            self.add_module("0", _routed(spec, source, out, 1, stride, 0))
+            self.add_module("1", norm(spec, out))
+        channels = torch.tensor(out.windows.starts)[:, None] + torch.arange(out.windows.width)
+        self.register_buffer("channels", channels, persistent=False)
+
+    def forward(self, x: Tensor, source: Routing | None, out: Routing | None) -> Tensor:
+        assert out is not None
+        if not len(self._modules):
+            index = self.channels[out.expert]  # type: ignore[index]
+            return x.gather(1, index[:, :, None, None].expand(-1, -1, *x.shape[2:]))
+        layer, after = self._modules.values()
+        assert isinstance(layer, RoutedConv2d) and after is not None
+        y = layer(x, out.ungated(), None if layer.in_slices.is_whole else source)
+        return after(y, out) if isinstance(after, RoutedBatchNorm2d) else after(y)
+
+
+def projection(spec: ModelSpec, source: Channels, out: Channels, stride: int, needed: bool) -> nn.Module:
+    """The shortcut of a block whose 1×1 projection has no router. ``needed``: the dense network has one here."""
+    if spec.windows:
+        if needed:
+            return Projection(spec, source, out, stride, convolution=True)
+        if source.windows is None and not out.windows.is_whole:  # type: ignore[union-attr]
+            return Projection(spec, source, out, stride, convolution=False)
+        return nn.Sequential()
+    if not needed and source.width == out.width:
+        return nn.Sequential()
+    return nn.Sequential(
+        conv(spec, source, out, 1, stride, routed=False), norm(spec, out, routed=False)
+    )
+
+
+class Stage(nn.Module):
+    """Blocks one after the other, named 0, 1, …; with ``route_per="stage"`` a router for them all."""
+
+    def __init__(self, spec: ModelSpec, source: Channels, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        for i, block in enumerate(blocks):
+            self.add_module(str(i), block)
+        self.blocks = len(blocks)
+        if spec.routed and spec.route_per == "stage":
+            add_router(self, spec, source.width)
+
+    def forward(self, x: Tensor, path: Path) -> Tensor:
+        path.enter(self, x)
+        for i in range(self.blocks):
+            x = self[i](x, path)
+        return x
+
+    def __len__(self) -> int:
+        return self.blocks
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return getattr(self, str(range(self.blocks)[index]))
+
+
+class Backbone(nn.Module):
+    """What the backbones share: normalisation, and the router of a whole network."""
+
+    router: Router | None
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.normalize = Normalize(spec.mean, spec.std) if spec.normalize else nn.Identity()
+
+    def _add_network_router(self, channels: int) -> None:
+        """Of the image, or of the ``channels`` features behind the stem."""
+        self.image_level = router_class(self.spec.router).level == "image"
+        if self.spec.routed and (self.image_level or self.spec.route_per == "network"):
+            add_router(self, self.spec, 3 if self.image_level else channels)
+
+    def _start(self, x: Tensor) -> tuple[Tensor, Path]:
+        """The normalised image, and the path that begins with it."""
+        x, path = self.normalize(x), Path()
+        if self.image_level:
+            path.enter(self, x)
+        return x, path
+
+    def _behind_stem(self, x: Tensor, path: Path) -> Tensor:
+        if not self.image_level:
+            path.enter(self, x)
+        return x

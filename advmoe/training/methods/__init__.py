@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training methods: a small class each, with one ``step``."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ...attacks import PGD
+from ...config import MethodConfig, OptimConfig, RoutingConfig
+from ...routers import routers_of
+from .adversarial import AT, Standard
+from .advmoe import AdvMoE
+from .base import Batch, Method, NonFiniteLossError, StepResult
+from .sparse import ATSparse
+
+__all__ = [
+    "AT",
+    "ATSparse",
+    "AdvMoE",
+    "Batch",
+    "Method",
+    "NonFiniteLossError",
+    "Standard",
+    "StepResult",
+    "build_method",
+]
+
+_METHODS: dict[str, type[Method]] = {"standard": Standard, "at": AT, "at_sparse": ATSparse, "advmoe": AdvMoE}
+# settings of MethodConfig that one method alone has
+_OWN = {
+    "advmoe": (
+        "order", "batches", "router_objective", "router_alpha", "share_attack", "router_every",
+    ),
+    "at": ("part",),
+    "at_sparse": ("pretrain_epochs", "mask_epochs"),
+}  # fmt: skip
+
+
+def build_method(
+    model: nn.Module,
+    config: MethodConfig,
+    optim: OptimConfig,
+    attack: PGD,
+    routing: RoutingConfig | None = None,
+) -> Method:
+    """The method named by the config.
+
+    Raises:
+        ValueError: if the method does not go with the model, or if a setting of another method or of the routers is given
+            to a method or a model that has no use for it.
+    """
+    plain = MethodConfig(config.name)
+    for method, names in _OWN.items():
+        given = [name for name in names if getattr(config, name) != getattr(plain, name)]
+        if given and method != config.name:
+            raise ValueError(f"{given[0]}: a setting of the method {method}, without effect on {config.name}")
+    if optim.router_lr is not None and not routers_of(model):
+        raise ValueError("router_lr: without effect on a model without routers")
+    if config.attack_routers and (config.name == "standard" or not routers_of(model)):
+        raise ValueError("attack_routers: without effect on a method without attack or a model without routers")
+    return _METHODS[config.name](model, config, optim, attack, routing)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Standard and adversarial training of one network, all of its parameters together or a part of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...models import backbone_parameters, router_parameters
+from ...objectives import cross_entropy
+from ...routers import routers_of
+from .base import Batch, Method, StepResult, only, result, unused_frozen
+
+__all__ = ["AT", "Standard"]
+
+
+class Standard(Method):
+    """Cross-entropy on clean images."""
+
+    def step(self, batches: Sequence[Batch]) -> StepResult:
+        batch = batches[0]
+
+        def objective() -> tuple[Tensor, Tensor]:
+            logits = self.model(batch.images)
+            return cross_entropy(logits, batch.labels), logits
+
+        with unused_frozen(self.model, self.optim.freeze_unused):
+            loss, logits, extra = self._balanced(objective)
+            value = self._update(self.optimizers["all"], loss)
+        return result({"loss": value, **extra}, logits, batch.labels)
+
+
+class AT(Method):
+    """Adversarial training of all parameters together; on a MoE the routers learn through their straight-through gates
+    (the paper's baseline AT (MoE)).
+
+    With ``part="routers"`` only the routers are trained, and the backbone stays as it is, the statistics of its BatchNorms
+    included (the paper's θ̄ of Figures 3 to 5); with ``part="experts"`` all but the routers (θ̿).
+    """
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        if self.config.part != "all" and not router_parameters(model):
+            raise ValueError(f"part: {self.config.part!r} needs a model with trainable routers (kind moe)")
+        if self.config.part != "all" and self.routing.share_epochs:
+            raise ValueError("share_epochs: sharing comes before routers and experts are trained apart; give part='all'")
+
+    def step(self, batches: Sequence[Batch]) -> StepResult:
+        batch = batches[0]
+        adversarial = self._adversarial(batch)
+        with self._part(), unused_frozen(self.model, self.optim.freeze_unused):
+            loss, logits, extra = self._balanced(lambda: self._objective(batch, adversarial))
+            value = self._update(self.optimizers["all"], loss)
+        return result({"loss": value, **extra}, logits, batch.labels)
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        if self.config.part == "all":
+            return super()._optimizers()
+        routers = self.config.part == "routers"
+        lr = self.optim.router_lr if routers and self.optim.router_lr is not None else self.optim.lr
+        parameters = router_parameters(self.model) if routers else backbone_parameters(self.model)
+        return {"all": self._sgd([(parameters, lr)])}
+
+    @contextmanager
+    def _part(self) -> Iterator[None]:
+        if self.config.part == "all":
+            yield
+        elif self.config.part == "experts":
+            with only(self.model, backbone_parameters(self.model)):
+                yield
+        else:
+            modes = [(module, module.training) for module in self.model.modules()]
+            self.model.eval()
+            for router in routers_of(self.model).values():
+                router.train()
+            try:
+                with only(self.model, router_parameters(self.model)):
+                    yield
+            finally:
+                for module, mode in modes:
+                    module.training = mode

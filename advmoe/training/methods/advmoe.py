@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdvMoE (Zhang et al., ICCV 2023), as printed, as released, and in cheaper forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...models import backbone_parameters, router_parameters
+from ...objectives import router_pseudo_label_loss
+from ...routers import record_scores, routers_of
+from .base import Batch, Method, StepResult, only, result, unused_frozen
+
+__all__ = ["AdvMoE"]
+
+
+class AdvMoE(Method):
+    """Algorithm 1 of AdvMoE (ICCV 2023): routers and backbone in turn, each on its own batch with its own attack.
+
+    Lower level: the routers φ minimise TRADES through the network, the backbone ψ fixed; upper level: ψ minimises TRADES
+    under the new routers. In each phase only that phase's parameters get gradients: the router step computes no gradient of
+    any other weight.
+
+    Two options of ours make it cheaper: ``share_attack`` (one batch and one attack serve both levels) and
+    ``router_every=T`` (the lower level in every T-th step only).
+    """
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if not router_parameters(model):
+            raise ValueError("method: advmoe needs a model with trainable routers (kind moe); use at for this one")
+        super().__init__(model, *args, **kwargs)
+        if self.config.router_objective == "trades" and all(
+            router.options.gate == "none" for router in routers_of(model).values()
+        ):
+            raise ValueError("gate: 'none' lets no gradient of TRADES reach the routers, which advmoe is to train")
+        two = self.config.batches == "two" and not self.config.share_attack
+        self.batches_per_step = 2 if two else 1
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        router_lr = self.optim.lr if self.optim.router_lr is None else self.optim.router_lr
+        return {
+            "router": self._sgd([(router_parameters(self.model), router_lr)]),
+            "backbone": self._sgd([(backbone_parameters(self.model), self.optim.lr)]),
+        }
+
+    def step(self, batches: Sequence[Batch]) -> StepResult:
+        lower, upper = batches[0], batches[-1]
+        shared = self._adversarial(upper) if self.config.share_attack else None
+        phases: list[Callable[[], StepResult]] = [lambda: self._backbone_phase(upper, shared)]
+        if self.position % self.config.router_every == 0 and not self.sharing:
+            place = 0 if self.config.order == "router_first" else 1
+            phases.insert(place, lambda: self._router_phase(lower, shared))
+        results = [phase() for phase in phases]
+        losses = {name: value for each in results for name, value in each.losses.items()}
+        return StepResult(losses, sum(r.correct for r in results), sum(r.count for r in results))
+
+    def _router_phase(self, batch: Batch, adversarial: Tensor | None = None) -> StepResult:
+        attacked = self._adversarial(batch) if adversarial is None else adversarial
+        with only(self.model, router_parameters(self.model)):
+            if self.config.router_objective == "trades":
+                loss, logits, extra = self._balanced(lambda: self._objective(batch, attacked))
+            else:
+                loss, logits, extra = self._balanced(lambda: self._pseudo_label(batch, attacked))
+            value = self._update(self.optimizers["router"], loss, "router_loss")
+        return result({"router_loss": value, **extra}, logits, batch.labels)
+
+    def _pseudo_label(self, batch: Batch, adversarial: Tensor) -> tuple[Tensor, Tensor]:
+        with record_scores(self.model) as scores:
+            logits = self.model(batch.images)
+            clean = dict(scores)
+            attacked = self.model(adversarial)
+            losses = [
+                router_pseudo_label_loss(s, scores[name], batch.labels, self.config.router_alpha, self.config.beta)
+                for name, s in clean.items()
+            ]
+        return torch.stack(losses).mean(), attacked if self.accuracy == "ra" else logits
+
+    def _backbone_phase(self, batch: Batch, adversarial: Tensor | None = None) -> StepResult:
+        attacked = self._adversarial(batch) if adversarial is None else adversarial
+        with only(self.model, backbone_parameters(self.model)), unused_frozen(self.model, self.optim.freeze_unused):
+            loss, logits = self._objective(batch, attacked)
+            value = self._update(self.optimizers["backbone"], loss)
+        return result({"loss": value}, logits, batch.labels)

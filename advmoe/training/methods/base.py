@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the training methods share: the attack, the objective, a step of one optimiser, and whose parameters move."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_kernels import ExpertSlices, RoutedBatchNorm2d, RoutedConv2d, RoutedLinear
+
+from ...attacks import PGD
+from ...config import MethodConfig, OptimConfig, RoutingConfig
+from ...models import backbone_parameters, router_parameters
+from ...modes import undisturbed
+from ...objectives import balance_loss, cross_entropy, kl_divergence, trades_loss
+from ...routers import Router, observe_routers, record_scores, routers_of
+
+__all__ = [
+    "Batch",
+    "Method",
+    "NonFiniteLossError",
+    "StepResult",
+    "only",
+    "result",
+    "tie_experts",
+    "unused_frozen",
+]
+
+
+class NonFiniteLossError(RuntimeError):
+    """A training loss or its gradient is NaN or infinite; no parameter has been moved by it."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images ``[B, 3, H, W]`` in [0, 1], labels ``[B]``, and a generator for the attack on them."""
+
+    images: Tensor
+    labels: Tensor
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """losses: named scalars; correct: training images predicted rightly, of count: clean ones, but see
+    :attr:`Method.accuracy`."""
+
+    losses: dict[str, float]
+    correct: int
+    count: int
+
+
+class Method(ABC):
+    """What the methods share.
+
+    Raises:
+        ValueError: if the settings do not go with the model.
+    """
+
+    batches_per_step = 1
+    # of StepResult.correct: sa on clean images, ra on attacked ones where the loss sees no other
+    accuracy = "sa"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: MethodConfig,
+        optim: OptimConfig,
+        attack: PGD,
+        routing: RoutingConfig | None = None,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.optim = optim
+        self.attack = attack
+        self.routing = RoutingConfig() if routing is None else routing
+        self.position = 0  # steps made since the run's start; the engine keeps it
+        if config.objective == "cross_entropy" and config.name != "standard":
+            self.accuracy = "ra"
+        if self.routing != RoutingConfig() and not routers_of(model):
+            raise ValueError("routing: a setting of routers, without effect on a model that has none")
+        if self.routing.experts == "alike":
+            tie_experts(model)
+        self.optimizers = self._optimizers()
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        routers = router_parameters(self.model)
+        if self.optim.router_lr is None or not routers:
+            return {"all": self._sgd([(list(self.model.parameters()), self.optim.lr)])}
+        groups = [(backbone_parameters(self.model), self.optim.lr), (routers, self.optim.router_lr)]
+        return {"all": self._sgd(groups)}
+
+    def _sgd(self, groups: Sequence[tuple[Sequence[nn.Parameter], float]]) -> torch.optim.Optimizer:
+        """Groups of parameters with their rates, each kept as ``base_lr``, which the schedule scales."""
+        o = self.optim
+        return torch.optim.SGD(
+            [{"params": list(parameters), "lr": lr, "base_lr": lr} for parameters, lr in groups],
+            momentum=o.momentum,
+            weight_decay=o.weight_decay,
+        )
+
+    # --- phases of a run ------------------------------------------------------------------------------------------------
+
+    def schedule(self, epoch: int, epochs: int) -> tuple[int, int]:
+        """First epoch and end of the cosine schedule that ``epoch`` lies in."""
+        return 0, epochs
+
+    def enter_epoch(self, epoch: int) -> None:
+        """Puts the model in the state of this epoch's phase; also called when a run is resumed within the epoch."""
+        shared = epoch < self.routing.share_epochs
+        for router in routers_of(self.model).values():
+            router.only = 0 if shared else None
+
+    def begin_epoch(self, epoch: int) -> None:
+        """What happens once, before an epoch's first step."""
+
+    def may_be_best(self, epoch: int) -> bool:
+        """Whether what this epoch gives may become the run's ``best``."""
+        return True
+
+    def settle(self) -> None:
+        """Called before the state is saved or validated. While experts are shared only the first has been trained: the
+        others become its copies, so that whoever loads the checkpoint may route as the routers say."""
+        if any(router.only is not None for router in routers_of(self.model).values()):
+            tie_experts(self.model, list(self.optimizers.values()))
+
+    @property
+    def sharing(self) -> bool:
+        """Whether all samples train one expert now."""
+        return any(router.only is not None for router in routers_of(self.model).values())
+
+    @abstractmethod
+    def step(self, batches: Sequence[Batch]) -> StepResult:
+        """One step of training on ``batches_per_step`` batches."""
+
+    # --- parts of a step ------------------------------------------------------------------------------------------------
+
+    def _adversarial(self, batch: Batch) -> Tensor:
+        extra = _router_divergence(self.model, batch.images) if self.config.attack_routers else None
+        return self.attack.run(self.model, batch.images, batch.labels, batch.generator, extra).images
+
+    def _objective(self, batch: Batch, adversarial: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and the clean logits (for PGD-AT, which has none, the adversarial ones).
+
+        Clean and adversarial images go through the model separately, clean first: each has its own batch statistics in a
+        shared BatchNorm, and both update the running ones, as in TRADES' and AdvMoE's released code.
+        """
+        if self.config.objective == "cross_entropy":
+            logits = self.model(adversarial)
+            return cross_entropy(logits, batch.labels), logits
+        clean = self.model(batch.images)
+        return trades_loss(clean, self.model(adversarial), batch.labels, self.config.beta), clean
+
+    def _balanced(self, objective: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """The objective's loss plus the routers' balancing loss, its mean over all choices made in its forwards; the
+        logits; and the balancing loss by name, where there is one."""
+        if self.routing.balance == "none" or self.sharing:
+            return *objective(), {}
+        losses: list[Tensor] = []
+
+        def observe(router: Router, scores: Tensor, routing: Any) -> None:
+            losses.append(balance_loss(scores, self.routing.balance))
+
+        with observe_routers(self.model, observe):
+            loss, logits = objective()
+        balance = torch.stack(losses).mean()
+        return loss + self.routing.balance_weight * balance, logits, {"balance": balance.item()}
+
+    def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor, name: str = "loss") -> float:
+        """One step down the loss.
+
+        Raises:
+            NonFiniteLossError: if the loss or its gradient is NaN or infinite.
+        """
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteLossError(f"{name} is {value}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        largest = torch.nn.utils.get_total_norm(gradients, math.inf).item()
+        if not math.isfinite(largest):
+            raise NonFiniteLossError(f"the gradient of {name} ({value:.4g}) has the entry {largest}")
+        optimizer.step()
+        return value
+
+
+def result(losses: dict[str, float], logits: Tensor, labels: Tensor) -> StepResult:
+    return StepResult(losses, int((logits.detach().argmax(1) == labels).sum()), len(labels))
+
+
+def _router_divergence(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+    """The released attack's second term: KL between the routers' scores of the clean and the attacked images, summed."""
+    with torch.no_grad(), undisturbed(model), record_scores(model) as scores:
+        model(images)
+        clean = dict(scores)
+
+    def divergence(attacked: Tensor) -> Tensor:
+        with record_scores(model) as now:
+            model(attacked)
+        return torch.stack([kl_divergence(s, now[name], reduction="sum") for name, s in clean.items()]).sum()
+
+    return divergence
+
+
+@contextmanager
+def only(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients for these parameters alone."""
+    chosen = {id(p) for p in parameters}
+    others = [p for p in model.parameters() if id(p) not in chosen and p.requires_grad]
+    try:
+        for p in others:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in others:
+            p.requires_grad_(True)
+
+
+def tie_experts(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
+    """Makes all experts copies of the first, optimisers' state included. Partition layout.
+
+    Raises:
+        ValueError: if slices overlap or have two sliced sides: then the first expert's weights are not its own.
+    """
+    states = {id(p): optimizer.state[p] for optimizer in optimizers for p in optimizer.state}
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, RoutedConv2d | RoutedLinear):
+                slices = module.out_slices
+                if not slices.is_partition or not module.in_slices.is_whole:
+                    raise ValueError(f"experts: only those of layout 'partition' can be made alike; {name} has windows")
+            elif isinstance(module, RoutedBatchNorm2d):
+                slices = module.slices
+            else:
+                continue
+            own: list[Tensor] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            own += [v for p in list(own) for v in states.get(id(p), {}).values() if isinstance(v, Tensor) and v.dim()]
+            for value in own:
+                first = value[: slices.width].clone()
+                for start in slices.starts[1:]:
+                    value[start : start + slices.width] = first
+
+
+@contextmanager
+def unused_frozen(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Keeps the slices of experts that no sample of the step chose as they are, BatchNorms of their own included: without
+    it weight decay and momentum still move them. Of windows the channels that no chosen expert has; their momentum is
+    left to go on afterwards."""
+    if not wanted:
+        yield
+        return
+    used: dict[nn.Module, Tensor] = {}
+    layers: dict[nn.Module, ExpertSlices] = {}
+    for module in model.modules():
+        if isinstance(module, RoutedConv2d):
+            layers[module] = module.out_slices
+        elif isinstance(module, RoutedBatchNorm2d):
+            layers[module] = module.slices
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        routing = args[1] if len(args) > 1 else kwargs["routing"]
+        count = torch.bincount(routing.expert.reshape(-1), minlength=routing.num_experts)
+        used[module] = used[module] + count if module in used else count
+
+    handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in layers]
+    before = {m: {name: p.detach().clone() for name, p in m.named_parameters(recurse=False)} for m in layers}
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    with torch.no_grad():
+        for module, count in used.items():
+            slices = layers[module]
+            idle = torch.ones(slices.total, dtype=torch.bool, device=count.device)
+            for expert in count.nonzero().squeeze(1).tolist():
+                idle[slices.starts[expert] : slices.starts[expert] + slices.width] = False
+            for name, p in module.named_parameters(recurse=False):
+                p[idle] = before[module][name][idle]

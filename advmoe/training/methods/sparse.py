@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AT (Sparse): a mask over output channels learned as HYDRA learns it (Sehwag et al. 2020), adversarially throughout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...sparse import fix_masks, masked_convolutions, score_parameters, start_search, update_alive
+from .base import Batch, Method, StepResult, only, result
+
+__all__ = ["ATSparse"]
+
+
+class ATSparse(Method):
+    """Three phases, each with a cosine schedule and an optimiser of its own: ``pretrain_epochs`` of adversarial training of
+    the dense network, ``mask_epochs`` in which only the scores of the mask are trained and the weights rest, and the
+    remaining epochs of adversarial training of what the mask has kept.
+
+    The paper's AT (Sparse) gives 100 epochs to each. ``best`` is chosen in the last phase alone.
+    """
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if not masked_convolutions(model):
+            raise ValueError("method: at_sparse needs a model of kind sparse; use at for this one")
+        super().__init__(model, *args, **kwargs)
+        self.search = self.config.pretrain_epochs
+        self.finetune = self.search + self.config.mask_epochs
+        self.phase = "pretrain"
+        self.masks_are_new = False
+        if self.config.mask_epochs < 1:
+            raise ValueError("mask_epochs: expected at least 1 for at_sparse, got 0")
+
+    def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        scores = score_parameters(self.model)
+        masks = {id(p) for p in scores}
+        weights = [p for p in self.model.parameters() if id(p) not in masks]
+        self.weights, self.scores = weights, scores
+        lr = self.optim.lr
+        return {
+            "pretrain": self._sgd([(weights, lr)]),
+            "mask": torch.optim.SGD([{"params": scores, "lr": lr, "base_lr": lr}], momentum=self.optim.momentum),
+            "finetune": self._sgd([(weights, lr)]),
+        }
+
+    def schedule(self, epoch: int, epochs: int) -> tuple[int, int]:
+        ends = (0, self.search, self.finetune, epochs)
+        return next((start, end) for start, end in zip(ends, ends[1:], strict=False) if epoch < end)
+
+    def enter_epoch(self, epoch: int) -> None:
+        self.phase = "pretrain" if epoch < self.search else "mask" if epoch < self.finetune else "finetune"
+        for layer in masked_convolutions(self.model).values():
+            layer.searching = self.phase == "mask"
+            layer.scores.requires_grad_(layer.searching)
+
+    def begin_epoch(self, epoch: int) -> None:
+        if epoch == self.search:
+            start_search(self.model)
+        elif epoch == self.finetune:
+            for layer in masked_convolutions(self.model).values():
+                layer.searching = True  # enter_epoch has ended the search already
+            fix_masks(self.model)
+            self.masks_are_new = True
+
+    def settle(self) -> None:
+        if self.phase == "mask":
+            for layer in masked_convolutions(self.model).values():
+                layer.mask.copy_(layer.current_mask())
+
+    def may_be_best(self, epoch: int) -> bool:
+        return epoch >= self.finetune
+
+    def step(self, batches: Sequence[Batch]) -> StepResult:
+        batch = batches[0]
+        if self.masks_are_new:
+            update_alive(self.model, batch.images.shape[-1])
+            self.masks_are_new = False
+        adversarial = self._adversarial(batch)
+        with only(self.model, self.scores if self.phase == "mask" else self.weights):
+            loss, logits = self._objective(batch, adversarial)
+            value = self._update(self.optimizers[self.phase], loss)
+        return result({"loss": value}, logits, batch.labels)

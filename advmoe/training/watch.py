@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looks at the routers while they are trained, so that a collapsed one is reported within some steps and by name."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from moe_kernels import Routing
+
+from ..routers import Router, observe_routers
+
+__all__ = ["COLLAPSED", "RouterWatch"]
+
+logger = logging.getLogger("advmoe")
+COLLAPSED = 0.999  # share of one expert from which on a router is reported
+_EVERY = 10  # steps; counting costs a little at each layer
+_STEPS = 5  # watched steps that have to agree
+
+
+class RouterWatch:
+    """Counts the choices of every tenth step's training forwards, and warns of each router that sent all of the samples of
+    five such steps to one expert: once, and again only after it has recovered."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._counts: dict[Router, deque[Tensor]] = {}
+        self._reported: set[Router] = set()
+
+    @contextmanager
+    def watching(self, position: int) -> Iterator[None]:
+        """Around the step of this number."""
+        if position % _EVERY:
+            yield
+            return
+        step: dict[Router, Tensor] = {}
+
+        def observe(router: Router, scores: Tensor, routing: Routing) -> None:
+            if router.training and routing.num_experts > 1:  # attacks look at the model in eval mode
+                expert = routing.expert.reshape(-1).clamp(0, routing.num_experts - 1)
+                ones = torch.ones_like(expert)
+                # not bincount, which waits for the device
+                count = expert.new_zeros(routing.num_experts).scatter_add_(0, expert, ones)
+                step[router] = step[router] + count if router in step else count
+
+        with observe_routers(self.model, observe):
+            yield
+        for router, count in step.items():
+            self._counts.setdefault(router, deque(maxlen=_STEPS)).append(count)
+        if step:
+            self._report(position)
+
+    def _report(self, position: int) -> None:
+        for router, counts in self._counts.items():
+            total = torch.stack(list(counts)).sum(0)
+            share = (total.max() / total.sum()).item()
+            if share < COLLAPSED:
+                self._reported.discard(router)
+            elif len(counts) == _STEPS and router not in self._reported:
+                self._reported.add(router)
+                logger.warning(
+                    "step %d: the router of %s has collapsed: expert %d took %.1f %% of the samples of %d steps",
+                    position + 1, router.routes or "all layers", int(total.argmax()), 100 * share, _STEPS,
+                )  # fmt: skip
