@@ -31,11 +31,11 @@ from .config import (
 )
 from .data import Split, list_data, load
 from .evaluation import evaluate
-from .models import list_models
+from .models import list_models, router_parameters
 from .models.base import KINDS, LAYOUTS, ROUTE_PER, STEMS
 from .objectives import BALANCE_LOSSES
-from .profiling import measure_latency, profile
-from .routers import NonFiniteRouterError, list_routers
+from .profiling import backbone_costs, measure_latency, profile
+from .routers import NonFiniteRouterError, list_routers, routers_of
 from .tables import percent, table
 from .training import Interrupted, NonFiniteLossError, StepError, load_model, resume, train
 from .training.runs import build_model
@@ -161,6 +161,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=int, default=20)
     p.add_argument("--threads", type=_positive)
     p.add_argument("--layers", action="store_true", help="a line for each layer")
+    p.add_argument("--routers", action="store_true", help="what each registered router costs here, nothing timed")
+    p.add_argument(
+        "--table", action="store_true", help="multiply-accumulates of every backbone, --ratios and --image-sizes, nothing timed"
+    )
+    p.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.5, 0.8], help="of --table")
+    p.add_argument("--image-sizes", type=int, nargs="+", default=[32], help="of --table")
     p.set_defaults(run=_profile)
     return parser
 
@@ -308,8 +314,14 @@ def _evaluate(o: argparse.Namespace) -> None:
 def _profile(o: argparse.Namespace) -> None:
     if o.threads is not None:
         torch.set_num_threads(o.threads)
+    if o.table:
+        _print_costs(o)
+        return
     config = _model_config(o)
     common = {"num_classes": o.num_classes, "image_size": o.image_size}
+    if o.routers:
+        _print_routers(dataclasses.replace(config, **common))
+        return
     model = build_model(dataclasses.replace(config, **common)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     cost = profile(model, o.image_size)
     if o.layers:
@@ -332,6 +344,39 @@ def _profile(o: argparse.Namespace) -> None:
     print(
         f"median of {o.repeats} forwards in turn, {torch.get_num_threads()} threads, torch {torch.__version__}, float32"
     )
+
+
+def _print_costs(o: argparse.Namespace) -> None:
+    given = {"width": o.width} if o.width is not None else {}
+    archs = [o.arch] if "--arch" in o.given else list_models()
+    costs = backbone_costs(
+        archs, o.ratios, o.image_sizes, o.experts, o.router, o.num_classes, layout=o.layout, **given
+    )
+    rows = [
+        [c.arch, str(c.image_size), f"{c.ratio:g}"]
+        + [f"{v:.4f}" for v in (c.dense, c.s_dense, c.pathway, c.pathway + c.routers)]
+        for c in costs
+    ]
+    print(table(["arch", "image", "r", "Dense", "S-Dense", "pathway", "pathway + routers"], rows))
+    print(
+        f"GFLOPs an image (a multiply-accumulate as 1; convolutions and linear layers), {o.num_classes} classes, layout "
+        f"{o.layout}, routers {o.router}; a pathway's cost does not depend on the number of experts, {o.experts} here"
+    )
+
+
+def _print_routers(config: ModelConfig) -> None:
+    rows = []
+    for name in list_routers():
+        with torch.device("meta"):
+            model = build_model(dataclasses.replace(config, kind="moe", router=name, route_per=None))
+            cost = profile(model, config.image_size or 32)
+        parameters = sum(p.numel() for p in router_parameters(model))
+        share = cost.router_gflops / cost.pathway_gflops
+        rows.append(
+            [name, str(len(routers_of(model))), str(parameters), f"{1e3 * cost.router_gflops:.4f}", f"{100 * share:.3f} %"]
+        )
+    print(table(["router", "routers", "parameters", "MMAC", "of the pathway"], rows))
+    print(f"{config.arch}, r = {config.ratio:g}, N = {config.num_experts}, {config.image_size} pixels; a multiply-accumulate as 1")
 
 
 def _demo(o: argparse.Namespace) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from moe_kernels import RoutedConv2d, RoutedLinear
 
+from .models import create_model
 from .modes import undisturbed
-from .routers import Router
+from .routers import routers_of
 
-__all__ = ["Latency", "LayerCost", "Profile", "measure_latency", "profile"]
+__all__ = ["BackboneCost", "Latency", "LayerCost", "Profile", "backbone_costs", "measure_latency", "profile"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Profile:
 def profile(model: nn.Module, image_size: int = 32, channels: int = 3) -> Profile:
     """Counts by one forward of one grey image, in eval mode; the model is left as it was."""
     layers: list[LayerCost] = []
-    routers = {id(m) for router in model.modules() if isinstance(router, Router) for m in router.modules()}
+    routers = {id(m) for router in routers_of(model).values() for m in router.modules()}
 
     def hook(name: str) -> Callable[..., None]:
         def count(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -73,6 +74,58 @@ def profile(model: nn.Module, image_size: int = 32, channels: int = 3) -> Profil
     pathway = sum(layer.macs for layer in layers if not layer.router) / 1e9
     params = sum(p.numel() for p in model.parameters())
     return Profile(params, pathway + router, pathway, router, tuple(layers))
+
+
+@dataclass(frozen=True)
+class BackboneCost:
+    """Billions of multiply-accumulates for one image (a multiply-accumulate as 1; convolutions and linear layers): the
+    dense network, the one with all widths times r, a pathway of the MoE, and its routers."""
+
+    arch: str
+    image_size: int
+    ratio: float
+    dense: float
+    s_dense: float
+    pathway: float
+    routers: float
+
+
+def backbone_costs(
+    archs: Sequence[str],
+    ratios: Sequence[float],
+    image_sizes: Sequence[int],
+    num_experts: int = 2,
+    router: str = "light",
+    num_classes: int = 10,
+    **options: Any,
+) -> list[BackboneCost]:
+    """Counted for every architecture, size and ratio, on the meta device: nothing is computed.
+
+    Args:
+        options: of ``create_model`` for the MoE, such as ``layout`` and ``width``.
+
+    Raises:
+        ValueError: as ``create_model``.
+    """
+    costs = []
+    shared = {name: options[name] for name in ("width", "stem") if name in options}
+    with torch.device("meta"):
+        for arch in archs:
+            for size in image_sizes:
+                common = {"num_classes": num_classes, "image_size": size}
+                dense = profile(create_model(arch, "dense", **common, **shared), size).gflops  # type: ignore[arg-type]
+                for ratio in ratios:
+                    scaled = create_model(arch, "s_dense", ratio=ratio, **common, **shared)  # type: ignore[arg-type]
+                    model = create_model(
+                        arch, "moe", ratio=ratio, num_experts=num_experts, router=router, **common, **options
+                    )  # type: ignore[arg-type]
+                    cost = profile(model, size)
+                    costs.append(
+                        BackboneCost(
+                            arch, size, ratio, dense, profile(scaled, size).gflops, cost.pathway_gflops, cost.router_gflops
+                        )
+                    )
+    return costs
 
 
 @dataclass(frozen=True)

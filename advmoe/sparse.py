@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Structured sparsity: AT (Sparse), the baseline of AdvMoE (Zhang et al., ICCV 2023) that keeps a share r of each layer's
-output channels, the same for all images.
+"""Structured sparsity: AT (Sparse), the baseline of AdvMoE (Zhang et al., ICCV 2023) that keeps a share r of each
+layer's output channels, the same for all images.
 
-The masks are learned as in HYDRA (Sehwag et al., NeurIPS 2020): behind a pretraining, scores take the gradients while the
-weights rest (``start_search`` … ``fix_masks``), then the weights are finetuned with the masks as they are. HYDRA removes
-single weights; AdvMoE's released layer ranks whole output channels by the L1 norm of their scores, and so does this one.
+The masks are learned as in HYDRA (Sehwag et al., NeurIPS 2020): behind a pretraining, scores take the gradients while
+the weights rest (``start_search`` … ``fix_masks``), then the weights are finetuned with the masks as they are. HYDRA
+removes single weights; AdvMoE's released layer ranks whole output channels by the L1 norm of their scores, and so does
+this one.
 
-A removed channel is zero from its convolution to whatever reads it: behind a norm too, which would else give its constant
-beta. Hence ``compact`` can leave it out altogether.
+A removed channel is zero from its convolution to whatever reads it: behind a norm too, which would else give its
+constant beta. Hence ``compact`` can leave it out altogether.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ __all__ = [
     "fix_masks",
     "masked_convolutions",
     "score_parameters",
+    "set_searching",
     "start_search",
+    "store_masks",
     "update_alive",
 ]
 
@@ -97,16 +100,32 @@ class LiveBatchNorm2d(nn.BatchNorm2d):
 
     Attributes:
         alive: ``[C]``, ones at first; ``update_alive`` finds it.
+        searching: whether masks are searched for. Then a removed channel, whose output is zero as ever, passes its
+            gradient on as the running variance scales it, and keeps its running statistics. By those of the batch,
+            where its variance is 0, the gradient would be ``1 / sqrt(eps)``, some hundred times, too large, and the masks
+            would not come to rest.
     """
 
     alive: Tensor
 
     def __init__(self, num_features: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(num_features, *args, **kwargs)
+        self.searching = False
         self.register_buffer("alive", torch.ones(num_features, device=kwargs.get("device"), dtype=kwargs.get("dtype")))
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.alive[:, None, None]
+        if not self.searching:
+            return super().forward(x) * self.alive[:, None, None]
+        statistics = [self.running_mean, self.running_var]
+        before = [None if value is None else value.clone() for value in statistics]
+        y = super().forward(x) * self.alive[:, None, None]
+        for value, old in zip(statistics, before, strict=True):
+            if value is not None and old is not None:
+                value.copy_(torch.where(self.alive > 0, value, old))
+        scale = (1 - self.alive) if self.weight is None else (1 - self.alive) * self.weight
+        if before[1] is not None:
+            scale = scale * torch.rsqrt(before[1] + self.eps)
+        return y + x * scale.detach()[:, None, None]
 
 
 class Add(nn.Module):
@@ -148,28 +167,40 @@ def score_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [conv.scores for conv in masked_convolutions(model).values()]
 
 
+def set_searching(model: nn.Module, searching: bool) -> None:
+    """Lets the scores choose the masks, and take gradients; or no longer."""
+    for conv in masked_convolutions(model).values():
+        conv.searching = searching
+        conv.scores.requires_grad_(searching)
+        if not searching:
+            # an optimiser that still holds the scores would let them decay by a gradient of zeros
+            conv.scores.grad = None
+    for norm in _norms(model).values():
+        norm.searching = searching
+
+
 def start_search(model: nn.Module) -> None:
     """Lets scores choose the masks from now on, beginning with those of the largest weights.
 
     The scores are HYDRA's scaled initialisation (equation 4, and ``initialize_scaled_score`` of its code):
     ``sqrt(6 / fan_in) * weight / max |weight|`` of each layer, the range of a Kaiming uniform one in the order of the
-    pretrained weights. Norms let all channels pass again, so that a removed channel gets the gradients with which it may
-    come back.
+    pretrained weights. Call ``update_alive`` before each forward while the scores move.
 
     Raises:
         ValueError: if there is no masked convolution.
     """
-    convolutions = _masked(model)
     with torch.no_grad():
-        for conv in convolutions.values():
+        for conv in _masked(model).values():
             weight = conv.weight
             largest = weight.abs().max().clamp_min(torch.finfo(weight.dtype).tiny)
             conv.scores.copy_(math.sqrt(6 / weight[0].numel()) * weight / largest)
-        for norm in _norms(model).values():
-            norm.alive.fill_(1.0)
-    for conv in convolutions.values():
-        conv.scores.requires_grad_(True)
-        conv.searching = True
+    set_searching(model, True)
+
+
+def store_masks(model: nn.Module) -> None:
+    """Makes ``mask`` what the scores choose now: a state_dict then holds the network as it is."""
+    for conv in _masked(model).values():
+        conv.mask.copy_(conv.current_mask())
 
 
 def fix_masks(model: nn.Module) -> None:
@@ -178,22 +209,17 @@ def fix_masks(model: nn.Module) -> None:
     Raises:
         ValueError: if no search was begun.
     """
-    convolutions = _masked(model)
-    if not all(conv.searching for conv in convolutions.values()):
+    if not all(conv.searching for conv in _masked(model).values()):
         raise ValueError("model: expected one that is searching; call start_search first")
-    for conv in convolutions.values():
-        conv.mask.copy_(conv.current_mask())
-        conv.searching = False
-        conv.scores.requires_grad_(False)
-        # an optimiser that still holds the scores would let them decay by a gradient of zeros
-        conv.scores.grad = None
+    store_masks(model)
+    set_searching(model, False)
 
 
 def update_alive(model: nn.Module, image_size: int, channels: int = 3) -> None:
     """Finds which channels reach each LiveBatchNorm2d at all, for the masks in force, and writes its ``alive``.
 
-    By one forward of one image ``[1, channels, image_size, image_size]`` in which convolutions give their masks and norms
-    what they get: it takes any architecture whose other operations keep zeros zero and positive numbers positive
+    By one forward of one image ``[1, channels, image_size, image_size]`` in which convolutions give their masks and
+    norms what they get: it takes any architecture whose other operations keep zeros zero and positive numbers positive
     (ReLU, sums, concatenations, pooling, flattening). Otherwise the model is left as it was. Not between a forward and
     its backward, which needs the ``alive`` of the forward.
 
@@ -275,8 +301,8 @@ def _probe(model: nn.Module, image_size: int, channels: int) -> dict[nn.Module, 
 
     handles = []
     for name, module in model.named_modules():
-        leaf = next(module.children(), None) is None
-        if isinstance(module, (Add, MaskedConv2d, LiveBatchNorm2d)) or (leaf and (module._parameters or module._buffers)):
+        leaf = next(module.children(), None) is None and bool(module._parameters or module._buffers)
+        if leaf or isinstance(module, (Add, MaskedConv2d, LiveBatchNorm2d)):
             handles.append(module.register_forward_hook(hook(name)))
     weight = next(model.parameters())
     image = torch.ones((1, channels, image_size, image_size), device=weight.device, dtype=weight.dtype)
@@ -333,11 +359,10 @@ def _part(parameter: Tensor | None, *index: Tensor) -> nn.Parameter | None:
 def _convolution(conv: nn.Conv2d, rows: Tensor, columns: Tensor) -> nn.Conv2d:
     weight = _part(conv.weight, rows, columns)
     assert weight is not None
-    padding: Any = conv.padding
-    small = nn.Conv2d(
-        weight.shape[1], weight.shape[0], conv.kernel_size, conv.stride, padding, conv.dilation,  # type: ignore[arg-type]
-        bias=conv.bias is not None, padding_mode=conv.padding_mode, device="meta",
-    )  # fmt: skip
+    # torch declares the geometry as tuples of any length
+    geometry: dict[str, Any] = {n: getattr(conv, n) for n in ("kernel_size", "stride", "padding", "dilation")}
+    kind: dict[str, Any] = {"bias": conv.bias is not None, "padding_mode": conv.padding_mode}
+    small = nn.Conv2d(weight.shape[1], weight.shape[0], **geometry, **kind, device="meta")
     small.weight, small.bias = weight, _part(conv.bias, rows)
     return small.train(conv.training)
 

@@ -59,7 +59,7 @@ class ModelSpec:
     layout: str
     router: str
     normalize: bool
-    stem: str
+    stem: str | None
     mean: tuple[float, ...] = CIFAR10_MEAN
     std: tuple[float, ...] = CIFAR10_STD
     bn: str = "shared"
@@ -71,6 +71,10 @@ class ModelSpec:
     @property
     def routed(self) -> bool:
         return self.kind == "moe"
+
+    @property
+    def imagenet_stem(self) -> bool:
+        return self.image_size >= 128 if self.stem is None else self.stem == "imagenet"
 
     @property
     def windows(self) -> bool:
@@ -150,7 +154,7 @@ def create_model(
         if name not in _OPTIONS[kind]:
             raise unknown_name(f"option of kind {kind}", name, _OPTIONS[kind])
     options = {name: value for name, value in options.items() if value is not None}
-    options.setdefault("stem", "imagenet" if image_size >= 128 else "cifar")
+    options.setdefault("stem", None)
     options.setdefault("bn", "per_expert" if layout == "windows" else "shared")
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio: expected 0 < ratio <= 1, got {ratio}")
@@ -165,7 +169,7 @@ def create_model(
     level = router_class(router).level
     for name, value, known in (
         ("layout", layout, LAYOUTS),
-        ("stem", options["stem"], STEMS),
+        ("stem", options["stem"] or "cifar", STEMS),
         ("bn", options["bn"], ("shared", "per_expert")),
         ("gate_after", options.get("gate_after", "conv"), ("conv", "norm")),
         ("route_per", options.get("route_per", "layer"), ROUTE_PER),

@@ -25,6 +25,8 @@ class _DenseLayer(nn.Module):
     def __init__(self, spec: ModelSpec, source: Channels, growth: int) -> None:
         super().__init__()
         inner, out = Channels.of(spec, BOTTLENECK * growth), Channels.of(spec, growth)
+        if not spec.windows:  # four times what the layer gives, also where r * growth is no integer
+            inner = Channels.plain(BOTTLENECK * out.width, BOTTLENECK * growth)
         self.norm1 = norm(spec, source, routed=False)
         self.conv1 = conv(spec, source, inner, 1)
         self.norm2 = norm(spec, inner)
@@ -89,7 +91,7 @@ class DenseNet(Backbone):
         if spec.gate_after != "conv":
             raise ValueError(f"gate_after: {spec.arch} has its BatchNorms before the convolutions; expected 'conv'")
         width = 24 if spec.width is None else spec.width
-        small = spec.stem == "cifar"
+        small = not spec.imagenet_stem
         channels = Channels.plain(spec.scaled(width))
         self.features = nn.Module()
         self.features.conv0 = conv(

@@ -28,7 +28,7 @@ class _Block(nn.Module):
         out = Channels.of(spec, width * self.expansion)
         needed = stride != 1 or source.dense != out.dense
         self._add_convolutions(spec, source, width, stride)
-        if spec.stem == "imagenet" and (needed or source.width != out.width):
+        if spec.imagenet_stem and (needed or source.width != out.width):
             self.shortcut = nn.Sequential(conv(spec, source, out, 1, stride), norm(spec, out))
         else:
             self.shortcut = projection(spec, source, out, stride, needed)
@@ -88,9 +88,9 @@ class ResNet(Backbone):
         if spec.image_size < 8:
             raise ValueError(f"image_size: {spec.arch} takes images from 8 pixels on; got {spec.image_size}")
         width = 64 if spec.width is None else spec.width
-        full = spec.windows or (spec.routed and spec.stem == "cifar")
+        full = spec.windows or (spec.routed and not spec.imagenet_stem)
         channels = Channels.plain(width if full else spec.scaled(width), width)
-        small = spec.stem == "cifar"
+        small = not spec.imagenet_stem
         self.conv1 = conv(spec, Channels.plain(3), channels, 3 if small else 7, 1 if small else 2, routed=False)
         self.bn1 = norm(spec, channels, routed=False)
         self.pool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)

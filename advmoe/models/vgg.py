@@ -28,7 +28,7 @@ class VGG(Backbone):
         super().__init__(spec)
         if spec.image_size < 16:
             raise ValueError(f"image_size: {spec.arch} pools four times, from 16 pixels on; got {spec.image_size}")
-        if spec.stem != "cifar":
+        if spec.stem == "imagenet":
             raise ValueError(f"stem: {spec.arch} has none for ImageNet; expected 'cifar', got {spec.stem!r}")
         width = 64 if spec.width is None else spec.width
         layers: list[nn.Module] = []

@@ -64,7 +64,7 @@ class WideResNet(Backbone):
         width = 16 * widen if spec.width is None else spec.width
         first = max(1, width // widen)
         channels = Channels.plain(first if spec.windows else spec.scaled(first))
-        small = spec.stem == "cifar"
+        small = not spec.imagenet_stem
         self.conv1 = conv(spec, Channels.plain(3), channels, 3 if small else 7, 1 if small else 2, routed=False)
         self.bn0 = nn.Identity() if small else norm(spec, channels, routed=False)
         self._add_network_router(channels.width)
@@ -85,7 +85,7 @@ class WideResNet(Backbone):
         """x ``[B, 3, H, W]`` in [0, 1] to logits ``[B, num_classes]``."""
         x, path = self._start(x)
         x = self.conv1(x)
-        if self.spec.stem == "imagenet":
+        if self.spec.imagenet_stem:
             x = F.max_pool2d(F.relu(self.bn0(x)), 3, 2, 1)
         x = self._behind_stem(x, path)
         for name in self.stages:

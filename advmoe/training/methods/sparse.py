@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...sparse import fix_masks, masked_convolutions, score_parameters, start_search, update_alive
+from ...sparse import (
+    fix_masks,
+    masked_convolutions,
+    score_parameters,
+    set_searching,
+    start_search,
+    store_masks,
+    update_alive,
+)
 from .base import Batch, Method, StepResult, only, result
 
 __all__ = ["ATSparse"]
@@ -52,30 +60,26 @@ class ATSparse(Method):
 
     def enter_epoch(self, epoch: int) -> None:
         self.phase = "pretrain" if epoch < self.search else "mask" if epoch < self.finetune else "finetune"
-        for layer in masked_convolutions(self.model).values():
-            layer.searching = self.phase == "mask"
-            layer.scores.requires_grad_(layer.searching)
+        set_searching(self.model, self.phase == "mask")
 
     def begin_epoch(self, epoch: int) -> None:
         if epoch == self.search:
             start_search(self.model)
         elif epoch == self.finetune:
-            for layer in masked_convolutions(self.model).values():
-                layer.searching = True  # enter_epoch has ended the search already
+            set_searching(self.model, True)  # enter_epoch has ended the search already
             fix_masks(self.model)
             self.masks_are_new = True
 
     def settle(self) -> None:
         if self.phase == "mask":
-            for layer in masked_convolutions(self.model).values():
-                layer.mask.copy_(layer.current_mask())
+            store_masks(self.model)
 
     def may_be_best(self, epoch: int) -> bool:
         return epoch >= self.finetune
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
         batch = batches[0]
-        if self.masks_are_new:
+        if self.phase == "mask" or self.masks_are_new:
             update_alive(self.model, batch.images.shape[-1])
             self.masks_are_new = False
         adversarial = self._adversarial(batch)
