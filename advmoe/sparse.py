@@ -116,16 +116,19 @@ class LiveBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.searching:
             return super().forward(x) * self.alive[:, None, None]
-        statistics = [self.running_mean, self.running_var]
-        before = [None if value is None else value.clone() for value in statistics]
-        y = super().forward(x) * self.alive[:, None, None]
-        for value, old in zip(statistics, before, strict=True):
-            if value is not None and old is not None:
-                value.copy_(torch.where(self.alive > 0, value, old))
-        scale = (1 - self.alive) if self.weight is None else (1 - self.alive) * self.weight
-        if before[1] is not None:
-            scale = scale * torch.rsqrt(before[1] + self.eps)
-        return y + x * scale.detach()[:, None, None]
+        mean, var = self.running_mean, self.running_var
+        if mean is None or var is None:
+            raise ValueError("track_running_stats: masks are searched for with running statistics only, got False")
+        scale = torch.rsqrt(var + self.eps) * (1 - self.alive)
+        if self.weight is not None:
+            scale = scale * self.weight.detach()
+        before = mean.clone(), var.clone()
+        y = super().forward(x) * self.alive[:, None, None] + x * scale[:, None, None]
+        if self.training:
+            # new tensors: the forward has saved those that it has written to
+            self.running_mean = torch.where(self.alive > 0, mean, before[0])
+            self.running_var = torch.where(self.alive > 0, var, before[1])
+        return y
 
 
 class Add(nn.Module):

@@ -10,11 +10,13 @@ from .base import (
     register_model,
     router_parameters,
 )
+from .released import load_released
 
 __all__ = [
     "backbone_parameters",
     "create_model",
     "list_models",
+    "load_released",
     "record_routing",
     "register_model",
     "router_parameters",

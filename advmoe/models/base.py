@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_kernels import RoutedConv2d, Routing
+from moe_kernels import RoutedConv2d, RoutedLinear, Routing
 
 from ..registry import Registry, unknown_name
 from ..routers import RouterOptions, router_class, routers_of
@@ -86,7 +86,7 @@ class ModelSpec:
         return channels if self.kind in ("dense", "sparse") else max(1, int(self.ratio * channels))
 
     def at_stage(self, stage: int) -> ModelSpec:
-        """The spec of stage 1, 2, …: where ``moe_at`` leaves it out, its layers are ordinary ones of a pathway's width."""
+        """The spec of stage 1, 2, …: where ``moe_at`` leaves it out, its layers are ordinary, of a pathway's width."""
         if not self.routed or self.moe_at is None or stage in self.moe_at:
             return self
         return dataclasses.replace(self, kind="s_dense")
@@ -129,11 +129,12 @@ def create_model(
         layout: of kind moe. ``"partition"``: expert e owns rows ``e * w : (e + 1) * w`` of the weight, as in AdvMoE's
             released code. ``"windows"``: the paper's subsets of channels: the weights are the dense network's, expert e
             is :meth:`moe_kernels.ExpertSlices.windows` of them on both sides, overlapping where N * r > 1; with r = 1 it
-            is the dense network. What is not routed keeps its full width.
+            is the dense network. The stem keeps its full width (but DenseNet's), and the classifier has a column for each
+            dense channel and reads those of the window that it gets.
         router: a name of ``advmoe.routers.list_routers()``.
         normalize: subtract ``mean`` and divide by ``std`` (options; CIFAR-10's by default) inside the model.
-        options: ``mean``, ``std``; ``stem``: ``"cifar"`` (3×3) or ``"imagenet"`` (7×7 of stride 2, pooled; by default from
-            128 pixels on). For kind moe also
+        options: ``mean``, ``std``; ``stem``: ``"cifar"`` (3×3) or ``"imagenet"`` (7×7 of stride 2, pooled; by default
+            from 128 pixels on). For kind moe also
 
             - ``bn``: ``"shared"`` by all experts (as released; the default of partition) or ``"per_expert"`` (the
               default of windows, where it belongs to the dense network's channels);
@@ -158,14 +159,14 @@ def create_model(
     options.setdefault("bn", "per_expert" if layout == "windows" else "shared")
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio: expected 0 < ratio <= 1, got {ratio}")
-    for name, value in (
+    for name, size in (
         ("num_experts", num_experts),
         ("num_classes", num_classes),
         ("image_size", image_size),
         ("width", 1 if width is None else width),
     ):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
     level = router_class(router).level
     for name, value, known in (
         ("layout", layout, LAYOUTS),
@@ -228,9 +229,10 @@ def initialize(model: nn.Module) -> None:
             nn.init.normal_(module.weight, 0.0, (2.0 / fan_out) ** 0.5)
         elif isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear | RoutedLinear):
             nn.init.normal_(module.weight, 0.0, 0.01)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
 
 def router_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -24,9 +24,7 @@ class _DenseLayer(nn.Module):
 
     def __init__(self, spec: ModelSpec, source: Channels, growth: int) -> None:
         super().__init__()
-        inner, out = Channels.of(spec, BOTTLENECK * growth), Channels.of(spec, growth)
-        if not spec.windows:  # four times what the layer gives, also where r * growth is no integer
-            inner = Channels.plain(BOTTLENECK * out.width, BOTTLENECK * growth)
+        inner, out = Channels.of(spec, growth, BOTTLENECK), Channels.of(spec, growth)
         self.norm1 = norm(spec, source, routed=False)
         self.conv1 = conv(spec, source, inner, 1)
         self.norm2 = norm(spec, inner)
@@ -78,25 +76,24 @@ class _Transition(nn.Module):
 class DenseNet(Backbone):
     """Three dense blocks; ``width`` is the stem's and twice the growth.
 
-    The released code cannot construct its MoE DenseNet. Ours: the 1×1 and 3×3 convolutions of the dense layers are routed,
-    each expert giving ``int(r * ...)`` of their channels; stem and transitions are not routed and have a pathway's width;
-    concatenated are the compact outputs, so that every input side is whole. In the windows layout a layer's outputs are
-    windows of the dense layer's (the input of the 3×3 convolution too), with r = 1 the dense network.
+    The released code cannot construct its MoE DenseNet. Ours: the 1×1 and 3×3 convolutions of the dense layers are
+    routed, each expert giving ``int(r * ...)`` of their channels; stem and transitions are not routed and have a pathway's
+    width; concatenated are the compact outputs, so that every input side is whole. In the windows layout a layer's
+    outputs are windows of the dense layer's (the input of the 3×3 convolution too), with r = 1 the dense network.
     """
 
     def __init__(self, spec: ModelSpec, layers: tuple[int, ...]) -> None:
-        super().__init__(spec)
-        if spec.image_size < 8:
-            raise ValueError(f"image_size: {spec.arch} takes images from 8 pixels on; got {spec.image_size}")
+        super().__init__(spec, len(layers))
+        least = 16 if spec.imagenet_stem else 8
+        if spec.image_size < least:
+            raise ValueError(f"image_size: {spec.arch} takes images from {least} pixels on; got {spec.image_size}")
         if spec.gate_after != "conv":
             raise ValueError(f"gate_after: {spec.arch} has its BatchNorms before the convolutions; expected 'conv'")
         width = 24 if spec.width is None else spec.width
         small = not spec.imagenet_stem
         channels = Channels.plain(spec.scaled(width))
         self.features = nn.Module()
-        self.features.conv0 = conv(
-            spec, Channels.plain(3), channels, 3 if small else 7, 1 if small else 2, routed=False
-        )
+        self.features.conv0 = conv(spec, Channels.plain(3), channels, 3 if small else 7, 1 if small else 2, routed=False)
         if not small:
             self.features.norm0 = norm(spec, channels, routed=False)
         self._add_network_router(channels.width)

@@ -9,13 +9,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moe_kernels import ExpertSlices, RoutedBatchNorm2d, RoutedConv2d, Routing
+from moe_kernels import ExpertSlices, RoutedBatchNorm2d, RoutedConv2d, RoutedLinear, Routing
 
 from ..routers import Router, build_router, router_class
 from ..sparse import LiveBatchNorm2d, MaskedConv2d
 from .base import ModelSpec, Normalize
 
-__all__ = ["Backbone", "Channels", "Path", "Projection", "Stage", "add_router", "conv", "norm", "projection"]
+__all__ = [
+    "Backbone",
+    "Channels",
+    "Path",
+    "Projection",
+    "Stage",
+    "add_router",
+    "classifier",
+    "conv",
+    "norm",
+    "projection",
+]
 
 
 @dataclass(frozen=True)
@@ -39,19 +50,21 @@ class Channels:
         return cls(width if dense is None else dense, width)
 
     @classmethod
-    def of(cls, spec: ModelSpec, dense: int) -> Channels:
-        """What a routed layer of ``dense`` channels in the dense network gives out."""
+    def of(cls, spec: ModelSpec, dense: int, multiple: int = 1) -> Channels:
+        """What a routed layer of ``multiple * dense`` channels in the dense network gives out. Windows are of all of
+        them; otherwise ``dense`` is scaled first, as released, which differs where ``r * dense`` is no integer."""
         if spec.windows:
-            windows = ExpertSlices.windows(dense, spec.ratio, spec.num_experts)
-            return cls(dense, windows.width, windows)
-        return cls(dense, spec.scaled(dense))
+            windows = ExpertSlices.windows(multiple * dense, spec.ratio, spec.num_experts)
+            return cls(multiple * dense, windows.width, windows)
+        return cls(multiple * dense, multiple * spec.scaled(dense))
 
 
 class Path:
     """The routings that go with the features of one forward.
 
-    ``choice`` is the one in force for the layers ahead; None where each has a router of its own. ``writer`` is that of the
-    last routed convolution that wrote the features: in the windows layout it says which of the dense channels they are.
+    ``choice`` is the one in force for the layers ahead; None where each has a router of its own. ``writer`` is that of
+    the last routed convolution that wrote the features: in the windows layout it says which of the dense channels they
+    are.
     ``gate_at_end`` holds gates that are to multiply once, at the network's end.
     """
 
@@ -97,14 +110,14 @@ class Path:
         """``norm(x)``; one of each expert's own follows the writer."""
         return norm(x, self.writer) if isinstance(norm, RoutedBatchNorm2d) else norm(x)
 
-    def project(self, shortcut: nn.Module, x: Tensor, source: Routing | None) -> Tensor:
+    def project(self, shortcut: nn.Module, x: Tensor, source: Routing | None, gate_after: bool = False) -> Tensor:
         """A shortcut from features that ``source`` wrote to those that ``writer`` wrote, which stays the writer."""
         if isinstance(shortcut, Projection):
             return shortcut(x, source, self.writer)
         if not (isinstance(shortcut, nn.Sequential) and len(shortcut) and isinstance(shortcut[0], RoutedConv2d)):
             return shortcut(x)
         writer, self.writer = self.writer, source
-        y = self.convolve(*([shortcut[0], x, *shortcut[1:]]))
+        y = self.convolve(shortcut[0], x, shortcut[1], gate_after)
         self.writer = writer
         return y
 
@@ -114,6 +127,13 @@ class Path:
 
     def gated(self, features: Tensor) -> Tensor:
         return features if self.gate_at_end is None else self.gate_at_end.combine(features)
+
+    def classify(self, layer: nn.Module, features: Tensor) -> Tensor:
+        """``layer(features)``; one over windows reads the columns of those channels that the writer wrote."""
+        if not isinstance(layer, RoutedLinear):
+            return layer(features)
+        assert self.writer is not None
+        return layer(features, self.writer.ungated())
 
 
 def conv(
@@ -131,9 +151,7 @@ def conv(
     return layer
 
 
-def _routed(
-    spec: ModelSpec, source: Channels, out: Channels, kernel: int, stride: int, padding: int
-) -> RoutedConv2d:
+def _routed(spec: ModelSpec, source: Channels, out: Channels, kernel: int, stride: int, padding: int) -> RoutedConv2d:
     in_side = source.width if source.windows is None else source.windows
     out_side = out.width if out.windows is None else out.windows
     return RoutedConv2d(in_side, out_side, kernel, stride, padding, bias=False, num_experts=spec.num_experts)
@@ -146,8 +164,18 @@ def norm(spec: ModelSpec, channels: Channels, *, routed: bool = True) -> nn.Modu
     if spec.routed and routed and spec.bn == "per_expert":
         if channels.windows is None:
             return RoutedBatchNorm2d(channels.width, spec.num_experts)
-        return RoutedBatchNorm2d(channels.windows)
+        if not channels.windows.is_whole:
+            return RoutedBatchNorm2d(channels.windows)
     return nn.BatchNorm2d(channels.width)
+
+
+def classifier(channels: Channels, features: int, positions: int = 1) -> nn.Module:
+    """A linear layer that reads ``positions`` values of each of the channels; of windows, the dense layer's columns."""
+    windows = channels.windows
+    if windows is None or windows.is_whole:
+        return nn.Linear(channels.width * positions, features)
+    starts = tuple(start * positions for start in windows.starts)
+    return RoutedLinear(ExpertSlices(windows.total * positions, windows.width * positions, starts), features)
 
 
 def add_router(site: nn.Module, spec: ModelSpec, in_channels: int) -> None:
@@ -193,11 +221,9 @@ def projection(spec: ModelSpec, source: Channels, out: Channels, stride: int, ne
         if source.windows is None and not out.windows.is_whole:  # type: ignore[union-attr]
             return Projection(spec, source, out, stride, convolution=False)
         return nn.Sequential()
-    if not needed and source.width == out.width:
+    if not needed:
         return nn.Sequential()
-    return nn.Sequential(
-        conv(spec, source, out, 1, stride, routed=False), norm(spec, out, routed=False)
-    )
+    return nn.Sequential(conv(spec, source, out, 1, stride, routed=False), norm(spec, out, routed=False))
 
 
 class Stage(nn.Module):
@@ -225,12 +251,18 @@ class Stage(nn.Module):
 
 
 class Backbone(nn.Module):
-    """What the backbones share: normalisation, and the router of a whole network."""
+    """What the backbones share: normalisation, and the router of a whole network.
+
+    Raises:
+        ValueError: for a ``moe_at`` that is empty or names a stage that is not among the ``stages``.
+    """
 
     router: Router | None
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, stages: int) -> None:
         super().__init__()
+        if spec.moe_at is not None and not (spec.moe_at and all(1 <= stage <= stages for stage in spec.moe_at)):
+            raise ValueError(f"moe_at: expected stages from 1 to {stages} of {spec.arch}, got {spec.moe_at}")
         self.spec = spec
         self.normalize = Normalize(spec.mean, spec.std) if spec.normalize else nn.Identity()
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..sparse import Add
 from .base import ModelSpec, initialize, register_model
-from .layers import Backbone, Channels, Path, Stage, add_router, conv, norm, projection
+from .layers import Backbone, Channels, Path, Stage, add_router, classifier, conv, norm, projection
 
 __all__ = ["BasicBlock", "Bottleneck", "ResNet"]
 
@@ -25,10 +25,12 @@ class _Block(nn.Module):
 
     def __init__(self, spec: ModelSpec, source: Channels, width: int, stride: int) -> None:
         super().__init__()
-        out = Channels.of(spec, width * self.expansion)
-        needed = stride != 1 or source.dense != out.dense
+        out = Channels.of(spec, width, self.expansion)
+        # with windows where the dense network has one, else where the widths that are there ask for it, as released
+        needed = stride != 1 or (source.dense != out.dense if spec.windows else source.width != out.width)
         self._add_convolutions(spec, source, width, stride)
-        if spec.imagenet_stem and (needed or source.width != out.width):
+        self.shortcut: nn.Module
+        if spec.imagenet_stem and needed:
             self.shortcut = nn.Sequential(conv(spec, source, out, 1, stride), norm(spec, out))
         else:
             self.shortcut = projection(spec, source, out, stride, needed)
@@ -53,7 +55,7 @@ class _Block(nn.Module):
             y = path.convolve(getattr(self, f"conv{i}"), y, getattr(self, f"bn{i}"), self.gate_after_norm)
             if i < self.depth:
                 y = F.relu(y)
-        return F.relu(self.add(y, path.project(self.shortcut, x, source)))
+        return F.relu(self.add(y, path.project(self.shortcut, x, source, self.gate_after_norm)))
 
 
 class BasicBlock(_Block):
@@ -67,7 +69,7 @@ class Bottleneck(_Block):
     depth = 3
 
     def _add_convolutions(self, spec: ModelSpec, source: Channels, width: int, stride: int) -> None:
-        inner, out = Channels.of(spec, width), Channels.of(spec, width * self.expansion)
+        inner, out = Channels.of(spec, width), Channels.of(spec, width, self.expansion)
         self.conv1 = conv(spec, source, inner, 1)
         self.bn1 = norm(spec, inner)
         self.conv2 = conv(spec, inner, inner, 3, stride)
@@ -84,7 +86,7 @@ class ResNet(Backbone):
     """
 
     def __init__(self, spec: ModelSpec, block: type[_Block], blocks: tuple[int, ...]) -> None:
-        super().__init__(spec)
+        super().__init__(spec, len(blocks))
         if spec.image_size < 8:
             raise ValueError(f"image_size: {spec.arch} takes images from 8 pixels on; got {spec.image_size}")
         width = 64 if spec.width is None else spec.width
@@ -103,7 +105,7 @@ class ResNet(Backbone):
                 channels = layers[-1].out_channels
             self.stages.append(f"layer{stage}")
             self.add_module(self.stages[-1], Stage(here, source, layers))
-        self.linear = nn.Linear(channels.width, spec.num_classes)
+        self.linear = classifier(channels, spec.num_classes)
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,7 +114,7 @@ class ResNet(Backbone):
         x = self._behind_stem(self.pool(F.relu(self.bn1(self.conv1(x)))), path)
         for name in self.stages:
             x = getattr(self, name)(x, path)
-        return self.linear(path.features(x))
+        return path.classify(self.linear, path.features(x))
 
 
 @register_model("resnet18")

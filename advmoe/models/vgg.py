@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import ModelSpec, initialize, register_model
-from .layers import Backbone, Channels, Path, add_router, conv, norm
+from .layers import Backbone, Channels, add_router, classifier, conv, norm
 
 __all__ = ["VGG"]
 
@@ -20,12 +20,12 @@ class VGG(Backbone):
     """13 convolutions of 3×3 in five stages of 1, 2, 4, 8 and 8 times ``width`` with four max-pools between them, pooled
     to 2×2, and three linear layers. The first convolution is not routed, the other twelve are.
 
-    The first convolution is scaled in the partition layout, as released, and keeps its full width in the windows layout. A
-    block (``route_per="block"``) is a stage here.
+    The first convolution is scaled in the partition layout, as released, and keeps its full width in the windows layout.
+    A block (``route_per="block"``) is a stage here.
     """
 
     def __init__(self, spec: ModelSpec, stages: tuple[tuple[int, int], ...]) -> None:
-        super().__init__(spec)
+        super().__init__(spec, len(stages))
         if spec.image_size < 16:
             raise ValueError(f"image_size: {spec.arch} pools four times, from 16 pixels on; got {spec.image_size}")
         if spec.stem == "imagenet":
@@ -57,7 +57,7 @@ class VGG(Backbone):
         self.gate_after_norm = spec.gate_after == "norm"
         hidden = max(1, 4 * width)
         self.classifier = nn.Sequential(
-            nn.Linear(source.width * 4, hidden), nn.ReLU(),
+            classifier(source, hidden, positions=4), nn.ReLU(),
             nn.Linear(hidden, hidden), nn.ReLU(),
             nn.Linear(hidden, spec.num_classes),
         )  # fmt: skip
@@ -75,7 +75,10 @@ class VGG(Backbone):
                 x = F.relu(path.convolve(layer, x, self.features[i + 1], self.gate_after_norm))
             if i == 0:
                 x = self._behind_stem(x, path)
-        return self.classifier(path.gated(F.adaptive_avg_pool2d(x, 2).flatten(1)))
+        x = path.gated(F.adaptive_avg_pool2d(x, 2).flatten(1))
+        for layer in self.classifier:
+            x = path.classify(layer, x)
+        return x
 
 
 @register_model("vgg16_bn")

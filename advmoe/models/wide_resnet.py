@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..sparse import Add
 from .base import ModelSpec, initialize, register_model
-from .layers import Backbone, Channels, Path, Stage, add_router, conv, norm
+from .layers import Backbone, Channels, Path, Stage, add_router, classifier, conv, norm
 
 __all__ = ["WideResNet"]
 
@@ -56,7 +56,7 @@ class WideResNet(Backbone):
     """
 
     def __init__(self, spec: ModelSpec, depth: int, widen: int) -> None:
-        super().__init__(spec)
+        super().__init__(spec, 3)
         if spec.image_size < 8:
             raise ValueError(f"image_size: {spec.arch} takes images from 8 pixels on; got {spec.image_size}")
         if spec.gate_after != "conv":
@@ -78,7 +78,7 @@ class WideResNet(Backbone):
             self.stages.append(f"block{stage}")
             self.add_module(self.stages[-1], Stage(here, source, blocks))
         self.bn1 = norm(spec, channels, routed=routed)
-        self.fc = nn.Linear(channels.width, spec.num_classes)
+        self.fc = classifier(channels, spec.num_classes)
         initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class WideResNet(Backbone):
         x = self._behind_stem(x, path)
         for name in self.stages:
             x = getattr(self, name)(x, path)
-        return self.fc(path.features(F.relu(path.normalize(self.bn1, x))))
+        return path.classify(self.fc, path.features(F.relu(path.normalize(self.bn1, x))))
 
 
 @register_model("wrn28_10")

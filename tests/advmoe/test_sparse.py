@@ -245,6 +245,7 @@ def test_a_search_moves_scores_and_finetuning_weights() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     convs = masked_convolutions(model).values()
     start_search(model)
+    update_alive(model, SIZE)
     scores, weights = [c.scores.detach().clone() for c in convs], [c.weight.detach().clone() for c in convs]
     step(model, optimizer)
     assert not any(torch.equal(c.scores, old) for c, old in zip(convs, scores, strict=True))
@@ -301,8 +302,31 @@ def test_while_searching_alive_goes_with_the_scores() -> None:
     update_alive(model, SIZE)
     assert torch.equal(model.bn.alive, model.stem.current_mask())
     assert model.bn.alive.sum() == 4
+    with torch.no_grad():
+        model.stem.scores.copy_(model.stem.scores.flip(0))
+    update_alive(model, SIZE)
+    assert torch.equal(model.bn.alive, model.stem.current_mask())
+
+
+def test_a_removed_channel_gets_a_gradient_of_the_size_of_the_others() -> None:
+    """By the statistics of the batch, where its variance is 0, it would be 1 / sqrt(eps) = 316 times too large."""
+    torch.manual_seed(0)
+    model = nn.Sequential(MaskedConv2d(3, 8, 3, ratio=0.5, bias=False), LiveBatchNorm2d(8), nn.Conv2d(8, 4, 3))
+    conv, norm = model[0], model[1]
+    x = torch.randn(16, 3, 8, 8)
+    for _ in range(50):  # the running variance of a pretrained network
+        model(x)
     start_search(model)
-    assert model.bn.alive.sum() == 9
+    update_alive(model, 8)
+    statistics = norm.running_mean.clone(), norm.running_var.clone()
+    y = model[:2](x)
+    removed = conv.current_mask() == 0
+    assert torch.equal(y[:, removed], torch.zeros_like(y[:, removed])) and y[:, ~removed].abs().amax((0, 2, 3)).min() > 0
+    model(x).square().sum().backward()
+    sizes = conv.scores.grad.flatten(1).norm(dim=1)
+    assert 0 < sizes[removed].min() and sizes[removed].max() < 20 * sizes[~removed].median()
+    for now, before in zip((norm.running_mean, norm.running_var), statistics, strict=True):
+        assert torch.equal(now[removed], before[removed]) and not torch.equal(now[~removed], before[~removed])
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.8, 1.0])
