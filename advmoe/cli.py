@@ -31,6 +31,7 @@ from .config import (
 )
 from .data import Split, list_data, load
 from .evaluation import evaluate
+from .export import export
 from .models import list_models, router_parameters
 from .models.base import KINDS, LAYOUTS, ROUTE_PER, STEMS
 from .objectives import BALANCE_LOSSES
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--order", choices=("router_first", "backbone_first"), default=m.order)
     g.add_argument("--batches", choices=("two", "one"), default=m.batches, help="a batch for each level, or one for both")
     g.add_argument("--router-objective", choices=("trades", "pseudo_label"), default=m.router_objective)
+    g.add_argument("--router-alpha", type=float, default=m.router_alpha, help="pseudo_label's weight of the label")
     g.add_argument("--attack-routers", action="store_true", help="add the routers' divergence to the training attack")
     g.add_argument(
         "--as-released",
@@ -101,13 +103,15 @@ def _parser() -> argparse.ArgumentParser:
         "--attack-routers --attack-start gaussian",
     )
     g.add_argument("--share-attack", action="store_true", help="advmoe: one batch and one attack for both levels")
-    g.add_argument("--router-every", type=_positive, default=m.router_every, metavar="T", help="advmoe: train the routers in every T-th step")
+    g.add_argument(
+        "--router-every", type=_positive, default=m.router_every, metavar="T", help="advmoe: routers in every T-th step"
+    )
     g.add_argument("--part", choices=("all", "routers", "experts"), default=m.part, help="at: what is trained")
     g.add_argument("--pretrain-epochs", type=int, default=m.pretrain_epochs, help="at_sparse: of the dense network")
     g.add_argument("--mask-epochs", type=int, default=m.mask_epochs, help="at_sparse: of the mask; the rest fine-tunes")
     g.add_argument("--init", metavar="RUN", help="begin with the weights of this run or checkpoint")
     g = p.add_argument_group("routing")
-    g.add_argument("--balance", choices=("none", *BALANCE_LOSSES), default=t.balance, help="balancing loss of the routers")
+    g.add_argument("--balance", choices=("none", *BALANCE_LOSSES), default=t.balance, help="loss of the routers")
     g.add_argument("--balance-weight", type=float, default=t.balance_weight)
     g.add_argument("--experts-start", choices=("apart", "alike"), default=t.experts, help="alike: as copies of the first")
     g.add_argument(
@@ -153,6 +157,12 @@ def _parser() -> argparse.ArgumentParser:
     _data_options(p, default=None)
     p.set_defaults(run=_evaluate)
 
+    p = commands.add_parser("export", help="write a trained model as one safetensors file", formatter_class=defaults)
+    p.add_argument("source", metavar="RUN", help="a run folder or a checkpoint in one")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
+    p.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run folder")
+    p.set_defaults(run=_export)
+
     p = commands.add_parser("profile", help="multiply-accumulates and latency of a model", formatter_class=defaults)
     _model_options(p)
     p.add_argument("--image-size", type=int, default=32)
@@ -163,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--layers", action="store_true", help="a line for each layer")
     p.add_argument("--routers", action="store_true", help="what each registered router costs here, nothing timed")
     p.add_argument(
-        "--table", action="store_true", help="multiply-accumulates of every backbone, --ratios and --image-sizes, nothing timed"
+        "--table", action="store_true", help="what every backbone costs at --ratios and --image-sizes, nothing timed"
     )
     p.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.5, 0.8], help="of --table")
     p.add_argument("--image-sizes", type=int, nargs="+", default=[32], help="of --table")
@@ -215,13 +225,16 @@ def _model_config(o: argparse.Namespace) -> ModelConfig:
 def _method_config(o: argparse.Namespace) -> MethodConfig:
     if o.as_released:
         others = ("--order", "--batches", "--router-objective", "--attack-routers", "--share-attack", "--attack-start")
-        given = [name for name in others if name in o.given]
+        given = [name for name in others if any(name.startswith(g) for g in o.given)]  # abbreviations too
         if o.method != "advmoe" or given:
             what = f"--method {o.method}" if o.method != "advmoe" else given[0]
             raise ValueError(f"--as-released: sets what advmoe's released code does, and does not go with {what}")
-        return MethodConfig.as_released(objective=o.objective, beta=o.beta, router_every=o.router_every)
+        return MethodConfig.as_released(
+            objective=o.objective, beta=o.beta, router_alpha=o.router_alpha, router_every=o.router_every, part=o.part,
+            pretrain_epochs=o.pretrain_epochs, mask_epochs=o.mask_epochs,
+        )  # fmt: skip
     return MethodConfig(
-        o.method, o.objective, o.beta, o.order, o.batches, o.router_objective, attack_routers=o.attack_routers,
+        o.method, o.objective, o.beta, o.order, o.batches, o.router_objective, o.router_alpha, o.attack_routers,
         share_attack=o.share_attack, router_every=o.router_every, part=o.part, pretrain_epochs=o.pretrain_epochs,
         mask_epochs=o.mask_epochs,
     )  # fmt: skip
@@ -236,13 +249,11 @@ def _train(o: argparse.Namespace) -> None:
     else:
         if o.out is None:
             raise ValueError("train: --out RUN is needed (or --resume RUN)")
+        gaussian = o.attack_start == "gaussian" or o.as_released
         config = RunConfig(
             model=_model_config(o),
             data=DataConfig(o.data, o.data_dir, o.train_limit, o.test_limit, augment=not o.no_augment),
-            attack=AttackConfig(
-                o.epsilon, o.step_size, o.attack_steps, o.attack_loss,
-                "gaussian" if o.attack_start == "gaussian" or o.as_released else True,
-            ),
+            attack=AttackConfig(o.epsilon, o.step_size, o.attack_steps, o.attack_loss, "gaussian" if gaussian else True),
             optim=OptimConfig(o.lr, o.router_lr, o.momentum, o.weight_decay, o.freeze_unused),
             method=_method_config(o),
             routing=RoutingConfig(o.balance, o.balance_weight, o.experts_start, o.share_epochs),
@@ -273,6 +284,7 @@ def _evaluate(o: argparse.Namespace) -> None:
         epsilon = config.attack.epsilon if config is not None and name == config.data.name else data.epsilon
     attacks = {n: from_name(n, epsilon) for n in o.attack or ["pgd50x2"]}
     split: Split = data.test.first(o.limit)
+    torch.manual_seed(o.seed)  # of routers that draw
     result = evaluate(model, split, attacks, o.batch_size, seed=o.seed, progress=True)
     rows = [
         [
@@ -309,6 +321,12 @@ def _evaluate(o: argparse.Namespace) -> None:
         }
         write_text(path, json.dumps(record, indent=1) + "\n")
         print(f"written to {path}")
+
+
+def _export(o: argparse.Namespace) -> None:
+    model = export(o.source, o.out, o.checkpoint)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"written to {o.out}: {parameters / 1e6:.3f} M parameters, {o.out.stat().st_size / 1e6:.2f} MB")
 
 
 def _profile(o: argparse.Namespace) -> None:
@@ -349,9 +367,7 @@ def _profile(o: argparse.Namespace) -> None:
 def _print_costs(o: argparse.Namespace) -> None:
     given = {"width": o.width} if o.width is not None else {}
     archs = [o.arch] if "--arch" in o.given else list_models()
-    costs = backbone_costs(
-        archs, o.ratios, o.image_sizes, o.experts, o.router, o.num_classes, layout=o.layout, **given
-    )
+    costs = backbone_costs(archs, o.ratios, o.image_sizes, o.experts, o.router, o.num_classes, layout=o.layout, **given)
     rows = [
         [c.arch, str(c.image_size), f"{c.ratio:g}"]
         + [f"{v:.4f}" for v in (c.dense, c.s_dense, c.pathway, c.pathway + c.routers)]
@@ -371,12 +387,11 @@ def _print_routers(config: ModelConfig) -> None:
             model = build_model(dataclasses.replace(config, kind="moe", router=name, route_per=None))
             cost = profile(model, config.image_size or 32)
         parameters = sum(p.numel() for p in router_parameters(model))
-        share = cost.router_gflops / cost.pathway_gflops
-        rows.append(
-            [name, str(len(routers_of(model))), str(parameters), f"{1e3 * cost.router_gflops:.4f}", f"{100 * share:.3f} %"]
-        )
+        share, cost_text = cost.router_gflops / cost.pathway_gflops, f"{1e3 * cost.router_gflops:.4f}"
+        rows.append([name, str(len(routers_of(model))), str(parameters), cost_text, f"{100 * share:.3f} %"])
     print(table(["router", "routers", "parameters", "MMAC", "of the pathway"], rows))
-    print(f"{config.arch}, r = {config.ratio:g}, N = {config.num_experts}, {config.image_size} pixels; a multiply-accumulate as 1")
+    of_what = f"{config.arch}, r = {config.ratio:g}, N = {config.num_experts}, {config.image_size} pixels"
+    print(f"{of_what}; a multiply-accumulate as 1")
 
 
 def _demo(o: argparse.Namespace) -> None:

@@ -93,11 +93,11 @@ class RoutingConfig:
     """What keeps routers alive in training; settings of a model with routers only.
 
     Args:
-        balance: ``none`` or a loss of :func:`advmoe.objectives.balance_loss`, added with ``balance_weight`` wherever routers
-            are trained, as the mean over all choices of the step's training forwards.
+        balance: ``none`` or a loss of :func:`advmoe.objectives.balance_loss`, added with ``balance_weight`` wherever
+            routers are trained, as the mean over all choices of the step's training forwards.
         experts: ``apart``, or ``alike``: all experts begin as copies of the first.
-        share_epochs: for the first so many epochs every sample trains the first expert, and the others are its copies: the
-            shared part of learning is done once, and routing begins with alike experts.
+        share_epochs: for the first so many epochs every sample trains the first expert, and the others are its copies:
+            the shared part of learning is done once, and routing begins with alike experts.
     """
 
     balance: str = "none"
@@ -110,6 +110,8 @@ class RoutingConfig:
             if getattr(self, name) not in known:
                 raise unknown_name(name, getattr(self, name), known)
         _require(self, ("balance_weight", "share_epochs"))
+        if self.balance == "none" and self.balance_weight != type(self).balance_weight:
+            raise ValueError("balance_weight: without effect with balance 'none'")
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,9 @@ class MethodConfig:
     def as_released(cls, **others: Any) -> MethodConfig:
         """AdvMoE as its released code trains it: one batch, the backbone first, the routers by a pseudo-label."""
         return cls(
-            "advmoe", order="backbone_first", batches="one", router_objective="pseudo_label", attack_routers=True, **others
-        )
+            "advmoe", order="backbone_first", batches="one", router_objective="pseudo_label", attack_routers=True,
+            **others,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,17 @@ def _require(room: object, names: tuple[str, ...], below: float = math.inf) -> N
 
 
 T = TypeVar("T")
+
+
+def read_room(cls: type[T], values: Any, where: str) -> T:
+    """A room of settings from a plain mapping; ``where`` names it in messages.
+
+    Raises:
+        ValueError: for a key that no setting has, or a value of another type.
+    """
+    return _build(cls, values, where)
+
+
 _ROOMS = {
     "model": ModelConfig,
     "data": DataConfig,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -73,14 +74,16 @@ def router_pseudo_label_loss(
 
 
 def balance_loss(scores: Tensor, kind: str) -> Tensor:
-    """What keeps a router from sending all samples to one expert; at least 0 where the experts are used alike.
+    """What keeps a router from sending all samples to one expert; 0 where the experts are used alike. Computed in float32
+    at least, and finite for any finite scores.
 
     With p the softmax of ``scores [B, N]``, P its mean over the batch, f the share of samples whose highest score is each
     expert's, H the entropy in nats:
 
-    - ``switch``: ``N * sum_e f_e P_e - 1`` (Fedus et al. 2022; f carries no gradient);
-    - ``column_entropy``: ``log N - H(P)``: used alike on average;
-    - ``entropy``: ``mean_i H(p_i) + log N - H(P)``: used alike on average, and decided for each sample.
+    - ``switch``: ``N * sum_e f_e P_e - 1`` (Fedus et al. 2022; f carries no gradient). Below 0, by little, where f and P
+      prefer different experts;
+    - ``column_entropy``: ``log N - H(P)``, at least 0: used alike on average;
+    - ``entropy``: ``mean_i H(p_i) + log N - H(P)``, at least 0: used alike on average, and decided for each sample.
 
     The last two as in robust sparse MoE layers (ICCVW 2025), plus the constant log N.
 
@@ -88,7 +91,9 @@ def balance_loss(scores: Tensor, kind: str) -> Tensor:
         ValueError: for an unknown kind.
     """
     experts = scores.shape[1]
-    log_p = F.log_softmax(scores, dim=1)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    # the difference of two scores may overflow, and 0 * -inf is no number
+    log_p = F.log_softmax(scores, dim=1).clamp_min(torch.finfo(scores.dtype).min)
     p = log_p.exp()
     mean = p.mean(0)
     if kind == "switch":

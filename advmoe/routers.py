@@ -8,6 +8,7 @@ every routed layer. :func:`register_router` adds one's own.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ __all__ = [
     "routers_of",
 ]
 
+LEVELS = ("layer", "image")
 Observer = Callable[["Router", Tensor, Routing], None]
 
 
@@ -84,7 +86,7 @@ class Router(nn.Module):
     overrides :meth:`build`.
     """
 
-    level: ClassVar[str] = "layer"  # "layer" or "image"
+    level: ClassVar[str] = "layer"  # or "image"
 
     def __init__(self, in_channels: int, num_experts: int) -> None:
         super().__init__()
@@ -110,15 +112,10 @@ class Router(nn.Module):
             expert = torch.full((len(x),), self.only, dtype=torch.int64, device=x.device)
             return Routing(expert, num_experts=self.num_experts)
         scores = self(x)
-        if scores.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(torch.isfinite(scores).all()):
-            hint = "a lower learning rate usually helps"
-            if self.options.gate == "raw_straight_through":
-                hint = "the gate 'raw_straight_through' is known to diverge: 'straight_through' does not"
-            raise NonFiniteRouterError(
-                f"the router of {self.routes or 'all layers'} gave scores that are not finite; {hint}"
-            )
         if self.options.temperature != 1:
             scores = scores / self.options.temperature
+        if scores.device.type == "cpu" and not torch.compiler.is_compiling():
+            self.require_finite(scores)
         chosen = scores
         if self.options.noise and self.training:
             chosen = scores + self.options.noise * torch.randn_like(scores)
@@ -127,28 +124,48 @@ class Router(nn.Module):
             observer(self, scores, routing)
         return routing
 
+    def require_finite(self, scores: Tensor) -> None:
+        """Waits for the device.
+
+        Raises:
+            NonFiniteRouterError: if a score is NaN or infinite.
+        """
+        if bool(torch.isfinite(scores).all()):
+            return
+        hint = "a lower learning rate usually helps"
+        if self.options.gate == "raw_straight_through":
+            hint = "the gate 'raw_straight_through' is known to diverge: 'straight_through' does not"
+        raise NonFiniteRouterError(f"the router of {self.routes or 'all layers'} gave scores that are not finite; {hint}")
+
     def extra_repr(self) -> str:
-        o, plain = self.options, RouterOptions()
-        parts = [f"gate={o.gate!r}"]
-        parts += [f"{name}={getattr(o, name)}" for name in ("temperature", "noise") if getattr(o, name) != getattr(plain, name)]
-        return ", ".join(parts)
+        options, plain = dataclasses.asdict(self.options), dataclasses.asdict(RouterOptions())
+        changed = {n: v for n, v in options.items() if n == "gate" or v != plain[n]}
+        return ", ".join(f"{name}={value!r}" for name, value in changed.items())
 
 
 _ROUTERS: Registry[type[Router]] = Registry("router")
 
 
 def register_router(name: str) -> Callable[[type[Router]], type[Router]]:
-    """Class decorator: makes a :class:`Router` known to ``create_model(router=name)``."""
-    return _ROUTERS.register(name)
+    """Class decorator: makes a :class:`Router` known to ``create_model(router=name)``.
+
+    Raises:
+        ValueError: if the name is taken, or the class' level is none.
+    """
+
+    def decorate(router: type[Router]) -> type[Router]:
+        if router.level not in LEVELS:
+            raise unknown_name("level", router.level, LEVELS)
+        return _ROUTERS.register(name)(router)
+
+    return decorate
 
 
 def list_routers() -> list[str]:
     return _ROUTERS.names()
 
 
-def build_router(
-    name: str, in_channels: int, num_experts: int, options: RouterOptions, image_size: int = 32
-) -> Router:
+def build_router(name: str, in_channels: int, num_experts: int, options: RouterOptions, image_size: int = 32) -> Router:
     """A router by its name.
 
     Raises:

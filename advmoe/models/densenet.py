@@ -77,9 +77,9 @@ class DenseNet(Backbone):
     """Three dense blocks; ``width`` is the stem's and twice the growth.
 
     The released code cannot construct its MoE DenseNet. Ours: the 1×1 and 3×3 convolutions of the dense layers are
-    routed, each expert giving ``int(r * ...)`` of their channels; stem and transitions are not routed and have a pathway's
-    width; concatenated are the compact outputs, so that every input side is whole. In the windows layout a layer's
-    outputs are windows of the dense layer's (the input of the 3×3 convolution too), with r = 1 the dense network.
+    routed, each expert giving ``int(r * ...)`` of their channels; stem and transitions are not routed and have a
+    pathway's width; concatenated are the compact outputs, so that every input side is whole. In the windows layout a
+    layer's outputs are windows of the dense layer's (the input of the 3×3 convolution too), with r = 1 the dense network.
     """
 
     def __init__(self, spec: ModelSpec, layers: tuple[int, ...]) -> None:

@@ -24,7 +24,7 @@ from ..attacks import PGD, NonFiniteGradientError, from_name
 from ..config import RunConfig
 from ..data import Batches, DataSet, augment, load, stream_generator
 from ..evaluation.measure import evaluate
-from ..routers import NonFiniteRouterError
+from ..routers import FixedRouter, NonFiniteRouterError, routers_of
 from .methods import Batch, Method, NonFiniteLossError, StepResult, build_method
 from .runs import Run, RunError, build_model, load_checkpoint, load_model
 from .watch import COLLAPSED, RouterWatch
@@ -91,6 +91,7 @@ class Trainer:
             "optimizers": {name: o.state_dict() for name, o in self.method.optimizers.items()},
             "batches": [b.state_dict() for b in self.batches],
             "torch_rng": torch.get_rng_state(),
+            "device_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "epoch": self.epoch,
             "step": self.step,
             "sums": self.sums,
@@ -101,10 +102,15 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         for name, optimizer in self.method.optimizers.items():
+            rates = [group["base_lr"] for group in optimizer.param_groups]
             optimizer.load_state_dict(state["optimizers"][name])
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["base_lr"] = rate  # the config's, as all settings
         for batches, position in zip(self.batches, state["batches"], strict=True):
             batches.load_state_dict(position)
         torch.set_rng_state(state["torch_rng"])
+        if self.device.type == "cuda" and state.get("device_rng") is not None:
+            torch.cuda.set_rng_state(state["device_rng"], self.device)
         self.epoch, self.step = state["epoch"], state["step"]
         self.sums, self.seconds, self.best = dict(state["sums"]), state["seconds"], state["best"]
 
@@ -170,8 +176,8 @@ class Trainer:
         return Batch(images.to(self.device), labels.to(self.device), attack)
 
     def _set_rates(self) -> None:
-        """Cosine from the full rate to 0 over all steps of the method's phase (the released code steps it once an epoch, in
-        the same shape)."""
+        """Cosine from the full rate to 0 over all steps of the method's phase (the released code steps it once an epoch,
+        in the same shape)."""
         start, end = self.method.schedule(self.epoch, self.config.epochs)
         done = (self.epoch - start + self.step / self.steps_per_epoch) / (end - start)
         factor = 0.5 * (1 + math.cos(math.pi * done))
@@ -185,10 +191,21 @@ class Trainer:
             with self.watch.watching(self.method.position):
                 return self.method.step(batches)
         except _NON_FINITE as error:
-            raise self._named(error, f"step {self.step + 1}") from error
+            raise self._named(self._cause(error, batches), f"step {self.step + 1}") from error
         except ValueError as error:  # one sample for an expert with a BatchNorm of its own, say
             here = f"epoch {self.epoch + 1}, step {self.step + 1}"
             raise StepError(f"{here}: {error}; {self._checkpointed()}") from error
+
+    def _cause(self, error: RuntimeError, batches: list[Batch]) -> RuntimeError:
+        """The fault of a router, where it is one that shows in the scores of the batch's clean images."""
+        try:
+            for batch in batches:
+                self.watch.require_finite(batch.images)
+        except NonFiniteRouterError as found:
+            return found
+        except ValueError:  # what a step may raise too; the error at hand says more
+            pass
+        return error
 
     def _require_finite_weights(self, where: str) -> None:
         """The last step's weights have met no loss yet; a checkpoint of ruined ones would fail at every resume."""
@@ -206,12 +223,14 @@ class Trainer:
         return f"the last checkpoint is {path}" if path.exists() else "there is no checkpoint yet"
 
     def _add(self, result: StepResult) -> None:
-        totals = {**{f"sum_{k}": v for k, v in result.losses.items()}, "correct": result.correct, "count": result.count}
+        totals: dict[str, float] = {"correct": result.correct, "count": result.count}
+        for name, value in result.losses.items():
+            totals |= {f"sum_{name}": value, f"steps_{name}": 1}  # a loss need not be part of every step
         for key, value in totals.items():
             self.sums[key] = self.sums.get(key, 0.0) + value
 
     def _mean(self, loss: str) -> float:
-        return self.sums.get(f"sum_{loss}", 0.0) / max(self.step, 1)
+        return self.sums.get(f"sum_{loss}", 0.0) / max(self.sums.get(f"steps_{loss}", 0), 1)
 
     def _accuracy(self) -> float:
         return self.sums.get("correct", 0.0) / max(self.sums.get("count", 0.0), 1.0)
@@ -250,13 +269,14 @@ class Trainer:
             self._speed(),
         )  # fmt: skip
         collapsed = [name for name, usage in result.usage.items() if len(usage) > 1 and max(usage) >= COLLAPSED]
-        if collapsed and not self.method.sharing:
+        fixed = any(isinstance(router, FixedRouter) for router in routers_of(self.model).values())
+        if collapsed and not self.method.sharing and not fixed:
             logger.warning("epoch %d: one expert takes all samples in %s", self.epoch + 1, ", ".join(collapsed))
-        self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, {}, 0.0
         # an undefended model's RA is noise near zero
         score = result.sa if self.config.method.name == "standard" else robust.ra
         improved = score > self.best and self.method.may_be_best(self.epoch)
         self.best = score if improved else self.best
+        self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, {}, 0.0
         state = self.state_dict()
         if improved:
             self.run.save(state, "best")
@@ -349,8 +369,10 @@ def resume(folder: str | Path, quiet: bool = False) -> Run:
     config = run.config()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    trainer = Trainer(config, run, _load(config), quiet)
-    if run.checkpoint().exists():
+    begun = run.checkpoint().exists()
+    # a checkpoint holds the weights; those that the run began with may be gone by now
+    trainer = Trainer(dataclasses.replace(config, init=None) if begun else config, run, _load(config), quiet)
+    if begun:
         state = load_checkpoint(run.checkpoint())
         try:
             trainer.load_state_dict(state)

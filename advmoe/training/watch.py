@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from moe_kernels import Routing
 
-from ..routers import Router, observe_routers
+from ..modes import undisturbed
+from ..routers import FixedRouter, Router, observe_routers
 
 __all__ = ["COLLAPSED", "RouterWatch"]
 
@@ -24,8 +25,8 @@ _STEPS = 5  # watched steps that have to agree
 
 
 class RouterWatch:
-    """Counts the choices of every tenth step's training forwards, and warns of each router that sent all of the samples of
-    five such steps to one expert: once, and again only after it has recovered."""
+    """Counts the choices of every tenth step's training forwards, and warns of each router that sent all of the samples
+    of five such steps to one expert: once, and again only after it has recovered."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -41,7 +42,8 @@ class RouterWatch:
         step: dict[Router, Tensor] = {}
 
         def observe(router: Router, scores: Tensor, routing: Routing) -> None:
-            if router.training and routing.num_experts > 1:  # attacks look at the model in eval mode
+            training = self.model.training or router.training  # attacks look at all of it in eval mode
+            if training and routing.num_experts > 1 and not isinstance(router, FixedRouter):
                 expert = routing.expert.reshape(-1).clamp(0, routing.num_experts - 1)
                 ones = torch.ones_like(expert)
                 # not bincount, which waits for the device
@@ -54,6 +56,20 @@ class RouterWatch:
             self._counts.setdefault(router, deque(maxlen=_STEPS)).append(count)
         if step:
             self._report(position)
+
+    def require_finite(self, images: Tensor) -> None:
+        """Looks for a router whose scores of these images are not finite. Off the CPU a choice does not look itself,
+        since that waits for the device, and what comes of it shows in the loss first.
+
+        Raises:
+            NonFiniteRouterError: if there is one; the message names its layer.
+        """
+
+        def observe(router: Router, scores: Tensor, routing: Routing) -> None:
+            router.require_finite(scores)
+
+        with undisturbed(self.model, eval_mode=False), torch.no_grad(), observe_routers(self.model, observe):
+            self.model(images)
 
     def _report(self, position: int) -> None:
         for router, counts in self._counts.items():

@@ -7,6 +7,7 @@ from torch import nn
 
 from ...attacks import PGD
 from ...config import MethodConfig, OptimConfig, RoutingConfig
+from ...models import router_parameters
 from ...routers import routers_of
 from .adversarial import AT, Standard
 from .advmoe import AdvMoE
@@ -54,8 +55,10 @@ def build_method(
         given = [name for name in names if getattr(config, name) != getattr(plain, name)]
         if given and method != config.name:
             raise ValueError(f"{given[0]}: a setting of the method {method}, without effect on {config.name}")
-    if optim.router_lr is not None and not routers_of(model):
-        raise ValueError("router_lr: without effect on a model without routers")
+    if optim.router_lr is not None and (not router_parameters(model) or config.part == "experts"):
+        raise ValueError("router_lr: without effect where no router is trained")
+    if config.router_alpha != plain.router_alpha and config.router_objective != "pseudo_label":
+        raise ValueError("router_alpha: a setting of the router objective pseudo_label, without effect on another")
     if config.attack_routers and (config.name == "standard" or not routers_of(model)):
         raise ValueError("attack_routers: without effect on a method without attack or a model without routers")
     return _METHODS[config.name](model, config, optim, attack, routing)

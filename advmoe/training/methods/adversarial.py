@@ -38,8 +38,9 @@ class AT(Method):
     """Adversarial training of all parameters together; on a MoE the routers learn through their straight-through gates
     (the paper's baseline AT (MoE)).
 
-    With ``part="routers"`` only the routers are trained, and the backbone stays as it is, the statistics of its BatchNorms
-    included (the paper's θ̄ of Figures 3 to 5); with ``part="experts"`` all but the routers (θ̿).
+    With ``part="routers"`` only the routers are trained, and the backbone stays as it is, the statistics of its
+    BatchNorms included (the paper's θ̄ of Figures 3 to 5); with ``part="experts"`` all but the routers, which stay as they
+    are (θ̿).
     """
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -48,6 +49,11 @@ class AT(Method):
             raise ValueError(f"part: {self.config.part!r} needs a model with trainable routers (kind moe)")
         if self.config.part != "all" and self.routing.share_epochs:
             raise ValueError("share_epochs: sharing comes before routers and experts are trained apart; give part='all'")
+        gates = {router.options.gate for router in routers_of(model).values()}
+        if self.config.part == "routers" and gates == {"none"}:
+            raise ValueError("gate: 'none' lets no gradient of the loss reach the routers, which part 'routers' trains")
+        if self.config.part == "experts" and self.routing.balance != "none":
+            raise ValueError("balance: a loss of the routers, without effect with part='experts'")
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
         batch = batches[0]
@@ -69,17 +75,18 @@ class AT(Method):
     def _part(self) -> Iterator[None]:
         if self.config.part == "all":
             yield
-        elif self.config.part == "experts":
-            with only(self.model, backbone_parameters(self.model)):
-                yield
-        else:
-            modes = [(module, module.training) for module in self.model.modules()]
+            return
+        routers = self.config.part == "routers"
+        parameters = router_parameters(self.model) if routers else backbone_parameters(self.model)
+        modes = [(module, module.training) for module in self.model.modules()]
+        # in eval mode the statistics of what rests do so too
+        if routers:
             self.model.eval()
-            for router in routers_of(self.model).values():
-                router.train()
-            try:
-                with only(self.model, router_parameters(self.model)):
-                    yield
-            finally:
-                for module, mode in modes:
-                    module.training = mode
+        for router in routers_of(self.model).values():
+            router.train(routers)
+        try:
+            with only(self.model, parameters):
+                yield
+        finally:
+            for module, mode in modes:
+                module.training = mode

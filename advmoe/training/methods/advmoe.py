@@ -21,8 +21,8 @@ class AdvMoE(Method):
     """Algorithm 1 of AdvMoE (ICCV 2023): routers and backbone in turn, each on its own batch with its own attack.
 
     Lower level: the routers φ minimise TRADES through the network, the backbone ψ fixed; upper level: ψ minimises TRADES
-    under the new routers. In each phase only that phase's parameters get gradients: the router step computes no gradient of
-    any other weight.
+    under the new routers. In each phase only that phase's parameters get gradients: the router step computes no gradient
+    of any other weight.
 
     Two options of ours make it cheaper: ``share_attack`` (one batch and one attack serve both levels) and
     ``router_every=T`` (the lower level in every T-th step only).

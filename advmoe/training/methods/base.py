@@ -86,7 +86,11 @@ class Method(ABC):
             self.accuracy = "ra"
         if self.routing != RoutingConfig() and not routers_of(model):
             raise ValueError("routing: a setting of routers, without effect on a model that has none")
-        if self.routing.experts == "alike":
+        if self.routing.balance != "none" and not router_parameters(model):
+            raise ValueError("balance: without effect on routers that have no parameters")
+        if self.routing.share_epochs and any(r.options.gate == "softmax" for r in routers_of(model).values()):
+            raise ValueError("share_epochs: a shared expert has no gate, and those of 'softmax' would change the network")
+        if self.routing.experts == "alike" or self.routing.share_epochs:
             tie_experts(model)
         self.optimizers = self._optimizers()
 
@@ -118,7 +122,7 @@ class Method(ABC):
         for router in routers_of(self.model).values():
             router.only = 0 if shared else None
 
-    def begin_epoch(self, epoch: int) -> None:
+    def begin_epoch(self, epoch: int) -> None:  # noqa: B027 - most methods have nothing to do there
         """What happens once, before an epoch's first step."""
 
     def may_be_best(self, epoch: int) -> bool:
@@ -143,7 +147,8 @@ class Method(ABC):
     # --- parts of a step ------------------------------------------------------------------------------------------------
 
     def _adversarial(self, batch: Batch) -> Tensor:
-        extra = _router_divergence(self.model, batch.images) if self.config.attack_routers else None
+        diverge = self.config.attack_routers and not self.sharing
+        extra = _router_divergence(self.model, batch.images) if diverge else None
         return self.attack.run(self.model, batch.images, batch.labels, batch.generator, extra).images
 
     def _objective(self, batch: Batch, adversarial: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,8 +25,8 @@ __all__ = ["ATSparse"]
 
 
 class ATSparse(Method):
-    """Three phases, each with a cosine schedule and an optimiser of its own: ``pretrain_epochs`` of adversarial training of
-    the dense network, ``mask_epochs`` in which only the scores of the mask are trained and the weights rest, and the
+    """Three phases, each with a cosine schedule and an optimiser of its own: ``pretrain_epochs`` of adversarial training
+    of the dense network, ``mask_epochs`` in which only the scores of the mask are trained and the weights rest, and the
     remaining epochs of adversarial training of what the mask has kept.
 
     The paper's AT (Sparse) gives 100 epochs to each. ``best`` is chosen in the last phase alone.
@@ -38,6 +39,7 @@ class ATSparse(Method):
         self.search = self.config.pretrain_epochs
         self.finetune = self.search + self.config.mask_epochs
         self.phase = "pretrain"
+        self.image_size: int | None = None  # seen by a step
         self.masks_are_new = False
         if self.config.mask_epochs < 1:
             raise ValueError("mask_epochs: expected at least 1 for at_sparse, got 0")
@@ -56,7 +58,7 @@ class ATSparse(Method):
 
     def schedule(self, epoch: int, epochs: int) -> tuple[int, int]:
         ends = (0, self.search, self.finetune, epochs)
-        return next((start, end) for start, end in zip(ends, ends[1:], strict=False) if epoch < end)
+        return next(phase for phase in itertools.pairwise(ends) if epoch < phase[1])
 
     def enter_epoch(self, epoch: int) -> None:
         self.phase = "pretrain" if epoch < self.search else "mask" if epoch < self.finetune else "finetune"
@@ -71,16 +73,18 @@ class ATSparse(Method):
             self.masks_are_new = True
 
     def settle(self) -> None:
-        if self.phase == "mask":
+        if self.phase == "mask" and self.image_size is not None:
             store_masks(self.model)
+            update_alive(self.model, self.image_size)
 
     def may_be_best(self, epoch: int) -> bool:
         return epoch >= self.finetune
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
         batch = batches[0]
+        self.image_size = batch.images.shape[-1]
         if self.phase == "mask" or self.masks_are_new:
-            update_alive(self.model, batch.images.shape[-1])
+            update_alive(self.model, self.image_size)
             self.masks_are_new = False
         adversarial = self._adversarial(batch)
         with only(self.model, self.scores if self.phase == "mask" else self.weights):

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained model as one safetensors file, that holds weights and settings and nothing else of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .config import ModelConfig, read_room
+from .sparse import compact, masked_convolutions, update_alive
+from .training.runs import RunError, build_model, load_model
+
+__all__ = ["export", "load_exported"]
+
+FORMAT = "advmoe-1"
+_MASK = "mask:"  # prefix of the masks that a sparse network was made smaller by
+
+
+def export(source: str | Path, path: str | Path, checkpoint: str = "best") -> nn.Module:
+    """Writes the model of a run or checkpoint to a ``.safetensors`` file and returns it.
+
+    A model of kind sparse is written without its removed channels (:func:`advmoe.sparse.compact`).
+
+    Raises:
+        RunError: if there is no such run or checkpoint.
+    """
+    model, config = load_model(source, checkpoint)
+    if config is None:
+        raise RunError(f"{source}: only models of runs can be exported, whose settings are known")
+    masks = {_MASK + name: conv.mask for name, conv in masked_convolutions(model).items()}
+    if masks:
+        model = compact(model, config.model.image_size or 32)
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in {**model.state_dict(), **masks}.items()}
+    settings = json.dumps(dataclasses.asdict(config.model))
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    save_file(tensors, temporary, metadata={"format": FORMAT, "model": settings})
+    temporary.replace(path)
+    return model
+
+
+def load_exported(path: str | Path) -> tuple[nn.Module, ModelConfig]:
+    """The model of an exported file, in eval mode, and its settings.
+
+    Raises:
+        RunError: if the file is missing, damaged, or not of :func:`export`.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} cannot be read as an exported model: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise RunError(f"{path}: expected a file of advmoe export, format {FORMAT}, got {metadata.get('format')}")
+    config = read_room(ModelConfig, json.loads(metadata["model"]), str(path))
+    model: nn.Module = build_model(config)
+    masks = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_MASK)}
+    try:
+        if masks:
+            model = _without_removed(model, masks, config.image_size or 32)
+        model.load_state_dict(tensors)
+    except (KeyError, RuntimeError) as error:
+        raise RunError(f"{path} does not fit the model of its own settings: {error}") from error
+    return model.eval(), config
+
+
+def _without_removed(model: nn.Module, masks: dict[str, Any], image_size: int) -> nn.Module:
+    with torch.no_grad():
+        for name, conv in masked_convolutions(model).items():
+            conv.mask.copy_(masks[_MASK + name])
+    update_alive(model, image_size)
+    return compact(model, image_size)
