@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from moe_kernels import BackendUnavailable, __version__
 from moe_kernels.routing import GATES
 
 from . import demo
-from .attacks import NonFiniteGradientError, from_name
+from .attacks import NonFiniteGradientError
 from .config import (
     METHODS,
     AttackConfig,
@@ -27,18 +26,18 @@ from .config import (
     OptimConfig,
     RoutingConfig,
     RunConfig,
-    write_text,
 )
-from .data import Split, list_data, load
-from .evaluation import evaluate
+from .data import list_data
 from .export import export
 from .models import list_models, router_parameters
 from .models.base import KINDS, LAYOUTS, ROUTE_PER, STEMS
 from .objectives import BALANCE_LOSSES
 from .profiling import backbone_costs, measure_latency, profile
+from .recipes import SCALES, SweepOptions, reproduce
 from .routers import NonFiniteRouterError, list_routers, routers_of
 from .tables import percent, table
-from .training import Interrupted, NonFiniteLossError, StepError, load_model, resume, train
+from .training import Interrupted, NonFiniteLossError, StepError, resume, train
+from .training.evaluation import evaluate_run, write_record
 from .training.runs import build_model
 
 __all__ = ["main"]
@@ -163,6 +162,20 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run folder")
     p.set_defaults(run=_export)
 
+    p = commands.add_parser("reproduce", help="rows of the paper's tables and figures", formatter_class=defaults)
+    p.add_argument("recipe", nargs="*", help="such as table1/cifar10/resnet18/advmoe, or a prefix: all below it")
+    p.add_argument("--scale", choices=SCALES, default="cpu", help="paper: as printed; gpu: fewer epochs; cpu: within an hour")
+    p.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="the scale's own by default")
+    p.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder of all runs, which are gone on with")
+    p.add_argument("--data-dir", help="where the data sets' files are")
+    p.add_argument("--threads", type=_positive, help="CPU threads; torch's own choice by default")
+    p.add_argument("--device", default="auto")
+    g = p.add_mutually_exclusive_group()
+    g.add_argument("--list", action="store_true", help="names the recipes, and what this version cannot do")
+    g.add_argument("--dry-run", action="store_true", help="prints the settings of each, nothing is run")
+    g.add_argument("--table", action="store_true", help="prints the table of what is there, nothing is run")
+    p.set_defaults(run=_reproduce)
+
     p = commands.add_parser("profile", help="multiply-accumulates and latency of a model", formatter_class=defaults)
     _model_options(p)
     p.add_argument("--image-size", type=int, default=32)
@@ -201,6 +214,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--moe-at", type=_positive, nargs="+", metavar="STAGE", help="the routed stages; all by default")
     g.add_argument("--temperature", type=float, default=d.temperature, help="of the routers' probabilities")
     g.add_argument("--noise", type=float, default=d.noise, help="deviation of noise on the scores in training")
+    g.add_argument("--standardize", action="store_true", help="scores of mean 0 and variance 1 over the images")
     g.add_argument("--stem", choices=STEMS, help="imagenet from 128 pixels on by default")
     g.add_argument("--bn", choices=("shared", "per_expert"), help="shared by default; per_expert with layout windows")
     g.add_argument("--gate", choices=GATES, default=d.gate)
@@ -218,7 +232,7 @@ def _model_config(o: argparse.Namespace) -> ModelConfig:
     return ModelConfig(
         arch=o.arch, kind=o.kind, num_experts=o.experts, ratio=o.ratio, width=o.width, layout=o.layout, router=o.router,
         route_per=o.route_per, moe_at=None if o.moe_at is None else tuple(o.moe_at), bn=o.bn, gate=o.gate,
-        gate_after=o.gate_after, temperature=o.temperature, noise=o.noise, stem=o.stem,
+        gate_after=o.gate_after, temperature=o.temperature, noise=o.noise, standardize=o.standardize, stem=o.stem,
     )  # fmt: skip
 
 
@@ -272,20 +286,11 @@ def _train(o: argparse.Namespace) -> None:
 def _evaluate(o: argparse.Namespace) -> None:
     if o.threads is not None:
         torch.set_num_threads(o.threads)
-    model, config = load_model(o.source, o.checkpoint)
-    name = o.data or (config.data.name if config else None)
-    if name is None:
-        raise ValueError("evaluate: --data is needed for a model that is not a run's")
-    folder = o.data_dir or (config.data.folder if config and name == config.data.name else None)
-    test_limit = o.test_limit if o.test_limit is not None or config is None else config.data.test_limit
-    data = load(name, folder, test_limit=test_limit)
-    epsilon = o.epsilon
-    if epsilon is None:
-        epsilon = config.attack.epsilon if config is not None and name == config.data.name else data.epsilon
-    attacks = {n: from_name(n, epsilon) for n in o.attack or ["pgd50x2"]}
-    split: Split = data.test.first(o.limit)
-    torch.manual_seed(o.seed)  # of routers that draw
-    result = evaluate(model, split, attacks, o.batch_size, seed=o.seed, progress=True)
+    done = evaluate_run(
+        o.source, o.attack or ["pgd50x2"], checkpoint=o.checkpoint, data=o.data, data_dir=o.data_dir,
+        test_limit=o.test_limit, limit=o.limit, epsilon=o.epsilon, batch_size=o.batch_size, seed=o.seed, progress=True,
+    )  # fmt: skip
+    result = done.result
     rows = [
         [
             n,
@@ -299,34 +304,27 @@ def _evaluate(o: argparse.Namespace) -> None:
     print(table(["attack", "SA", "RA", "flip rate", "no gradient"], rows))
     for outcome in result.attacks.values():
         print(outcome.description)
-    size, classes = data.image_size, data.num_classes
-    cost = profile(model, size)
     print(
-        f"{result.images} test images, {classes} classes; {cost.gflops:.4f} GFLOPs an image (a multiply-accumulate as 1)"
+        f"{result.images} test images, {done.data.num_classes} classes; {done.cost.gflops:.4f} GFLOPs an image (a "
+        "multiply-accumulate as 1)"
     )
-    source = Path(o.source)
-    if source.exists():
-        checkpoint = o.checkpoint if source.is_dir() else source.stem
-        name_of_file = "evaluation.json" if checkpoint == "best" else f"evaluation-{checkpoint}.json"
-        path = (source if source.is_dir() else source.parent) / name_of_file
-        record = {
-            "checkpoint": checkpoint,
-            "data": name,
-            "seed": o.seed,
-            "epsilon": epsilon,
-            "gflops": cost.gflops,
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            **result.as_dict(),
-        }
-        write_text(path, json.dumps(record, indent=1) + "\n")
-        print(f"written to {path}")
+    if done.path is not None:
+        write_record(done.path, done.record)
+        print(f"written to {done.path}")
 
 
 def _export(o: argparse.Namespace) -> None:
     model = export(o.source, o.out, o.checkpoint)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"written to {o.out}: {parameters / 1e6:.3f} M parameters, {o.out.stat().st_size / 1e6:.2f} MB")
+
+
+def _reproduce(o: argparse.Namespace) -> None:
+    action = next((name for name in ("list", "dry_run", "table") if getattr(o, name)), "run")
+    options = SweepOptions(o.out, o.data_dir, o.threads, o.device)
+    code = reproduce(o.recipe, o.scale, o.seeds, options, action, (*_FAULTS, OSError, torch.OutOfMemoryError))
+    if code != DONE:
+        raise SystemExit(code)
 
 
 def _profile(o: argparse.Namespace) -> None:

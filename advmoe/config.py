@@ -40,6 +40,7 @@ class ModelConfig:
     gate_after: str = "conv"
     temperature: float = 1.0
     noise: float = 0.0
+    standardize: bool = False
     stem: str | None = None
     normalize: bool = True
     num_classes: int | None = None

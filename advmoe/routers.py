@@ -57,6 +57,9 @@ class RouterOptions:
         temperature: scores are divided by it: above 1 the probabilities, and with them the gates' gradients and the
             balancing losses, are softer. The choice itself is the same.
         noise: standard deviation of Gaussian noise on the scores (after the temperature), in training mode only.
+        standardize: each expert's scores get mean 0 and variance 1 over the images, by the batch in training and by
+            running statistics in eval mode (BatchNorm without affine parameters). Experts are then used about alike from
+            the first step on, whatever the router has learned, and its probabilities differ among images.
 
     Raises:
         ValueError: for a value out of range.
@@ -65,6 +68,7 @@ class RouterOptions:
     gate: str = "straight_through"
     temperature: float = 1.0
     noise: float = 0.0
+    standardize: bool = False
 
     def __post_init__(self) -> None:
         if self.gate not in GATES:
@@ -95,6 +99,7 @@ class Router(nn.Module):
         self.options = RouterOptions()
         self.routes = ""  # the name of the layer it routes; "" for all
         self.only: int | None = None  # every sample to this expert, without looking at it
+        self.score_norm: nn.BatchNorm1d | None = None
         self._observers: list[Observer] = []
 
     @classmethod
@@ -173,6 +178,8 @@ def build_router(name: str, in_channels: int, num_experts: int, options: RouterO
     """
     router = _ROUTERS[name].build(in_channels, num_experts, image_size)
     router.options = options
+    if options.standardize:
+        router.score_norm = nn.BatchNorm1d(num_experts, affine=False)
     return router
 
 
@@ -216,6 +223,7 @@ class LightRouter(Router):
         noisy = bool(self.options.noise) and self.training
         return (
             self.only is None
+            and self.score_norm is None
             and not self._observers
             and not noisy
             and self.options.temperature == 1

@@ -41,7 +41,7 @@ _OPTIONS = {
     "dense": _COMMON,
     "s_dense": _COMMON,
     "sparse": _COMMON,
-    "moe": (*_COMMON, "bn", "gate", "gate_after", "temperature", "noise", "route_per", "moe_at"),
+    "moe": (*_COMMON, "bn", "gate", "gate_after", "temperature", "noise", "standardize", "route_per", "moe_at"),
 }
 
 
@@ -138,7 +138,7 @@ def create_model(
 
             - ``bn``: ``"shared"`` by all experts (as released; the default of partition) or ``"per_expert"`` (the
               default of windows, where it belongs to the dense network's channels);
-            - ``gate``, ``temperature``, ``noise``: see :class:`advmoe.routers.RouterOptions`;
+            - ``gate``, ``temperature``, ``noise``, ``standardize``: see :class:`advmoe.routers.RouterOptions`;
             - ``gate_after``: ``"conv"``, or ``"norm"``: behind the BatchNorm, which cancels part of the gradient of a
               gate before it (ResNet and VGG);
             - ``route_per``: a router for each ``"layer"``, ``"block"``, ``"stage"``, or one behind the stem
@@ -179,7 +179,7 @@ def create_model(
             raise unknown_name(name, value, known)
     if level == "image" and options.get("route_per", "network") != "network":
         raise ValueError(f"route_per: the router {router!r} chooses once for each image; got {options['route_per']!r}")
-    router_options = RouterOptions(**{n: options.pop(n) for n in ("gate", "temperature", "noise") if n in options})
+    router_options = RouterOptions(**{n: options.pop(n) for n in ("gate", "temperature", "noise", "standardize") if n in options})
     if router_options.gate == "softmax" and options.get("route_per") in ("block", "stage"):
         raise ValueError("gate: 'softmax' multiplies through all layers that share a choice; use it per layer or network")
     for name in ("mean", "std"):

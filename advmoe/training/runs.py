@@ -109,7 +109,7 @@ def build_model(config: ModelConfig) -> nn.Module:
     """The model of a resolved config."""
     options: dict[str, Any] = {"stem": config.stem}
     if config.kind == "moe":
-        names = ("bn", "gate", "gate_after", "temperature", "noise", "route_per", "moe_at")
+        names = ("bn", "gate", "gate_after", "temperature", "noise", "standardize", "route_per", "moe_at")
         options |= {name: getattr(config, name) for name in names}
     if config.normalize and config.mean is not None and config.std is not None:
         options |= {"mean": config.mean, "std": config.std}

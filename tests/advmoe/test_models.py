@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 
 from advmoe.models import backbone_parameters, create_model, list_models, record_routing, router_parameters
 from advmoe.models.base import register_model
+from advmoe.models.layers import Path
 from moe_kernels import RoutedBatchNorm2d, RoutedConv2d, Routing
 
 # key: shape, of the released ResNet-18 at r = 0.5 and N = 2, router apart
@@ -47,6 +49,13 @@ def small(**options: object) -> torch.nn.Module:
 
 def images(count: int = 6, size: int = 16) -> torch.Tensor:
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def along(routing: Routing) -> Path:
+    """A path on which all layers ahead take this choice."""
+    path = Path()
+    path.choice = routing
+    return path
 
 
 def test_state_dict_has_the_released_shapes() -> None:
@@ -111,7 +120,7 @@ def test_a_gate_before_a_batch_norm_of_its_own_gets_no_gradient(gate_after: str)
     gate = torch.full((4,), 0.7, requires_grad=True)
     x = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     weights = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    y = model.layer1[1](x, Routing(expert, gate, num_experts=2))
+    y = model.layer1[1](x, along(Routing(expert, gate, num_experts=2)))
     (y * weights).sum().backward()
     several, alone = gate.grad[:3].abs().max().item(), gate.grad[3].abs().item()
     assert several > 1.0
@@ -127,7 +136,7 @@ def test_a_gate_after_the_norm_multiplies_what_the_norm_gives() -> None:
     with torch.no_grad():
         y = torch.relu(g * block.bn1(block.conv1(x, routing)))
         expected = torch.relu(g * block.bn2(block.conv2(y, routing)) + x)
-        torch.testing.assert_close(block(x, Routing(expert, gate, num_experts=2)), expected)
+        torch.testing.assert_close(block(x, along(Routing(expert, gate, num_experts=2))), expected)
 
 
 @pytest.mark.parametrize("bn", ["shared", "per_expert"])
@@ -167,7 +176,7 @@ def test_softmax_gate_of_a_global_router_is_applied_once() -> None:
         gated = model(images())
     assert all(r.gate is None for r in routings.values())
     choice = model.router.route(model.normalize(images()))
-    model.router.gate = "none"
+    model.router.options = dataclasses.replace(model.router.options, gate="none")
     with torch.no_grad():
         plain = model(images())
     bias = model.linear.bias
@@ -284,16 +293,33 @@ def test_normalisation_is_inside() -> None:
     ("options", "message"),
     [
         ({"arch": "resnet81"}, r"arch: expected one of .*resnet18.*did you mean resnet18"),
+        ({"arch": "wrn2810"}, r"arch: expected one of densenet40, .*wrn28_10.*did you mean wrn28_10"),
         ({"kind": "mo"}, r"kind: .*did you mean moe"),
         ({"router": "lihgt"}, r"router: .*did you mean light"),
         ({"bn": "per-expert"}, r"bn: .*did you mean per_expert"),
         ({"gate": "soft"}, r"gate: .*'soft'"),
-        ({"layout": "windows"}, r"layout: expected one of partition"),
+        ({"layout": "window"}, r"layout: expected one of partition, windows, .*did you mean windows"),
+        ({"route_per": "stages"}, r"route_per: expected one of layer, block, .*did you mean stage"),
+        ({"stem": "image-net"}, r"stem: .*did you mean imagenet"),
+        ({"gate_after": "norms"}, r"gate_after: .*did you mean norm"),
+        ({"temprature": 2.0}, r"option of kind moe: .*'temprature'; did you mean temperature"),
+        ({"route_per": "block", "router": "global"}, r"route_per: the router 'global' chooses once .*'block'"),
+        ({"route_per": "stage", "gate": "softmax"}, r"gate: 'softmax' multiplies through"),
+        ({"moe_at": (1, 5)}, r"moe_at: expected stages from 1 to 4 of resnet18, got \(1, 5\)"),
+        ({"moe_at": ()}, r"moe_at: expected stages from 1 to 4 of resnet18, got \(\)"),
+        ({"moe_at": (1,), "layout": "windows"}, r"moe_at: .*layout 'partition'"),
         ({"topk": 2}, r"option of kind moe: .*'topk'"),
         ({"kind": "dense", "bn": "shared"}, r"option of kind dense: .*'bn'"),
         ({"ratio": 1.5}, r"ratio: expected 0 < ratio <= 1, got 1.5"),
         ({"num_experts": 0}, r"num_experts: expected at least 1"),
-        ({"image_size": 224}, r"image_size: .*8 to 32.*224"),
+        ({"width": 0}, r"width: expected at least 1, got 0"),
+        ({"image_size": 4}, r"image_size: resnet18 .*from 8 pixels on; got 4"),
+        ({"arch": "wrn28_10", "image_size": 4}, r"image_size: wrn28_10 .*from 8 pixels on; got 4"),
+        ({"arch": "densenet40", "image_size": 8, "stem": "imagenet"}, r"image_size: .*from 16 pixels on; got 8"),
+        ({"arch": "vgg16_bn", "image_size": 8}, r"image_size: vgg16_bn pools four times, from 16 .*; got 8"),
+        ({"arch": "vgg16_bn", "stem": "imagenet"}, r"stem: vgg16_bn has none for ImageNet"),
+        ({"arch": "wrn28_10", "gate_after": "norm"}, r"gate_after: wrn28_10 .*expected 'conv'"),
+        ({"arch": "densenet40", "gate_after": "norm"}, r"gate_after: densenet40 .*expected 'conv'"),
         ({"mean": (0.5,), "std": (0.0,)}, r"mean, std"),
     ],
 )
@@ -303,6 +329,6 @@ def test_bad_settings_raise(options: dict[str, object], message: str) -> None:
 
 
 def test_list_models() -> None:
-    assert list_models() == ["resnet18"]
+    assert sorted(list_models()) == ["densenet40", "resnet18", "resnet34", "resnet50", "vgg16_bn", "wrn28_10"]
     with pytest.raises(ValueError, match="arch: 'resnet18' is registered already"):
         register_model("resnet18")(lambda spec: torch.nn.Identity())

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``advmoe reproduce`` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from ..training import Interrupted, RunError
+from .catalog import Catalog, Plan
+from .results import result_table
+from .sweep import Sweep, SweepOptions, plain, refusal
+
+__all__ = ["reproduce"]
+
+DONE, FAULT, USAGE, RESUMABLE = 0, 1, 2, 3
+
+
+def reproduce(
+    names: Sequence[str],
+    scale: str,
+    seeds: Sequence[int] | None,
+    options: SweepOptions,
+    action: str = "run",
+    faults: tuple[type[Exception], ...] = (),
+) -> int:
+    """Runs the recipes below these names, or only says something of them, and returns the command's exit code.
+
+    Args:
+        seeds: the scale's own for None.
+        action: ``run``, ``list``, ``dry_run`` (the settings) or ``table`` (of what is there).
+        faults: what a recipe may fail with, besides ValueError, while the others go on.
+
+    Raises:
+        ValueError: for an unknown name, or if there is none and nothing is to be listed.
+    """
+    catalog = Catalog()
+    if not names and action != "list":
+        raise ValueError("reproduce: a recipe is needed, such as table1/cifar10/resnet18/advmoe (--list names them all)")
+    recipes = dict.fromkeys(r for name in names for r in catalog.select(name)) if names else catalog.recipes.values()
+    plans = [catalog.plan(recipe.name, scale) for recipe in recipes]
+    if action == "list":
+        print("\n".join(_listed(plan) for plan in plans))
+        return DONE
+    seeds = list(dict.fromkeys(catalog.seeds(scale) if seeds is None else seeds))
+    sweep = Sweep(catalog, scale, options, (ValueError, *faults))
+    if action == "dry_run":
+        print("".join(_settings(sweep, plan, seed) for plan in plans for seed in seeds), end="")
+        return DONE
+    code = _refusals(plans)
+    if action == "run":
+        try:
+            code = max(code, _run(sweep, plans, seeds), key=[DONE, USAGE, FAULT].index)
+        except (Interrupted, KeyboardInterrupt):
+            print(f"interrupted; go on with: {_again(names, scale, seeds, options)}", file=sys.stderr)
+            return RESUMABLE
+    results, unreadable = [], False
+    for plan in plans:
+        records: list[dict[str, Any]] = []
+        for seed in seeds:
+            try:
+                record = sweep.record(plan, seed)
+            except RunError as error:
+                unreadable = True
+                if action == "table":  # a run has said so already
+                    print(f"{plan.recipe.name}, seed {seed}: left out: {error}", file=sys.stderr)
+            else:
+                records += [] if record is None else [record]
+        results.append((plan, records))
+    print(f"\n{result_table(catalog, scale, results)}")
+    return USAGE if unreadable and code == DONE else code
+
+
+def _run(sweep: Sweep, plans: Sequence[Plan], seeds: Sequence[int]) -> int:
+    code = DONE
+    wanted = [plan.recipe.name for plan in plans if refusal(plan) is None]
+    for number, outcome in enumerate(sweep.run(wanted, seeds), start=1):
+        line = f"[{number}/{len(wanted) * len(seeds)}] {outcome.plan.recipe.name}, seed {outcome.seed}: {outcome.state}"
+        if outcome.error is None:
+            print(f"{line}{', as done before' if outcome.state == 'skipped' else ''}", flush=True)
+            continue
+        print(f"{line}: {outcome.error}", file=sys.stderr, flush=True)
+        code = FAULT if code == FAULT or not isinstance(outcome.error, ValueError) else USAGE
+    return code
+
+
+def _refusals(plans: Sequence[Plan]) -> int:
+    """Says first of all what cannot be done here, a line for each reason."""
+    refused: dict[str, list[str]] = {}
+    for plan in plans:
+        reason = refusal(plan)
+        if reason is not None:
+            refused.setdefault(reason, []).append(plan.recipe.name)
+    for reason, names in refused.items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        print(f"cannot be done here: {names[0]}{others}: {reason}", file=sys.stderr, flush=True)
+    return USAGE if refused else DONE
+
+
+def _listed(plan: Plan) -> str:
+    reason = refusal(plan)
+    same = f"the same as {plan.source}" if plan.source != plan.recipe.name else f"the run of {plan.run}"
+    remarks = [same] if plan.run != plan.recipe.name else []
+    remarks += [f"cannot be done here: {reason}"] if reason is not None else []
+    return plan.recipe.name + (f"  # {'; '.join(remarks)}" if remarks else "")
+
+
+def _settings(sweep: Sweep, plan: Plan, seed: int) -> str:
+    """A YAML document: the run's config.yaml, its place and its evaluation as comments."""
+    evaluation = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(plan.evaluation).items())
+    config = yaml.safe_dump(plain(sweep.config(plan, seed)), sort_keys=False)
+    return f"---\n# {_listed(plan)}\n# {sweep.folder(plan.run, seed)}\n# evaluation: {evaluation}\n{config}"
+
+
+def _again(names: Sequence[str], scale: str, seeds: Sequence[int], options: SweepOptions) -> str:
+    words = ["advmoe", "reproduce", *names, "--scale", scale, "--seeds", *map(str, seeds), "--out", str(options.out)]
+    for name in ("data_dir", "threads"):
+        value = getattr(options, name)
+        words += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    words += ["--device", options.device] if options.device != "auto" else []
+    return shlex.join(words)
