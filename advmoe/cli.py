@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser("reproduce", help="rows of the paper's tables and figures", formatter_class=defaults)
     p.add_argument("recipe", nargs="*", help="such as table1/cifar10/resnet18/advmoe, or a prefix: all below it")
-    p.add_argument("--scale", choices=SCALES, default="cpu", help="paper: as printed; gpu: fewer epochs; cpu: within an hour")
+    p.add_argument("--scale", choices=SCALES, default="cpu", help="paper: as printed; cpu: a row within an hour")
     p.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="the scale's own by default")
     p.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder of all runs, which are gone on with")
     p.add_argument("--data-dir", help="where the data sets' files are")

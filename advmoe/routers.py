@@ -117,6 +117,8 @@ class Router(nn.Module):
             expert = torch.full((len(x),), self.only, dtype=torch.int64, device=x.device)
             return Routing(expert, num_experts=self.num_experts)
         scores = self(x)
+        if self.score_norm is not None:
+            scores = self.score_norm(scores)
         if self.options.temperature != 1:
             scores = scores / self.options.temperature
         if scores.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -178,7 +180,8 @@ def build_router(name: str, in_channels: int, num_experts: int, options: RouterO
     """
     router = _ROUTERS[name].build(in_channels, num_experts, image_size)
     router.options = options
-    if options.standardize:
+    # of one that learns nothing there is nothing to keep alive, and a constant would be lost
+    if options.standardize and next(router.parameters(), None) is not None:
         router.score_norm = nn.BatchNorm1d(num_experts, affine=False)
     return router
 

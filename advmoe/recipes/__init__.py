@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes: the rows of the paper's tables and figures by name. Settings are the YAML files of this folder, the paper's own
-numbers the CSV files of ``paper/``."""
+"""Recipes: the rows of the paper's tables and figures by name. Settings are the YAML files of this folder, the paper's
+own numbers the CSV files of ``paper/``."""
 
 from .catalog import SCALES, Catalog, EvaluationSettings, Plan, Recipe
 from .command import reproduce

@@ -24,12 +24,20 @@ SCALES = ("cpu", "gpu", "paper")
 TABLES = ("table1", "table2", "tableA1", "tableA2", "fig2", "fig3", "fig7", "fig8")
 _FRACTION = re.compile(r"(\d+)/(\d+)")
 # an axis, and how a value that has no name of its own is written
-_AXES: dict[str, Any] = {"data": str, "arch": str, "method": str, "experts": "n{}".format, "ratio": "r{}".format, "epsilon": str}
+_AXES: dict[str, Any] = {
+    "data": str,
+    "arch": str,
+    "method": str,
+    "experts": "n{}".format,
+    "ratio": "r{}".format,
+    "epsilon": str,
+}
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """attack: as ``advmoe evaluate`` takes it; limit: the first so many test images; epsilon: the training's by default."""
+    """attack: a name as ``advmoe evaluate`` takes it; limit: the first so many test images; epsilon: the training's by
+    default."""
 
     attack: str = "pgd50x2"
     limit: int | None = None
@@ -74,9 +82,6 @@ class Plan:
     evaluation: EvaluationSettings
     run: str
     source: str
-
-
-# --- what the files may say ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -158,8 +163,6 @@ class Catalog:
         self._paper = {file: _read_csv(self.folder / "paper" / file) for t in self._tables.values() for file in t.paper}
         self._plans: dict[str, dict[str, Plan]] = {}
 
-    # --- names ----------------------------------------------------------------------------------------------------------
-
     def select(self, name: str) -> list[Recipe]:
         """The recipe of this name, or all below it.
 
@@ -174,8 +177,6 @@ class Catalog:
             if not below:
                 raise unknown_name("recipe", "/".join(wanted[: i + 1]), known)
         return list(below)
-
-    # --- settings -------------------------------------------------------------------------------------------------------
 
     def label(self, scale: str) -> str:
         return self._scale(scale).label
@@ -209,6 +210,8 @@ class Catalog:
         for recipe in self.recipes.values():
             config, evaluation = self._settings(recipe, scale)
             if config.init is not None:
+                if config.init not in configs:
+                    raise ValueError(f"{recipe.table}.yaml: {config.init} must come before {recipe.name}, which needs it")
                 config = dataclasses.replace(config, init=runs[configs[config.init]])
             configs[recipe.name] = config
             run = runs.setdefault(config, recipe.name)
@@ -244,14 +247,12 @@ class Catalog:
         for other in self.recipes.values():
             if dataclasses.replace(other, labels=()) == plain:
                 return other
-        raise ValueError(f"{recipe.table}.yaml: {recipe.name} begins with the weights of {method}, which has no row here")
+        raise ValueError(f"{recipe.table}.yaml: {recipe.name} begins with weights of {method}, which has no row here")
 
     def _scale(self, scale: str) -> _Scale:
         if scale not in self._scales:
             raise unknown_name("scale", scale, self._scales)
         return self._scales[scale]
-
-    # --- the paper ------------------------------------------------------------------------------------------------------
 
     def paper(self, recipe: Recipe) -> dict[str, str]:
         """The paper's row as its CSV has it, by column; empty where it prints no such number."""
@@ -270,18 +271,15 @@ class Catalog:
                     return row
         return {}
 
-    # --- files ----------------------------------------------------------------------------------------------------------
-
     def _read(self, name: str, kind: type) -> Any:
         file = f"{name}.yaml"
-        values = _yaml(self.folder / file)
-        built = _build(kind, values, file)
+        built: Any = _build(kind, _yaml(self.folder / file), file)
         self._check_config(getattr(built, "config", {}), file)
         return built
 
     def _read_all(self, name: str, kind: type) -> dict[str, Any]:
         file = f"{name}.yaml"
-        built = {}
+        built: dict[str, Any] = {}
         for key, values in _yaml(self.folder / file).items():
             built[str(key)] = _build(kind, values, f"{file}: {key}")
             self._check_config(getattr(built[str(key)], "config", {}), f"{file}: {key}")

@@ -41,7 +41,7 @@ def reproduce(
     """
     catalog = Catalog()
     if not names and action != "list":
-        raise ValueError("reproduce: a recipe is needed, such as table1/cifar10/resnet18/advmoe (--list names them all)")
+        raise ValueError("reproduce: a recipe is needed, such as table1/cifar10/resnet18/advmoe (--list names all)")
     recipes = dict.fromkeys(r for name in names for r in catalog.select(name)) if names else catalog.recipes.values()
     plans = [catalog.plan(recipe.name, scale) for recipe in recipes]
     if action == "list":
@@ -78,7 +78,7 @@ def reproduce(
 
 def _run(sweep: Sweep, plans: Sequence[Plan], seeds: Sequence[int]) -> int:
     code = DONE
-    wanted = [plan.recipe.name for plan in plans if refusal(plan) is None]
+    wanted = [plan for plan in plans if refusal(plan) is None]
     for number, outcome in enumerate(sweep.run(wanted, seeds), start=1):
         line = f"[{number}/{len(wanted) * len(seeds)}] {outcome.plan.recipe.name}, seed {outcome.seed}: {outcome.state}"
         if outcome.error is None:

@@ -17,7 +17,8 @@ _BLIND = 0.01  # share of images without any gradient from which on an attack's 
 
 def result_table(catalog: Catalog, scale: str, results: Sequence[tuple[Plan, Sequence[dict[str, Any]]]]) -> str:
     """Plans and their records, one for each seed that is there; with what has to be known to read it."""
-    rows, settings, notes = [], {}, []
+    rows, notes = [], []
+    settings: dict[tuple[int, str], None] = {}  # an ordered set
     for plan, records in results:
         paper = catalog.paper(plan.recipe)
         column = "ra_autoattack" if plan.evaluation.attack == "autoattack" else "ra_pgd50"
@@ -38,15 +39,17 @@ def result_table(catalog: Catalog, scale: str, results: Sequence[tuple[Plan, Seq
             settings[record["images"], record["attacks"][record["attack"]]["description"]] = None
             blind = record["attacks"][record["attack"]]["zero_gradient"]
             if blind >= _BLIND:
-                notes.append(f"{plan.recipe.name}, seed {record['seed']}: {blind:.1%} of the images gave the attack no gradient")
+                notes.append(
+                    f"{plan.recipe.name}, seed {record['seed']}: {blind:.1%} of the images gave the attack no gradient"
+                )
     header = ["recipe", "n", "SA %", "RA %", "GFLOPs", "paper SA %", "paper RA %", "paper GFLOPs"]
     tables = dict.fromkeys(plan.recipe.table for plan, _ in results)
     titles = [catalog.title(name) for name in tables]
     lines = ["; ".join(titles), "", table(header, rows), "", catalog.label(scale)]
     lines += [f"RA: {description}; on {images} test images" for images, description in settings]
     lines.append(
-        "n seeds, mean and, from two on, ± their standard deviation; GFLOPs an image, pathway and routers, a multiply-accumulate "
-        "as 1; the paper's as printed, where some cannot be right (advmoe/recipes/paper/README.md)"
+        "n seeds, mean and, from two on, ± their standard deviation; GFLOPs an image, pathway and routers, a "
+        "multiply-accumulate as 1; the paper's as printed, where some cannot be right (advmoe/recipes/paper/README.md)"
     )
     lines += [note for name in tables if (note := catalog.note(name)) is not None]
     return "\n".join(lines + notes)

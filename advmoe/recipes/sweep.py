@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ class SweepOptions:
     data_dir: str | None = None
     threads: int | None = None
     device: str = "auto"
-    quiet: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,24 +58,25 @@ def refusal(plan: Plan) -> str | None:
     try:
         from_name(attack, 0.0)
     except ValueError as error:
-        named = f"there is no AutoAttack in this version ({error})" if attack == "autoattack" else str(error)
-        reasons.append(named)
+        reasons.append("there is no AutoAttack in this version" if attack == "autoattack" else str(error))
     return "; ".join(reasons) or None
 
 
 @dataclass
 class Sweep:
-    """Recipes of one scale in one folder: ``out/<scale>/<recipe>/seed<n>`` holds a run and its ``evaluation.json``. A recipe
-    that shares another's run has an evaluation alone, or nothing at all where that is shared too.
+    """Recipes of one scale in one folder: ``out/<scale>/<recipe>/seed<n>`` holds a run and its ``evaluation.json``. A
+    recipe that shares another's run has an evaluation alone, or nothing at all where that is shared too.
 
     Args:
         faults: what one recipe may fail with while the others go on.
+        threads: where the options leave them open.
     """
 
     catalog: Catalog
     scale: str
     options: SweepOptions
     faults: tuple[type[Exception], ...] = (ValueError,)
+    threads: int = field(default_factory=torch.get_num_threads)
     _failed: dict[tuple[str, int], Exception] = field(default_factory=dict)
 
     def folder(self, name: str, seed: int) -> Path:
@@ -94,16 +94,14 @@ class Sweep:
             threads=o.threads,
         )
 
-    def run(self, names: Iterable[str], seeds: Iterable[int]) -> Iterator[Outcome]:
-        """One recipe and seed after the other; none that :func:`refusal` has a reason against.
+    def run(self, plans: Sequence[Plan], seeds: Sequence[int]) -> Iterator[Outcome]:
+        """One recipe and seed after the other. Those that :func:`refusal` speaks against are not to be among them.
 
         Raises:
             Interrupted, KeyboardInterrupt: at Ctrl-C; the same sweep goes on from there.
         """
-        seeds = list(seeds)
-        plans = [self.catalog.plan(name, self.scale) for name in names]
         for plan in plans:
-            for seed in seeds if refusal(plan) is None else []:
+            for seed in seeds:
                 yield self._outcome(plan, seed)
 
     def record(self, plan: Plan, seed: int) -> dict[str, Any] | None:
@@ -126,14 +124,10 @@ class Sweep:
         self._require_equal(found, wanted, path.parent)
         return record
 
-    # --- one of them ----------------------------------------------------------------------------------------------------
-
     def _outcome(self, plan: Plan, seed: int) -> Outcome:
         try:
             if self.record(plan, seed) is not None:
                 return Outcome(plan, seed, "skipped")
-            if self.options.threads is not None:
-                torch.set_num_threads(self.options.threads)
             self._trained(self.catalog.plan(plan.run, self.scale), seed)
             self._evaluate(plan, seed)
         except self.faults as error:
@@ -155,11 +149,12 @@ class Sweep:
             if plan.config.init is not None:
                 self._trained(self.catalog.plan(plan.config.init, self.scale), seed)
             if run.config_path.exists():
-                self._say(f"resuming {run.folder} with its own threads, device and data folder")
-                resume(run.folder, self.options.quiet)
+                print(f"resuming {run.folder} with its own threads, device and data folder", flush=True)
+                resume(run.folder)
             else:
-                self._say(f"training {run.folder}")
-                train(config, run.folder, self.options.quiet)
+                print(f"training {run.folder}", flush=True)
+                self._set_threads()
+                train(config, run.folder)
         except self.faults as error:
             self._failed[key] = error
             raise
@@ -167,10 +162,11 @@ class Sweep:
     def _evaluate(self, plan: Plan, seed: int) -> None:
         e = plan.evaluation
         folder = self.folder(plan.source, seed)
-        self._say(f"evaluating {self.folder(plan.run, seed)} with {e.attack}")
+        print(f"evaluating {self.folder(plan.run, seed)} with {e.attack}", flush=True)
+        self._set_threads()
         done = evaluate_run(
             self.folder(plan.run, seed), [e.attack], data_dir=self.options.data_dir, limit=e.limit, epsilon=e.epsilon,
-            seed=seed, device=self.options.device, progress=not self.options.quiet,
+            seed=seed, device=self.options.device, progress=True,
         )  # fmt: skip
         cost = done.cost
         if masked_convolutions(done.model):
@@ -210,8 +206,9 @@ class Sweep:
                 f"{folder} was made with other settings: {'; '.join(differing)}; choose another --out, or remove it"
             )
 
-    def _say(self, text: str) -> None:
-        print(text, flush=True)
+    def _set_threads(self) -> None:
+        """A resumed run has left its own behind, for the process."""
+        torch.set_num_threads(self.options.threads or self.threads)
 
 
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

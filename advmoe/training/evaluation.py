@@ -29,8 +29,8 @@ class EvaluatedRun:
     Args:
         config: None for a model that is not a run's.
         record: what ``evaluation.json`` says.
-        path: where that belongs: ``evaluation.json`` in the run's folder, ``evaluation-last.json`` for another checkpoint than
-            the best; None for a model that is not a run's.
+        path: where that belongs: ``evaluation.json`` in the run's folder, ``evaluation-last.json`` for another
+            checkpoint than the best; None for a model that is not a run's.
     """
 
     model: nn.Module

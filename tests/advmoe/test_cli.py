@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -16,11 +17,27 @@ import pytest
 
 from advmoe import __version__
 from advmoe.attacks import NonFiniteGradientError
-from advmoe.cli import _model_config, _parser, main
-from advmoe.config import AttackConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
+from advmoe.cli import _method_config, _model_config, _parser, main
+from advmoe.config import (
+    METHODS,
+    AttackConfig,
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimConfig,
+    RoutingConfig,
+    RunConfig,
+)
 from advmoe.routers import NonFiniteRouterError
-from advmoe.training import engine
+from advmoe.training import Run, engine
 from advmoe.training.methods import AT, Batch, Method, Standard, StepResult
+
+
+def options_of(arguments: list[str]) -> argparse.Namespace:
+    options = _parser().parse_args(arguments)
+    options.given = arguments
+    return options
+
 
 TINY = ["--width", "8", "--train-limit", "64", "--batch-size", "32", "--epochs", "1", "--validation-attack", "pgd2"]
 
@@ -49,7 +66,8 @@ def test_every_option_reaches_the_run(tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = (
         "--method advmoe --objective cross_entropy --beta 3 --order backbone_first --batches one "
-        "--router-objective pseudo_label --attack-routers --kind moe --experts 3 --ratio 0.25 --width 8 --router global "
+        "--router-objective pseudo_label --router-alpha 4 --attack-routers --kind moe --experts 3 "
+        "--ratio 0.25 --width 8 --router global "
         "--bn shared --gate softmax --gate-after norm --data digits --test-limit 30 --train-limit 64 --no-augment "
         "--epsilon 0.1 --step-size 0.05 --attack-steps 1 --attack-loss ce --epochs 1 --batch-size 32 --lr 0.03 "
         "--router-lr 0.02 --momentum 0.8 --weight-decay 1e-4 --freeze-unused --seed 5 --device cpu --threads 1 "
@@ -58,7 +76,7 @@ def test_every_option_reaches_the_run(tmp_path: Path) -> None:
     assert main(["train", "--out", str(run), *arguments.split()]) == 0
     config = RunConfig.load(run / "config.yaml")
     assert config.method == MethodConfig(
-        "advmoe", "cross_entropy", 3.0, "backbone_first", "one", "pseudo_label", attack_routers=True
+        "advmoe", "cross_entropy", 3.0, "backbone_first", "one", "pseudo_label", 4.0, attack_routers=True
     )
     m = config.model
     assert (m.kind, m.num_experts, m.ratio, m.width, m.router) == ("moe", 3, 0.25, 8, "global")
@@ -70,12 +88,95 @@ def test_every_option_reaches_the_run(tmp_path: Path) -> None:
     assert (config.threads, config.validation_attack) == (1, "pgd1-margin")
 
 
+@pytest.fixture()
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """The settings of each run that the command would have made."""
+    configs: list[RunConfig] = []
+
+    def take(config: RunConfig, out: Path) -> Run:
+        configs.append(config)
+        return Run(out)
+
+    monkeypatch.setattr("advmoe.cli.train", take)
+    return configs
+
+
+def test_options_of_cheaper_steps_and_of_routing_reach_the_run(asked: list[RunConfig]) -> None:
+    arguments = (
+        "--share-attack --router-every 4 --temperature 2 --noise 0.3 --route-per block --moe-at 3 4 --balance switch "
+        "--balance-weight 0.02 --experts-start alike --share-epochs 2 --init somewhere --attack-steps 10"
+    )
+    assert main(["train", "--out", "run", *arguments.split()]) == 0
+    (config,) = asked
+    assert config.method == MethodConfig(share_attack=True, router_every=4)
+    assert config.routing == RoutingConfig("switch", 0.02, "alike", 2)
+    assert config.model == ModelConfig(temperature=2.0, noise=0.3, route_per="block", moe_at=(3, 4))
+    assert (config.init, config.attack.steps) == ("somewhere", 10)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "method"),
+    [
+        ("--method at --part routers", MethodConfig("at", part="routers")),
+        ("--method at --part experts --init run", MethodConfig("at", part="experts")),
+        (
+            "--method at_sparse --kind sparse --pretrain-epochs 2 --mask-epochs 3",
+            MethodConfig("at_sparse", pretrain_epochs=2, mask_epochs=3),
+        ),
+        ("--method advmoe --as-released", MethodConfig.as_released()),
+        (
+            "--as-released --beta 2 --router-alpha 1 --router-every 2",
+            MethodConfig.as_released(beta=2.0, router_alpha=1.0, router_every=2),
+        ),
+    ],
+)
+def test_options_of_the_methods_reach_the_run(asked: list[RunConfig], arguments: str, method: MethodConfig) -> None:
+    assert main(["train", "--out", "run", *arguments.split()]) == 0
+    assert asked[0].method == method
+    assert asked[0].attack.random_start == ("gaussian" if "--as-released" in arguments else True)
+
+
+def test_each_difference_of_the_released_code_has_an_option_too(asked: list[RunConfig]) -> None:
+    arguments = (
+        "--order backbone_first --batches one --router-objective pseudo_label --attack-routers --attack-start gaussian"
+    )
+    for given in (["--as-released"], arguments.split()):
+        assert main(["train", "--out", "run", *given]) == 0
+    assert asked[0] == asked[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("--order router_first", "--order"),
+        ("--batches=two", "--batches"),
+        ("--router-objective trades", "--router-objective"),
+        ("--router-obj trades", "--router-objective"),
+        ("--attack-routers", "--attack-routers"),
+        ("--share-attack", "--share-attack"),
+        ("--attack-start uniform", "--attack-start"),
+        ("--method at", "--method at"),
+    ],
+)
+def test_as_released_refuses_what_contradicts_it(
+    asked: list[RunConfig], capsys: pytest.CaptureFixture[str], given: str, named: str
+) -> None:
+    assert main(["train", "--out", "run", "--as-released", *given.split()]) == 2
+    assert (
+        f"--as-released: sets what advmoe's released code does, and does not go with {named}" in capsys.readouterr().err
+    )
+    assert not asked
+
+
 def test_the_defaults_are_those_of_the_settings() -> None:
     options = _parser().parse_args(["train", "--out", "run"])
     assert _model_config(options) == ModelConfig()
     assert (options.epochs, options.batch_size, options.lr, options.momentum) == (100, 128, 0.1, 0.9)
     assert (options.weight_decay, options.beta, options.attack_steps, options.method) == (5e-4, 6.0, 2, "advmoe")
     assert options.epsilon is None and options.step_size is None  # the data's own
+    asked = [options.balance, options.balance_weight, options.experts_start, options.share_epochs]
+    assert RoutingConfig(*asked) == RoutingConfig() and options.init is None
+    assert _method_config(options_of(["train", "--out", "run"])) == MethodConfig()
 
 
 def test_evaluate_takes_what_the_run_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,6 +334,25 @@ def test_a_fault_of_the_program_is_not_hidden(tmp_path: Path, monkeypatch: pytes
         (["train", "--out", "RUN", "--data", "cifar10", "--data-dir", "nowhere"], "nowhere has no data_batch_1"),
         (["train", "--out", "RUN", "--kind", "dense"], "advmoe needs a model with trainable routers"),
         (["train", "--out", "RUN", "--gate", "none"], "gate: 'none' lets no gradient"),
+        (["train", "--out", "RUN", "--router", "random"], "advmoe needs a model with trainable routers"),
+        (["train", "--out", "RUN", "--part", "routers"], "part: a setting of the method at, without effect on advmoe"),
+        (["train", "--out", "RUN", "--as-released", "--part", "routers"], "part: a setting of the method at, without"),
+        (
+            ["train", "--out", "RUN", "--as-released", "--mask-epochs", "1"],
+            "mask_epochs: a setting of the method at_sparse",
+        ),
+        (
+            ["train", "--out", "RUN", "--router-alpha", "2"],
+            "router_alpha: a setting of the router objective pseudo_label",
+        ),
+        (
+            ["train", "--out", "RUN", "--router-every", "2", "--method", "at"],
+            "router_every: a setting of the method advmoe",
+        ),
+        (["train", "--out", "RUN", "--method", "at_sparse", "--mask-epochs", "1"], "needs a model of kind sparse"),
+        (["train", "--out", "RUN", "--balance-weight", "1"], "balance_weight: without effect with balance 'none'"),
+        (["train", "--out", "RUN", "--share-epochs", "1", "--layout", "windows"], "experts: only those of layout"),
+        (["train", "--out", "RUN", "--init", "RUN"], "expected a run folder, a checkpoint file or module:function"),
         (["train", "--out", "RUN", "--validation-attack", "fgsm"], "attack: expected pgd<steps>"),
         (["train", "--out", "RUN", "--device", "nonsense"], "device: expected auto or a device"),
         (["train", "--out", "RUN", "--train-limit", "0"], "train_limit: expected at least 1, got 0"),
@@ -245,7 +365,7 @@ def test_a_fault_of_the_program_is_not_hidden(tmp_path: Path, monkeypatch: pytes
         (["evaluate", "json:JSONEncoder", "--data", "digits"], "returned JSONEncoder, expected an nn.Module"),
         (["profile", "--repeats", "0"], "repeats: expected at least 1, got 0"),
         (["profile", "--batch-size", "0"], "batch_size: expected at least 1, got 0"),
-        (["profile", "--image-size", "64"], "image_size: resnet18 has the stem for images of 8 to 32 pixels; got 64"),
+        (["profile", "--image-size", "4"], "image_size: resnet18 takes images from 8 pixels on; got 4"),
         (["evaluate", "RUN"], "expected a run folder, a checkpoint file or module:function"),
         (["profile", "--ratio", "2"], "ratio: expected 0 < ratio <= 1"),
     ],
@@ -264,7 +384,8 @@ def test_help_and_unknown_options(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as done:
             main([*command, "--help"])
         assert done.value.code == 0
-    assert "pgd<steps>" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "pgd<steps>" in out and f"--method {{{','.join(METHODS)}}}" in out and "at_sparse" in METHODS
     for wrong in (
         [],
         ["trian"],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from advmoe.config import AttackConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
+from advmoe.config import AttackConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, RoutingConfig, RunConfig
 
 
 def test_defaults_are_the_papers_recipe() -> None:
@@ -18,6 +18,25 @@ def test_defaults_are_the_papers_recipe() -> None:
     assert (c.epochs, c.batch_size, c.attack.steps, c.method.beta) == (100, 128, 2, 6.0)
     assert (c.method.order, c.method.batches, c.method.router_objective) == ("router_first", "two", "trades")
     assert c.model.gate == "straight_through"
+    assert (c.method.share_attack, c.method.router_every, c.method.attack_routers) == (False, 1, False)
+    assert (c.model.temperature, c.model.noise, c.routing.balance, c.routing.share_epochs) == (1.0, 0.0, "none", 0)
+
+
+def test_as_released_is_what_the_released_code_does() -> None:
+    plain, released = MethodConfig(), MethodConfig.as_released(beta=3.0)
+    changed = {
+        f.name: getattr(released, f.name)
+        for f in dataclasses.fields(MethodConfig)
+        if getattr(released, f.name) != getattr(plain, f.name)
+    }
+    assert changed == {
+        "order": "backbone_first",
+        "batches": "one",
+        "router_objective": "pseudo_label",
+        "attack_routers": True,
+        "beta": 3.0,
+    }
+    assert (released.router_alpha, released.name) == (6.0, "advmoe")
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -27,6 +46,8 @@ def test_round_trip(tmp_path: Path) -> None:
         attack=AttackConfig(0.1, 0.05, random_start="gaussian"),
         optim=OptimConfig(router_lr=0.01),
         method=MethodConfig("at", "cross_entropy"),
+        routing=RoutingConfig("entropy", 0.2, "alike", 2),
+        init="somewhere/run",
         epochs=3,
     )
     path = tmp_path / "config.yaml"
@@ -80,6 +101,17 @@ def test_numbers_as_people_write_them(tmp_path: Path) -> None:
         ("model: {mean: [a, b]}", r"model: mean: expected float, got 'a'"),
         ("model: {optim: {}}", r"model: setting: expected one of .*got 'optim'"),
         ("method: {router_objective: pseudo}", r"router_objective: .*did you mean pseudo_label"),
+        ("method: {part: router}", r"part: expected one of all, routers, experts, got 'router'; did you mean routers"),
+        ("method: {router_every: 0}", r"router_every: expected at least 1, got 0"),
+        ("method: {mask_epochs: -1}", r"mask_epochs: expected a finite number of at least 0, got -1"),
+        ("method: {name: at_sparse, mask_epochs: 2}\nepochs: 2", r"pretrain_epochs \+ mask_epochs: .* than the 2 epochs"),
+        ("routing: {balance: swich}", r"balance: expected one of none, switch, .*did you mean switch"),
+        ("routing: {balance_weight: 0.3}", r"balance_weight: without effect with balance 'none'"),
+        ("routing: {balance: switch, balance_weight: -1}", r"balance_weight: expected a finite number of at least 0"),
+        ("routing: {experts: same}", r"experts: expected one of apart, alike, got 'same'"),
+        ("routing: {share_epochs: 5}\nepochs: 5", r"share_epochs: expected less than the 5 epochs, got 5"),
+        ("routing: {share_epochs: -1}", r"share_epochs: expected a finite number of at least 0, got -1"),
+        ("routing: {share: 1}", r"routing: setting: expected one of .*got 'share'; did you mean share_epochs"),
         ("", r"expected a mapping of settings, got NoneType"),
     ],
 )

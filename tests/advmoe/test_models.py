@@ -127,15 +127,22 @@ def test_a_gate_before_a_batch_norm_of_its_own_gets_no_gradient(gate_after: str)
     assert alone > 1.0 if gate_after == "norm" else alone < 0.01
 
 
-def test_a_gate_after_the_norm_multiplies_what_the_norm_gives() -> None:
-    block = small(router="global", gate="softmax", gate_after="norm").eval().layer1[1]
+@pytest.mark.parametrize(("stem", "stage", "index"), [("cifar", "layer1", 1), ("imagenet", "layer2", 0)])
+def test_a_gate_after_the_norm_multiplies_what_the_norm_gives(stem: str, stage: str, index: int) -> None:
+    """That of a routed projection too, which the ImageNet form has."""
+    block = getattr(small(router="global", gate="softmax", gate_after="norm", stem=stem).eval(), stage)[index]
+    generator = torch.Generator().manual_seed(0)
+    for name, value in block.state_dict().items():
+        if name.endswith(("bias", "1.running_mean")):
+            value.normal_(generator=generator)
     expert, gate = torch.tensor([0, 1, 1]), torch.tensor([0.9, 0.6, 0.5])
-    x = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 4, 16, 16, generator=generator)
     routing = Routing(expert, num_experts=2)
     g = gate.view(3, 1, 1, 1)
     with torch.no_grad():
         y = torch.relu(g * block.bn1(block.conv1(x, routing)))
-        expected = torch.relu(g * block.bn2(block.conv2(y, routing)) + x)
+        shortcut = x if stem == "cifar" else g * block.shortcut[1](block.shortcut[0](x, routing))
+        expected = torch.relu(g * block.bn2(block.conv2(y, routing)) + shortcut)
         torch.testing.assert_close(block(x, along(Routing(expert, gate, num_experts=2))), expected)
 
 

@@ -3,13 +3,23 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from advmoe.objectives import cross_entropy, kl_divergence, margin_loss, router_pseudo_label_loss, trades_loss
+from advmoe.objectives import (
+    BALANCE_LOSSES,
+    balance_loss,
+    cross_entropy,
+    kl_divergence,
+    margin_loss,
+    router_pseudo_label_loss,
+    trades_loss,
+)
 
 
 def logits(seed: int, scale: float = 1.0, classes: int = 10) -> torch.Tensor:
@@ -133,3 +143,92 @@ def test_cross_entropy_is_torchs() -> None:
     torch.testing.assert_close(
         cross_entropy(logits(0), torch.arange(8), "none"), F.cross_entropy(logits(0), torch.arange(8), reduction="none")
     )
+
+
+def scores_of(*probabilities: tuple[float, ...]) -> torch.Tensor:
+    """Scores whose softmax are these; shifted, which must not matter."""
+    return torch.tensor(probabilities, dtype=torch.float64).log() + 3.0
+
+
+def entropy(*probabilities: float) -> float:
+    return -sum(p * math.log(p) for p in probabilities)
+
+
+def test_balance_losses_by_hand() -> None:
+    """Two samples with p = (0.7, 0.2, 0.1) and (0.1, 0.6, 0.3): P = (0.4, 0.4, 0.2), f = (1/2, 1/2, 0)."""
+    scores = scores_of((0.7, 0.2, 0.1), (0.1, 0.6, 0.3))
+    assert balance_loss(scores, "switch").item() == pytest.approx(3 * (0.5 * 0.4 + 0.5 * 0.4) - 1)
+    column = math.log(3) - entropy(0.4, 0.4, 0.2)
+    assert balance_loss(scores, "column_entropy").item() == pytest.approx(column)
+    rows = (entropy(0.7, 0.2, 0.1) + entropy(0.1, 0.6, 0.3)) / 2
+    assert balance_loss(scores, "entropy").item() == pytest.approx(rows + column)
+    with pytest.raises(ValueError, match="balance: expected one of switch, entropy, column_entropy, got 'swich'"):
+        balance_loss(scores, "swich")
+
+
+def test_switch_counts_choices_without_a_gradient() -> None:
+    """d/ds_ie of N sum_e f_e P_e is N / B p_ie (f_e - sum_j f_j p_ij): with f as a constant."""
+    scores = logits(0, classes=3).double().requires_grad_()
+    balance_loss(scores, "switch").backward()
+    with torch.no_grad():
+        p = scores.softmax(1)
+        f = F.one_hot(scores.argmax(1), 3).double().mean(0)
+        assert 0 < f.max() < 1
+        torch.testing.assert_close(scores.grad, 3 / 8 * p * (f - (p * f).sum(1, keepdim=True)))
+
+
+@pytest.mark.parametrize("kind", BALANCE_LOSSES)
+def test_balance_gradients_are_right(kind: str) -> None:
+    scores = logits(0, 2.0, classes=4).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: balance_loss(s, kind), (scores,))
+
+
+@pytest.mark.parametrize("kind", BALANCE_LOSSES)
+@pytest.mark.parametrize("experts", [1, 2, 5])
+def test_balance_is_0_where_experts_are_used_alike(kind: str, experts: int) -> None:
+    decided = 50 * torch.eye(experts).repeat(3, 1)
+    assert balance_loss(decided, kind).item() == pytest.approx(0, abs=1e-6)
+    alone = torch.zeros(6, experts)
+    alone[:, 0] = 50.0
+    most = {"switch": experts - 1}.get(kind, math.log(experts))
+    assert balance_loss(alone, kind).item() == pytest.approx(most, abs=1e-5)
+    undecided = torch.zeros(6, experts)
+    expected = math.log(experts) if kind == "entropy" else 0  # that one wants each sample decided too
+    assert balance_loss(undecided, kind).item() == pytest.approx(expected, abs=1e-6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10_000), st.floats(0.01, 100.0), st.integers(1, 6))
+def test_entropies_are_not_negative(seed: int, scale: float, experts: int) -> None:
+    scores = logits(seed, scale, experts).double()
+    column, both = (balance_loss(scores, kind).item() for kind in ("column_entropy", "entropy"))
+    assert -1e-9 <= column <= both + 1e-12 and both <= 2 * math.log(experts) + 1e-9
+
+
+def test_balance_pulls_towards_the_expert_that_is_left_out() -> None:
+    for kind in BALANCE_LOSSES:
+        scores = scores_of(*[(0.6, 0.3, 0.1)] * 4).requires_grad_()
+        balance_loss(scores, kind).backward()
+        assert (scores.grad[:, 0] > 0).all(), kind  # what descends lowers the first, and raises one of the others
+        assert (scores.grad[:, 1:].amin(1) < 0).all(), kind
+
+
+@pytest.mark.parametrize("kind", BALANCE_LOSSES)
+@pytest.mark.parametrize("scale", [1e4, 1e30, 3e38])
+def test_balance_is_finite_for_extreme_scores(kind: str, scale: float) -> None:
+    scores = torch.tensor([[1.0, -1.0, 0.0], [1.0, -1.0, -1.0], [1.0, 0.9, 0.0]]) * scale
+    scores.requires_grad_()
+    value = balance_loss(scores, kind)
+    value.backward()
+    assert math.isfinite(value.item()) and torch.isfinite(scores.grad).all()
+    assert value.item() == pytest.approx(2.0 if kind == "switch" else math.log(3), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", BALANCE_LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_balance_of_half_precision_is_that_of_single(kind: str, dtype: torch.dtype) -> None:
+    scores = torch.tensor([[60000.0, -60000.0], [30.0, -30.0], [30.0, 28.0]]).to(dtype)
+    value = balance_loss(scores.requires_grad_(), kind)
+    value.backward()
+    assert value.dtype == torch.float32 and torch.isfinite(scores.grad).all()
+    torch.testing.assert_close(value, balance_loss(scores.float(), kind))

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from advmoe.models import create_model
-from advmoe.profiling import measure_latency, profile
+from advmoe.cli import main
+from advmoe.models import create_model, list_models
+from advmoe.profiling import backbone_costs, measure_latency, profile
+from advmoe.routers import list_routers
 from moe_kernels import ExpertSlices, RoutedConv2d, RoutedLinear, Routing
 
 # ResNet-18 of width 64 on 32×32, r = 0.5, N = 2: millions of parameters without routers, billions of multiply-accumulates
@@ -117,3 +119,106 @@ def test_latency_is_measured_for_each_model_and_modes_are_restored() -> None:
 def test_nothing_to_time_is_refused(argument: str) -> None:
     with pytest.raises(ValueError, match=f"{argument}: expected at least 1, got 0"):
         measure_latency([nn.Flatten()], **{argument: 0})
+
+
+# Billions of multiply-accumulates on 32×32 images and 10 classes, at r = 0.5: dense, S-Dense, MoE pathway
+REFERENCE = {
+    "resnet18": (0.5554, 0.1393, 0.1517),
+    "wrn28_10": (5.2433, 1.3109, 1.3109),
+    "vgg16_bn": (0.3138, 0.0791, 0.0791),
+    "densenet40": (0.0724, 0.0183, 0.0183),
+}
+
+
+def test_costs_of_the_backbones_are_the_reference_ones() -> None:
+    costs = {c.arch: c for c in backbone_costs(list(REFERENCE), [0.5], [32])}
+    for arch, expected in REFERENCE.items():
+        found = costs[arch]
+        assert (found.dense, found.s_dense, found.pathway) == pytest.approx(expected, abs=6e-5)
+        assert 0 < found.routers < 1e-3 * found.pathway
+    with torch.device("meta"):
+        assert profile(create_model("resnet18", "moe", router="global")).router_gflops == pytest.approx(0.0406, abs=6e-5)
+
+
+def convolution(size: int, out: int, inner: int, kernel: int = 3) -> int:
+    """Multiply-accumulates of a convolution with a ``size``×``size`` output."""
+    return size * size * out * inner * kernel * kernel
+
+
+def resnet18_by_hand(stem: int, widths: tuple[int, ...], size: int) -> int:
+    total, source = convolution(size, stem, 3), stem
+    for i, width in enumerate(widths):
+        size //= 2 if i else 1
+        total += convolution(size, width, source) + 3 * convolution(size, width, width)
+        total += convolution(size, width, source, 1) if width != source else 0
+        source = width
+    return total + 10 * source
+
+
+def wrn28_10_by_hand(stem: int, widths: tuple[int, ...], size: int) -> int:
+    total, source = convolution(size, stem, 3), stem
+    for i, width in enumerate(widths):
+        size //= 2 if i else 1
+        total += convolution(size, width, source) + 7 * convolution(size, width, width)
+        total += convolution(size, width, source, 1)
+        source = width
+    return total + 10 * source
+
+
+def vgg16_by_hand(widths: tuple[int, ...], size: int) -> int:
+    total, source = 0, 3
+    for i, (width, count) in enumerate(zip(widths, (2, 2, 3, 3, 3), strict=True)):
+        size //= 2 if i else 1
+        for _ in range(count):
+            total += convolution(size, width, source)
+            source = width
+    return total + 4 * source * 256 + 256 * 256 + 256 * 10
+
+
+def densenet40_by_hand(stem: int, growth: int, size: int) -> int:
+    total, channels = convolution(size, stem, 3), stem
+    for block in range(3):
+        for _ in range(6):
+            total += convolution(size, 4 * growth, channels, 1) + convolution(size, growth, 4 * growth)
+            channels += growth
+        if block < 2:
+            total += convolution(size, channels // 2, channels, 1)
+            channels, size = channels // 2, size // 2
+    return total + 10 * channels
+
+
+@pytest.mark.parametrize(("ratio", "size"), [(0.2, 32), (0.5, 64), (0.8, 32), (1.0, 32)])
+def test_costs_of_the_backbones_counted_by_hand(ratio: float, size: int) -> None:
+    def scaled(*widths: int) -> tuple[int, ...]:
+        return tuple(int(ratio * w) for w in widths)
+
+    resnet, wide, vgg = (64, 128, 256, 512), (160, 320, 640), (64, 128, 256, 512, 512)
+    expected = {
+        "resnet18": (
+            resnet18_by_hand(64, resnet, size),
+            resnet18_by_hand(*scaled(64), scaled(*resnet), size),
+            resnet18_by_hand(64, scaled(*resnet), size),
+        ),
+        "wrn28_10": (wrn28_10_by_hand(16, wide, size), *[wrn28_10_by_hand(*scaled(16), scaled(*wide), size)] * 2),
+        "vgg16_bn": (vgg16_by_hand(vgg, size), *[vgg16_by_hand(scaled(*vgg), size)] * 2),
+        "densenet40": (densenet40_by_hand(24, 12, size), *[densenet40_by_hand(*scaled(24, 12), size)] * 2),
+    }
+    for cost in backbone_costs(list(expected), [ratio], [size]):
+        assert [round(1e9 * v) for v in (cost.dense, cost.s_dense, cost.pathway)] == list(expected[cost.arch]), cost.arch
+
+
+@pytest.mark.parametrize("experts", [2, 8])
+def test_a_pathway_of_windows_costs_what_a_pathway_costs(experts: int) -> None:
+    """But for what is not routed and keeps its full width, the first convolution; and no projection at its end."""
+    (windows,) = backbone_costs(["resnet18"], [0.5], [32], num_experts=experts, layout="windows")
+    partition = resnet18_by_hand(64, (32, 64, 128, 256), 32)
+    assert round(1e9 * windows.pathway) == partition - convolution(32, 32, 64, 1)
+
+
+def test_profile_prints_every_backbone_and_every_router(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", "--table", "--ratios", "0.5"]) == 0
+    table = capsys.readouterr().out
+    assert all(arch in table for arch in list_models()) and "0.1517" in table and "0.5554" in table
+    assert main(["profile", "--routers", "--image-size", "32"]) == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in list_routers()) and "40.5505" in table

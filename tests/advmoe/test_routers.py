@@ -19,9 +19,14 @@ from advmoe.routers import (
     LightRouter,
     NonFiniteRouterError,
     Router,
+    RouterOptions,
+    build_router,
     list_routers,
+    observe_routers,
     record_scores,
     register_router,
+    router_class,
+    routers_of,
 )
 from moe_kernels import Routing, functional
 
@@ -43,6 +48,87 @@ def test_light_routers_cost_less_than_a_hundredth(width: int, experts: int) -> N
     assert sum(layer.router for layer in cost.layers) == 16
 
 
+# (channels in, pixels of a side) of the 16 routed layers of ResNet-18 at width 8, r = 0.5, on 8×8 images
+ROUTED = [(8, 8), *[(4, 8)] * 4, *[(8, 4)] * 4, *[(16, 2)] * 4, *[(32, 1)] * 3]
+COSTS = {
+    "light": sum(c * 3 for c, _ in ROUTED),
+    "conv": sum(9 * c * 3 * s * s for c, s in ROUTED),
+    "linear": 3 * 8 * 8 * 3,
+    # 3×3 convolutions to 8, 16 and 32 channels on 4×4, 2×2 and 1×1 pixels
+    "image": 16 * 8 * 27 + 4 * 16 * 72 + 1 * 32 * 144 + 32 * 3,
+    "random": 0,
+    "fixed": 0,
+    # a stem, then 6 convolutions of 3×3 a stage, the first of the second and the third with half the channels in
+    "global": 64 * 16 * 27
+    + 6 * 64 * 16 * 144
+    + 16 * 32 * (144 + 5 * 288)
+    + 4 * 64 * (288 + 5 * 576)
+    + 64 * 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("router", COSTS)
+def test_the_cost_of_each_is_counted(router: str) -> None:
+    model = create_model("resnet18", width=8, image_size=8, router=router, num_experts=3)
+    cost = profile(model, image_size=8)
+    assert sum(layer.macs for layer in cost.layers if layer.router) == COSTS[router]
+    assert cost.router_gflops == pytest.approx(COSTS[router] / 1e9)
+    per_layer = router_class(router).level == "layer"
+    assert len(routers_of(model)) == (16 if per_layer else 1)
+    plain = create_model("resnet18", width=8, image_size=8, router="fixed", num_experts=3)
+    assert cost.pathway_gflops == profile(plain, image_size=8).pathway_gflops
+
+
+def test_every_registered_router_is_tested_here() -> None:
+    assert list(COSTS) == list_routers()
+
+
+def test_the_image_router_costs_less_than_a_hundredth() -> None:
+    cost = profile(create_model("resnet18", router="image"))
+    assert cost.router_gflops == pytest.approx(0.20e-3, abs=0.005e-3)
+    assert cost.router_gflops < 0.01 * cost.pathway_gflops
+
+
+def built(name: str, num_experts: int = 3) -> tuple[Router, Tensor]:
+    """A router with room for a choice, and an input of 7 samples for it."""
+    torch.manual_seed(0)
+    level = router_class(name).level
+    channels, size = (5, 4) if level == "layer" else (3, 8)
+    router = build_router(name, channels, num_experts, RouterOptions(), 8)
+    return router, torch.randn(7, channels, size, size)
+
+
+@pytest.mark.parametrize("name", list(COSTS))
+def test_every_router_gives_a_score_for_each_expert(name: str) -> None:
+    router, x = built(name)
+    for count in (0, 1, 7) if name != "global" else (2, 7):  # its BatchNorm takes no empty batch
+        scores = router(x[:count])
+        assert scores.shape == (count, 3) and torch.isfinite(scores).all()
+    routing = router.route(x)
+    assert routing.expert.shape == (7,) and routing.num_experts == 3
+    learns = name not in ("random", "fixed")
+    assert bool(list(router.parameters())) == learns and scores.requires_grad == learns
+    assert (router.in_channels, router.num_experts) == (x.shape[1], 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [(n, t) for n in ("light", "conv", "linear", "image", "fixed") for t in (True, False)] + [("global", False)],
+)
+def test_scores_do_not_depend_on_the_rest_of_the_batch(name: str, training: bool) -> None:
+    router, x = built(name)
+    router.train(training)
+    together = router(x)
+    for i in range(len(x)):
+        torch.testing.assert_close(router(x[i : i + 1]), together[i : i + 1])
+
+
+def test_the_global_routers_batch_norm_looks_at_the_batch_in_training() -> None:
+    router, x = built("global")
+    apart = (router.train()(x)[:2] - router(x[:2])).abs().max()
+    assert apart > 1e-3
+
+
 @pytest.fixture()
 def own_router() -> Iterator[type[Router]]:
     @register_router("test_corner")
@@ -58,6 +144,187 @@ def own_router() -> Iterator[type[Router]]:
     del routers._ROUTERS._entries["test_corner"]
 
 
+@pytest.fixture()
+def own_image_router() -> Iterator[type[Router]]:
+    @register_router("test_template")
+    class Template(Router):
+        level = "image"
+
+        def __init__(self, in_channels: int, num_experts: int, image_size: int) -> None:
+            super().__init__(in_channels, num_experts)
+            self.template = nn.Parameter(torch.randn(num_experts, in_channels, image_size, image_size))
+
+        @classmethod
+        def build(cls, in_channels: int, num_experts: int, image_size: int) -> Router:
+            return cls(in_channels, num_experts, image_size)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("bchw,nchw->bn", x, self.template)
+
+    yield Template
+    del routers._ROUTERS._entries["test_template"]
+
+
+def test_an_image_router_of_ones_own(own_image_router: type[Router]) -> None:
+    model = create_model("resnet18", "moe", width=8, image_size=8, router="test_template", num_experts=3)
+    (own,) = routers_of(model).values()
+    assert isinstance(own, own_image_router) and router_parameters(model) == [own.template]
+    with record_routing(model) as routings, record_scores(model) as scores:
+        model(images(4)).square().sum().backward()
+    (chosen,) = (s.argmax(1) for s in scores.values())  # of the normalised image, once
+    assert len(routings) == 16 and all(torch.equal(r.expert, chosen) for r in routings.values())
+    assert own.template.grad is not None and own.template.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="route_per: the router 'test_template' chooses once for each image"):
+        create_model("resnet18", width=8, image_size=8, router="test_template", route_per="block")
+
+
+def test_a_level_that_is_none_is_refused() -> None:
+    class Odd(Router):
+        level = "imgae"
+
+    with pytest.raises(ValueError, match="level: expected one of layer, image, got 'imgae'; did you mean image"):
+        register_router("test_odd")(Odd)
+    assert "test_odd" not in list_routers()
+
+
+def test_the_linear_router_knows_the_image_size() -> None:
+    model = create_model("resnet18", width=8, image_size=16, router="linear")
+    assert model.router.linear.weight.shape == (2, 3 * 16 * 16)
+    model(images(2, 16))
+    with pytest.raises(ValueError, match=r"input: expected images of 16 pixels, got \(8, 8\)"):
+        model(images(2, 8))
+
+
+class Given(Router):
+    """Its input is its scores."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def given(scores: Tensor, **options: Any) -> tuple[Given, Tensor]:
+    router = Given(scores.shape[1], scores.shape[1])
+    router.options = RouterOptions(**options)
+    return router, scores.clone().requires_grad_()
+
+
+def test_temperature_softens_the_gates_gradients_and_leaves_the_choice() -> None:
+    scores = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    for temperature in (0.5, 1.0, 8.0):
+        router, x = given(scores, temperature=temperature)
+        routing = router.route(x)
+        assert torch.equal(routing.expert, scores.argmax(1))
+        assert routing.gate is not None and (routing.gate == 1).all()
+        routing.gate.sum().backward()
+        p = (scores / temperature).softmax(1)
+        own = p.gather(1, routing.expert[:, None])
+        chosen = nn.functional.one_hot(routing.expert, 4)
+        torch.testing.assert_close(x.grad, own * (chosen - p) / temperature)
+
+
+def test_noise_moves_choices_in_training_only() -> None:
+    scores = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    router, x = given(scores, noise=3.0)
+    seen: list[Tensor] = []
+    router._observers.append(lambda router, scores, routing: seen.append(scores))
+    torch.manual_seed(5)
+    first, second = router.route(x).expert, router.route(x).expert
+    torch.manual_seed(5)
+    assert torch.equal(router.route(x).expert, first)
+    for a, b in ((first, second), (first, scores.argmax(1))):
+        assert 0.2 < (a != b).float().mean() < 1
+    assert all(torch.equal(s, scores) for s in seen)  # a balancing loss sees no noise
+    before = torch.get_rng_state()
+    assert torch.equal(router.eval().route(x).expert, scores.argmax(1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature: expected a finite number above 0, got 0.0"),
+        ({"temperature": float("inf")}, "temperature: expected a finite number above 0, got inf"),
+        ({"temperature": float("nan")}, "temperature: expected a finite number above 0, got nan"),
+        ({"noise": -1.0}, "noise: expected a finite number of at least 0, got -1.0"),
+        ({"noise": float("nan")}, "noise: expected a finite number of at least 0, got nan"),
+        ({"gate": "sofmax"}, "gate: .*got 'sofmax'; did you mean softmax"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RouterOptions(**options)
+    with pytest.raises(ValueError, match=message):
+        create_model("resnet18", width=8, image_size=8, **options)
+
+
+def test_options_are_shown_and_reach_every_router() -> None:
+    model = create_model("resnet18", width=8, image_size=8, gate="none", temperature=2.0, noise=0.5)
+    assert {r.options for r in routers_of(model).values()} == {RouterOptions("none", 2.0, 0.5)}
+    assert LightRouter(5, 3).extra_repr() == "gate='straight_through'"
+    assert model.layer1[0].conv1.router.extra_repr() == "gate='none', temperature=2.0, noise=0.5"
+
+
+def test_the_random_router_draws_anew_for_each_sample() -> None:
+    router, _ = built("random", 4)
+    x = torch.zeros(4000, 5, 1, 1)
+    for training in (True, False):
+        torch.manual_seed(0)
+        first = router.train(training).route(x).expert
+        assert not torch.equal(router.route(x).expert, first)
+        # each count is binomial, 1000 with a deviation of 27
+        assert (torch.bincount(first, minlength=4) - 1000).abs().max() < 150
+        torch.manual_seed(0)
+        assert torch.equal(router.route(x).expert, first)
+
+
+def test_the_fixed_router_sends_all_to_its_expert() -> None:
+    model = create_model("resnet18", width=8, image_size=8, router="fixed", num_experts=3).eval()
+    only = copy.deepcopy(model)
+    for expert in (0, 2):
+        for fixed, other in zip(routers_of(model).values(), routers_of(only).values(), strict=True):
+            if expert:  # 0 unless set
+                fixed.expert = expert  # type: ignore[assignment]
+            other.only = expert
+        with record_routing(model) as routings:
+            logits = model(images(4))
+        assert {e for r in routings.values() for e in r.expert.tolist()} == {expert}
+        assert torch.equal(only(images(4)), logits)
+
+
+@pytest.mark.parametrize("name", ["light", "global"])
+def test_only_sends_all_to_an_expert_without_a_look(name: str) -> None:
+    model = create_model("resnet18", width=8, image_size=8, router=name, num_experts=3)
+    for router in routers_of(model).values():
+        router.only = 2
+    seen: list[Any] = []
+    watching = observe_routers(model, lambda *choice: seen.append(choice))
+    with record_routing(model) as routings, record_scores(model) as scores, watching:
+        model(images(4)).sum().backward()
+    assert not scores and not seen
+    assert all(r.expert.tolist() == [2] * 4 and r.gate is None for r in routings.values()) and len(routings) == 16
+    assert all(p.grad is None for p in router_parameters(model))
+    for router in routers_of(model).values():
+        router.only = None
+    with record_scores(model) as scores:
+        model(images(4))
+    assert len(scores) == len(routers_of(model))
+
+
+def test_observers_see_each_choice_and_go_again() -> None:
+    model = create_model("resnet18", width=8, image_size=8, temperature=4.0)
+    seen: list[tuple[Router, Tensor, Routing]] = []
+    watching = observe_routers(model, lambda *choice: seen.append(choice))
+    with record_scores(model) as scores, record_routing(model) as routings, watching:
+        model(images(2))
+    assert [r for r, _, _ in seen] == list(routers_of(model).values())
+    for (router, observed, routing), raw in zip(seen, scores.values(), strict=True):
+        torch.testing.assert_close(observed, raw / 4)
+        assert observed.requires_grad and torch.equal(routing.expert, routings[router.routes].expert)
+    with pytest.raises(KeyError), observe_routers(model, lambda *choice: {}["absent"]):  # type: ignore[misc]
+        model(images(2))
+    assert not any(r._observers for r in routers_of(model).values())
+
+
 def test_a_router_of_ones_own(own_router: type[Router]) -> None:
     assert "test_corner" in list_routers()
     model = create_model("resnet18", "moe", width=8, image_size=8, router="test_corner", num_experts=3)
@@ -70,8 +337,8 @@ def test_a_router_of_ones_own(own_router: type[Router]) -> None:
 
 
 def test_the_near_match_of_an_unknown_router() -> None:
-    assert list_routers() == ["light", "global"]
-    with pytest.raises(ValueError, match="router: expected one of light, global, got 'gloabl'; did you mean global"):
+    assert list_routers() == ["light", "conv", "linear", "image", "random", "fixed", "global"]
+    with pytest.raises(ValueError, match=r"router: expected one of light, .*, global, got 'gloabl'; did you mean global"):
         create_model("resnet18", width=8, router="gloabl")
 
 
@@ -84,6 +351,20 @@ def test_non_finite_scores_name_the_layer(value: str) -> None:
         model(images(2))
 
 
+def test_scores_that_a_temperature_takes_out_of_range_are_not_finite() -> None:
+    model = create_model("resnet18", "moe", width=8, image_size=8, temperature=1e-30)
+    with torch.no_grad():
+        model.layer2[1].conv1.router.linear.bias[0] = 1e10
+    with pytest.raises(NonFiniteRouterError, match=r"router of layer2\.1\.conv1 "):
+        model(images(2))
+
+
+def test_a_gate_that_is_known_to_diverge_is_named() -> None:
+    router, x = given(torch.tensor([[float("nan"), 0.0]]), gate="raw_straight_through")
+    with pytest.raises(NonFiniteRouterError, match="'raw_straight_through' is known to diverge"):
+        router.route(x)
+
+
 def test_non_finite_scores_of_the_global_router() -> None:
     model = create_model("resnet18", "moe", width=8, image_size=8, router="global")
     with torch.no_grad():
@@ -92,21 +373,17 @@ def test_non_finite_scores_of_the_global_router() -> None:
         model(images(2))
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_light_router_does_not_look_at_the_rest_of_the_batch(training: bool) -> None:
-    torch.manual_seed(0)
-    router = LightRouter(5, 3).train(training)
-    x = torch.randn(7, 5, 4, 4)
-    together = router(x)
-    for i in range(7):
-        torch.testing.assert_close(router(x[i : i + 1]), together[i : i + 1])
-
-
-@pytest.mark.parametrize("router", ["light", "global"])
+@pytest.mark.parametrize("router", ["light", "conv", "linear", "image", "global"])
 def test_a_choice_does_not_depend_on_the_rest_of_the_batch(router: str) -> None:
     torch.manual_seed(0)
     model = create_model("resnet18", "moe", width=8, image_size=8, router=router, num_experts=4).eval()
     x = images(12)
+    with torch.no_grad():
+        with record_scores(model) as scores:
+            model(x)
+        for name, own in routers_of(model).items():  # otherwise some send all images to one expert
+            last: Any = own.conv if router == "conv" else own.linear
+            last.bias -= scores[name].mean(0)
     with record_routing(model) as routings, torch.no_grad():
         model(x)
         together = {n: r.expert.clone() for n, r in routings.items()}
@@ -164,7 +441,7 @@ def pooled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[
 def test_light_router_asks_for_what_its_forward_gives(pooled: list[Any], gate: str, gradients: bool) -> None:
     torch.manual_seed(0)
     router = LightRouter(5, 3)
-    router.gate, router.norm.eps = gate, 0.1
+    router.options, router.norm.eps = RouterOptions(gate), 0.1
     for parameter in (*router.norm.parameters(), router.linear.bias):
         nn.init.normal_(parameter)
     elsewhere = copy.deepcopy(router).to("meta")
@@ -200,6 +477,21 @@ def _other_linear(router: LightRouter) -> LightRouter:
     return router
 
 
+def _softer(router: LightRouter) -> LightRouter:
+    router.options = RouterOptions(temperature=2.0)
+    return router
+
+
+def _alone(router: LightRouter) -> LightRouter:
+    router.only = 1
+    return router
+
+
+def _observed(router: LightRouter) -> LightRouter:
+    router._observers.append(lambda *choice: None)
+    return router
+
+
 def _hooked(name: str, register: str) -> Callable[[LightRouter], LightRouter]:
     def change(router: LightRouter) -> LightRouter:
         getattr(router.get_submodule(name), register)(lambda *args: None)
@@ -214,6 +506,9 @@ def _hooked(name: str, register: str) -> Callable[[LightRouter], LightRouter]:
         _own_forward,
         _patched,
         _other_linear,
+        _softer,
+        _alone,
+        _observed,
         _hooked("", "register_forward_hook"),
         _hooked("", "register_full_backward_hook"),
         _hooked("norm", "register_forward_pre_hook"),
@@ -227,6 +522,14 @@ def test_a_light_router_that_is_changed_or_watched_runs_its_forward(
     with torch.no_grad():
         router.route(torch.empty(7, 5, 4, 4, device="meta"))
     assert not pooled
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_noise_takes_the_light_routers_forward_in_training_only(pooled: list[Any], training: bool) -> None:
+    router = LightRouter(5, 3).to("meta").train(training)
+    router.options = RouterOptions(noise=1.0)
+    router.route(torch.empty(7, 5, 4, 4, device="meta"))
+    assert len(pooled) == (0 if training else 1)
 
 
 def test_scores_and_costs_are_seen_off_the_cpu_too(pooled: list[Any]) -> None:

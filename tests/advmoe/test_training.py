@@ -136,7 +136,8 @@ def test_algorithm_1_goes_routers_first_on_a_batch_of_its_own(monkeypatch: pytes
     seen: list[tuple[str, float]] = []
     for name in ("_router_phase", "_backbone_phase"):
 
-        def phase(self: AdvMoE, batch: Batch, name: str = name) -> StepResult:
+        def phase(self: AdvMoE, batch: Batch, adversarial: Any = None, name: str = name) -> StepResult:
+            assert adversarial is None  # each level has an attack of its own
             seen.append((name, batch.images.sum().item()))
             return StepResult({}, 0, 0)
 
@@ -198,12 +199,17 @@ def test_an_attack_on_the_routers_diverges_them_further(router: str) -> None:
     assert apart[1] > 1.1 * apart[0] > 0, apart
 
 
-def test_at_trains_router_and_backbone_together() -> None:
+@pytest.mark.parametrize("router_lr", [None, 0.01])
+def test_at_trains_router_and_backbone_together(router_lr: float | None) -> None:
     m = model()
-    method = AT(m, MethodConfig("at"), OptimConfig(), ATTACK)
+    method = AT(m, MethodConfig("at"), OptimConfig(router_lr=router_lr), ATTACK)
     routers, backbone = snapshot(router_parameters(m)), snapshot(backbone_parameters(m))
     method.step([batch()])
     assert not same(routers, router_parameters(m)) and not same(backbone, backbone_parameters(m))
+    groups = method.optimizers["all"].param_groups
+    assert [g["base_lr"] for g in groups] == ([0.1] if router_lr is None else [0.1, 0.01])
+    assert {id(p) for p in groups[-1]["params"]} >= {id(p) for p in router_parameters(m)}
+    assert sum(len(g["params"]) for g in groups) == len(list(m.parameters()))
 
 
 def test_pgd_at_is_cross_entropy_on_adversarial_images() -> None:
@@ -611,7 +617,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(monkeypatch: pytest.MonkeyPatch
     optim = OptimConfig(weight_decay=0.1)
     trainer = {"advmoe": AdvMoE, "at": AT}[method](m, MethodConfig(method), optim, ATTACK)
     before = snapshot(list(m.parameters()))
-    monkeypatch.setattr("advmoe.training.methods.trades_loss", lambda c, a, y, b: (c + a).sum() * float("nan"))
+    monkeypatch.setattr("advmoe.training.methods.base.trades_loss", lambda c, a, y, b: (c + a).sum() * float("nan"))
     with pytest.raises(NonFiniteLossError, match=f"^{phase} is nan"):
         trainer.step([batch(0), batch(1)][: trainer.batches_per_step])
     assert same(before, list(m.parameters()))
@@ -622,7 +628,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(monkeypatch: pytest.MonkeyP
     trainer = AT(m, MethodConfig("at"), OptimConfig(weight_decay=0.1), ATTACK)
     before = snapshot(list(m.parameters()))
     # sqrt(0): the value is 0, the derivative infinite, and times 0 NaN
-    monkeypatch.setattr("advmoe.training.methods.trades_loss", lambda c, a, y, b: (c * 0 + a * 0).sum().sqrt())
+    monkeypatch.setattr("advmoe.training.methods.base.trades_loss", lambda c, a, y, b: (c * 0 + a * 0).sum().sqrt())
     with pytest.raises(NonFiniteLossError, match=r"^the gradient of loss \(0\) has the entry nan"):
         trainer.step([batch(0)])
     assert same(before, list(m.parameters()))
