@@ -192,12 +192,11 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        for name, needed in (
-            ("share_epochs", self.routing.share_epochs),
-            ("pretrain_epochs + mask_epochs", self.method.pretrain_epochs + self.method.mask_epochs),
-        ):
-            if needed and needed >= self.epochs:
-                raise ValueError(f"{name}: expected less than the {self.epochs} epochs, got {needed}")
+        if self.routing.share_epochs >= self.epochs:
+            raise ValueError(f"share_epochs: expected less than the {self.epochs} epochs, got {self.routing.share_epochs}")
+        phases = self.method.pretrain_epochs + self.method.mask_epochs
+        if phases > self.epochs:
+            raise ValueError(f"pretrain_epochs + mask_epochs: expected at most the {self.epochs} epochs, got {phases}")
 
     def save(self, path: Path) -> None:
         write_text(path, yaml.safe_dump(_plain(self), sort_keys=False))

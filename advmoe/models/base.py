@@ -179,7 +179,9 @@ def create_model(
             raise unknown_name(name, value, known)
     if level == "image" and options.get("route_per", "network") != "network":
         raise ValueError(f"route_per: the router {router!r} chooses once for each image; got {options['route_per']!r}")
-    router_options = RouterOptions(**{n: options.pop(n) for n in ("gate", "temperature", "noise", "standardize") if n in options})
+    router_options = RouterOptions(
+        **{n: options.pop(n) for n in ("gate", "temperature", "noise", "standardize") if n in options}
+    )
     if router_options.gate == "softmax" and options.get("route_per") in ("block", "stage"):
         raise ValueError("gate: 'softmax' multiplies through all layers that share a choice; use it per layer or network")
     for name in ("mean", "std"):

@@ -27,7 +27,7 @@ class _Block(nn.Module):
         super().__init__()
         out = Channels.of(spec, width, self.expansion)
         # with windows where the dense network has one, else where the widths that are there ask for it, as released
-        needed = stride != 1 or (source.width != out.width)
+        needed = stride != 1 or (source.dense != out.dense if spec.windows else source.width != out.width)
         self._add_convolutions(spec, source, width, stride)
         self.shortcut: nn.Module
         if spec.imagenet_stem and needed:

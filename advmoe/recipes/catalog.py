@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ..config import RunConfig, _build
+from ..config import RunConfig, read_room
 from ..registry import unknown_name
 
 __all__ = ["SCALES", "Catalog", "EvaluationSettings", "Plan", "Recipe"]
@@ -226,6 +226,8 @@ class Catalog:
         for more in (self._common.config, self._data[recipe.data].config, method.config):
             config = _merged(config, more)
         model = {"arch": recipe.arch, "num_experts": recipe.experts, "ratio": recipe.ratio}
+        if config.get("model", {}).get("kind") == "dense":
+            model |= {"num_experts": None, "ratio": None}  # it has neither: one run serves all
         config = _merged(config, {"model": {key: value for key, value in model.items() if value is not None}})
         overlays = [self._scale(scale), _Overlay(table.config, table.evaluation)]
         if scale in self._overlays[recipe.table]:
@@ -237,9 +239,9 @@ class Catalog:
             config["init"] = self._sibling(recipe, method.init).name
         if recipe.epsilon is not None:
             evaluation["epsilon"] = recipe.epsilon
-        built = _build(RunConfig, config, f"{recipe.name} at scale {scale}")
+        built = read_room(RunConfig, config, f"{recipe.name} at scale {scale}")
         evaluation.setdefault("epsilon", built.attack.epsilon)
-        return built, _build(EvaluationSettings, evaluation, f"{recipe.name} at scale {scale}: evaluation")
+        return built, read_room(EvaluationSettings, evaluation, f"{recipe.name} at scale {scale}: evaluation")
 
     def _sibling(self, recipe: Recipe, method: str) -> Recipe:
         """The recipe of the same table that differs in the method alone."""
@@ -273,7 +275,7 @@ class Catalog:
 
     def _read(self, name: str, kind: type) -> Any:
         file = f"{name}.yaml"
-        built: Any = _build(kind, _yaml(self.folder / file), file)
+        built: Any = read_room(kind, _yaml(self.folder / file), file)
         self._check_config(getattr(built, "config", {}), file)
         return built
 
@@ -281,14 +283,14 @@ class Catalog:
         file = f"{name}.yaml"
         built: dict[str, Any] = {}
         for key, values in _yaml(self.folder / file).items():
-            built[str(key)] = _build(kind, values, f"{file}: {key}")
+            built[str(key)] = read_room(kind, values, f"{file}: {key}")
             self._check_config(getattr(built[str(key)], "config", {}), f"{file}: {key}")
         return built
 
     def _check_config(self, config: dict, where: str, evaluation: dict | None = None) -> None:
         """Each fragment by itself: merged with others, nobody knows which file a wrong key came from."""
-        _build(RunConfig, config, f"{where}: config")
-        _build(EvaluationSettings, evaluation or {}, f"{where}: evaluation")
+        read_room(RunConfig, config, f"{where}: config")
+        read_room(EvaluationSettings, evaluation or {}, f"{where}: evaluation")
 
     def _check_overlay(self, overlay: _Overlay, where: str) -> None:
         self._check_config(overlay.config, where, overlay.evaluation)
@@ -296,7 +298,7 @@ class Catalog:
             for key, values in getattr(overlay, axis).items():
                 if key not in known:
                     raise unknown_name(f"{where}: {axis}", key, known)
-                part = _build(_Overlay, values, f"{where}: {axis}: {key}")
+                part = read_room(_Overlay, values, f"{where}: {axis}: {key}")
                 self._check_config(part.config, f"{where}: {axis}: {key}", part.evaluation)
 
     def _table_overlays(self, table: str) -> dict[str, _Overlay]:
@@ -306,7 +308,7 @@ class Catalog:
         for scale, values in self._tables[table].scales.items():
             if scale not in self._scales:
                 raise unknown_name(f"{file}: scales", scale, self._scales)
-            overlays[scale] = _build(_Overlay, values, f"{file}: {scale}")
+            overlays[scale] = read_room(_Overlay, values, f"{file}: {scale}")
             self._check_overlay(overlays[scale], f"{file}: {scale}")
         return overlays
 

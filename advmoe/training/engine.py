@@ -56,7 +56,7 @@ class Trainer:
         self.run = run
         self.data = data
         self.quiet = quiet
-        self.device = _device(config.device)
+        self.device = device_of(config.device)
         if config.model.kind == "moe":
             choose(self.device)
         torch.manual_seed(config.seed)
@@ -274,7 +274,7 @@ class Trainer:
             logger.warning("epoch %d: one expert takes all samples in %s", self.epoch + 1, ", ".join(collapsed))
         # an undefended model's RA is noise near zero
         score = result.sa if self.config.method.name == "standard" else robust.ra
-        improved = score > self.best and self.method.may_be_best(self.epoch)
+        improved = score > self.best and self.method.may_be_best(self.epoch, self.config.epochs)
         self.best = score if improved else self.best
         self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, {}, 0.0
         state = self.state_dict()
@@ -292,13 +292,19 @@ def _load_weights(model: nn.Module, source: str) -> None:
         RunError: if they are not there or do not fit.
     """
     other, _ = load_model(source)
+    given = other.state_dict()
+    if masked_convolutions(model) and not masked_convolutions(other):
+        # a network without masks: all its channels are there
+        own = ("scores", "mask", "alive")
+        given = {**{k: v for k, v in model.state_dict().items() if k.rpartition(".")[2] in own}, **given}
     try:
-        model.load_state_dict(other.state_dict())
+        model.load_state_dict(given)
     except RuntimeError as error:
-        raise RunError(f"init: the weights of {source} do not fit this model: {error}") from error
+        first = str(error).split("\n\t")[1]  # of a line for each
+        raise RunError(f"init: the weights of {source} do not fit this model: {first}") from error
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     """``auto`` is the CPU as long as the routed layers have no GPU backend."""
     try:
         device = torch.device("cpu" if name == "auto" else name)

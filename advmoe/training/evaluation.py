@@ -17,7 +17,7 @@ from ..config import RunConfig, write_text
 from ..data import DataSet, load
 from ..evaluation import Evaluation, evaluate
 from ..profiling import Profile, profile
-from .engine import _device
+from .engine import device_of
 from .runs import RunError, load_model
 
 __all__ = ["EvaluatedRun", "evaluate_run", "write_record"]
@@ -85,7 +85,7 @@ def evaluate_run(
         test_limit = config.data.test_limit
     images = load(name, data_dir, test_limit=test_limit)
     epsilon = images.epsilon if epsilon is None else epsilon
-    model = model.to(_device(device))
+    model = model.to(device_of(device))
     chosen = {attack: from_name(attack, epsilon) for attack in attacks}
     torch.manual_seed(seed)
     result = evaluate(model, images.test.first(limit), chosen, batch_size, seed=seed, progress=progress)

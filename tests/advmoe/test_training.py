@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_runs import ATTACK, assert_same_run, batch, interrupt_at, model, same, snapshot, tiny
 
 from advmoe.attacks import PGD, from_name
 from advmoe.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
@@ -41,39 +42,6 @@ from advmoe.training import (
 from advmoe.training.methods import Batch, Method, StepResult
 from advmoe.training.runs import build_model, load_checkpoint
 from moe_kernels import BackendUnavailable, RoutedBatchNorm2d, RoutedConv2d
-
-ATTACK = PGD(0.15, 0.1, 2, loss="kl")
-
-
-def tiny(method: str = "advmoe", kind: str = "moe", **changes: Any) -> RunConfig:
-    config = RunConfig(
-        model=ModelConfig(kind=kind, width=8),
-        data=DataConfig("digits", train_limit=96, validation=16),
-        optim=OptimConfig(lr=0.05),
-        method=MethodConfig(method),
-        epochs=2,
-        batch_size=32,
-        validation_attack="pgd2",
-    )
-    return dataclasses.replace(config, **changes)
-
-
-def batch(seed: int = 0, count: int = 16, size: int = 8) -> Batch:
-    g = stream_generator(seed)
-    return Batch(torch.rand(count, 3, size, size, generator=g), torch.randint(0, 10, (count,), generator=g), g)
-
-
-def model(**options: Any) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return create_model("resnet18", **{"kind": "moe", "width": 8, "image_size": 8, **options}).train()
-
-
-def snapshot(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [p.detach().clone() for p in parameters]
-
-
-def same(before: list[torch.Tensor], parameters: Sequence[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
 
 
 def test_router_phase_moves_the_routers_only() -> None:
@@ -349,40 +317,6 @@ def test_a_run_is_a_folder(tmp_path: Path, level: int, monkeypatch: pytest.Monke
     assert all(torch.equal(a, b) for a, b in zip(restored.state_dict().values(), state["model"].values(), strict=True))
     with pytest.raises(RunError, match="holds a run already"):
         train(tiny(), tmp_path / "run", quiet=True)
-
-
-def interrupt_at(step: int, method: type[Method], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in the middle of that step of the process."""
-    original = method.step
-    count = 0
-
-    def interrupted(self: Method, batches: Sequence[Batch]) -> StepResult:
-        nonlocal count
-        count += 1
-        if count == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, batches)
-
-    monkeypatch.setattr(method, "step", interrupted)
-
-
-def assert_same_run(first: Run, second: Run) -> None:
-    """Weights, optimisers, positions and metrics, but for times."""
-    one, two = (torch.load(r.checkpoint(), weights_only=True) for r in (first, second))
-    for a, b in zip(one["model"].values(), two["model"].values(), strict=True):
-        assert torch.equal(a, b)
-    for name, state in one["optimizers"].items():
-        buffers = [[v["momentum_buffer"] for v in s["state"].values()] for s in (state, two["optimizers"][name])]
-        assert all(torch.equal(a, b) for a, b in zip(*buffers, strict=True)) and buffers[0]
-    assert one["batches"] == two["batches"]
-    assert torch.equal(one["torch_rng"], two["torch_rng"])
-    timing = ("images_per_second", "seconds")
-    strip = [[{k: v for k, v in line.items() if k not in timing} for line in r.metrics()] for r in (first, second)]
-    assert strip[0] == strip[1] and strip[0]
-    best = [torch.load(r.checkpoint("best"), weights_only=True) for r in (first, second)]
-    assert best[0]["epoch"] == best[1]["epoch"]
-    for r in (first, second):
-        assert not list(r.folder.glob("*.tmp"))
 
 
 RELEASED = MethodConfig(order="backbone_first", batches="one", router_objective="pseudo_label", attack_routers=True)

@@ -125,7 +125,7 @@ class Method(ABC):
     def begin_epoch(self, epoch: int) -> None:  # noqa: B027 - most methods have nothing to do there
         """What happens once, before an epoch's first step."""
 
-    def may_be_best(self, epoch: int) -> bool:
+    def may_be_best(self, epoch: int, epochs: int) -> bool:
         """Whether what this epoch gives may become the run's ``best``."""
         return True
 

@@ -29,7 +29,9 @@ class ATSparse(Method):
     of the dense network, ``mask_epochs`` in which only the scores of the mask are trained and the weights rest, and the
     remaining epochs of adversarial training of what the mask has kept.
 
-    The paper's AT (Sparse) gives 100 epochs to each. ``best`` is chosen in the last phase alone.
+    The paper's AT (Sparse) gives 100 epochs to each. Without epochs left to fine-tune, the result is a mask over the weights
+    that it began with (with ``init``, say those of standard training: the robust mask of the paper's Figure 3). ``best``
+    is chosen in the last phase alone.
     """
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -41,6 +43,7 @@ class ATSparse(Method):
         self.phase = "pretrain"
         self.image_size: int | None = None  # seen by a step
         self.masks_are_new = False
+        self.image_size: int | None = None  # of the images, once one has come
         if self.config.mask_epochs < 1:
             raise ValueError("mask_epochs: expected at least 1 for at_sparse, got 0")
 

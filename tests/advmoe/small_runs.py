@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of a second, steps of a tenth of one, and what two equal runs have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from advmoe.attacks import PGD
+from advmoe.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
+from advmoe.data import stream_generator
+from advmoe.models import create_model
+from advmoe.models.base import _MODELS, register_model
+from advmoe.models.resnet import BasicBlock, ResNet
+from advmoe.training import Run
+from advmoe.training.methods import Batch, Method, StepResult
+
+ATTACK = PGD(0.15, 0.1, 2, loss="kl")
+SMALL = "test_small"
+
+
+@contextmanager
+def small_architecture() -> Iterator[None]:
+    """Meanwhile there is an architecture ``SMALL``: a ResNet of two blocks, with four routed convolutions."""
+    register_model(SMALL)(lambda spec: ResNet(spec, BasicBlock, (1, 1)))
+    try:
+        yield
+    finally:
+        del _MODELS._entries[SMALL]
+
+
+def tiny(method: str = "advmoe", kind: str = "moe", **changes: Any) -> RunConfig:
+    """Two epochs of three steps."""
+    config = RunConfig(
+        model=ModelConfig(kind=kind, width=8),
+        data=DataConfig("digits", train_limit=96, validation=16),
+        optim=OptimConfig(lr=0.05),
+        method=MethodConfig(method),
+        epochs=2,
+        batch_size=32,
+        validation_attack="pgd2",
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def batch(seed: int = 0, count: int = 16, size: int = 8) -> Batch:
+    g = stream_generator(seed)
+    return Batch(torch.rand(count, 3, size, size, generator=g), torch.randint(0, 10, (count,), generator=g), g)
+
+
+def model(arch: str = "resnet18", **options: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return create_model(arch, **{"kind": "moe", "width": 8, "image_size": 8, **options}).train()
+
+
+def snapshot(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [t.detach().clone() for t in tensors]
+
+
+def same(before: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
+
+
+def interrupt_at(step: int, method: type[Method], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of that step of the process."""
+    original = method.step
+    count = 0
+
+    def interrupted(self: Method, batches: Sequence[Batch]) -> StepResult:
+        nonlocal count
+        count += 1
+        if count == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, batches)
+
+    monkeypatch.setattr(method, "step", interrupted)
+
+
+def assert_same_run(first: Run, second: Run) -> None:
+    """Weights, optimisers, positions and metrics, but for times."""
+    one, two = (torch.load(r.checkpoint(), weights_only=True) for r in (first, second))
+    for a, b in zip(one["model"].values(), two["model"].values(), strict=True):
+        assert torch.equal(a, b)
+    for name, state in one["optimizers"].items():
+        buffers = [[v["momentum_buffer"] for v in s["state"].values()] for s in (state, two["optimizers"][name])]
+        assert all(torch.equal(a, b) for a, b in zip(*buffers, strict=True)) and buffers[0]
+    assert one["batches"] == two["batches"]
+    assert torch.equal(one["torch_rng"], two["torch_rng"])
+    timing = ("images_per_second", "seconds")
+    strip = [[{k: v for k, v in line.items() if k not in timing} for line in r.metrics()] for r in (first, second)]
+    assert strip[0] == strip[1] and strip[0]
+    best = [torch.load(r.checkpoint("best"), weights_only=True) for r in (first, second)]
+    assert best[0]["epoch"] == best[1]["epoch"]
+    for r in (first, second):
+        assert not list(r.folder.glob("*.tmp"))
