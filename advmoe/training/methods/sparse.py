@@ -41,7 +41,6 @@ class ATSparse(Method):
         self.search = self.config.pretrain_epochs
         self.finetune = self.search + self.config.mask_epochs
         self.phase = "pretrain"
-        self.image_size: int | None = None  # seen by a step
         self.masks_are_new = False
         self.image_size: int | None = None  # of the images, once one has come
         if self.config.mask_epochs < 1:
