@@ -25,6 +25,7 @@ from ..config import RunConfig
 from ..data import Batches, DataSet, augment, load, stream_generator
 from ..evaluation.measure import evaluate
 from ..routers import FixedRouter, NonFiniteRouterError, routers_of
+from ..sparse import masked_convolutions
 from .methods import Batch, Method, NonFiniteLossError, StepResult, build_method
 from .runs import Run, RunError, build_model, load_checkpoint, load_model
 from .watch import COLLAPSED, RouterWatch

@@ -104,7 +104,7 @@ def test_numbers_as_people_write_them(tmp_path: Path) -> None:
         ("method: {part: router}", r"part: expected one of all, routers, experts, got 'router'; did you mean routers"),
         ("method: {router_every: 0}", r"router_every: expected at least 1, got 0"),
         ("method: {mask_epochs: -1}", r"mask_epochs: expected a finite number of at least 0, got -1"),
-        ("method: {name: at_sparse, mask_epochs: 2}\nepochs: 2", r"pretrain_epochs \+ mask_epochs: .* than the 2 epochs"),
+        ("method: {name: at_sparse, mask_epochs: 3}\nepochs: 2", r"pretrain_epochs \+ mask_epochs: .* most the 2 epochs"),
         ("routing: {balance: swich}", r"balance: expected one of none, switch, .*did you mean switch"),
         ("routing: {balance_weight: 0.3}", r"balance_weight: without effect with balance 'none'"),
         ("routing: {balance: switch, balance_weight: -1}", r"balance_weight: expected a finite number of at least 0"),

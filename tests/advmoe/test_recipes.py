@@ -25,6 +25,7 @@ from advmoe.config import RunConfig
 from advmoe.models import create_model, router_parameters
 from advmoe.profiling import profile
 from advmoe.recipes import SCALES, Catalog, catalog, results, sweep
+from advmoe.sparse import masked_convolutions
 from advmoe.training import AT, AdvMoE, Standard, build_method, load_checkpoint, load_model
 from advmoe.training.methods import Batch, Method, StepResult
 from advmoe.training.runs import build_model
@@ -49,7 +50,7 @@ ROW = "table1/cifar10/resnet18"
 NO_NUMBERS = (  # of the paper's
     "fig2/cifar10/resnet18/at_moe/eps8",
     "fig3/cifar10/resnet18/router_only/r0.8",
-    "fig3/cifar10/resnet18/m3_at_sparse/r0.5",
+    "fig3/cifar10/resnet18/standard_dense/r0.5",
     "fig7/cifar10/resnet18/advmoe/n2/r0.5",
 )
 # on digits, of which the first 64 images are trained on for one epoch
@@ -65,7 +66,9 @@ cpu:
     validation_attack: pgd1
   evaluation: {attack: pgd2, limit: 20}
   data: {cifar100: {config: {data: {name: cifar100}}}}
-  methods: {at_sparse: {config: {epochs: 3, method: {pretrain_epochs: 1, mask_epochs: 1}}}}
+  methods:
+    at_sparse: {config: {epochs: 3, method: {pretrain_epochs: 1, mask_epochs: 1}}}
+    robust_mask: {config: {epochs: 2, method: {mask_epochs: 2}}}
 gpu: {label: "", seeds: [0]}
 paper: {label: "", seeds: [0, 1]}
 """
@@ -127,7 +130,9 @@ def test_names_of_the_figures(recipes: Catalog) -> None:
         return {r.name.removeprefix(prefix + "/") for r in recipes.select(prefix)}
 
     assert below("fig2/cifar10/resnet18") == {f"{m}/eps{e}" for m in ("at_s_dense", "at_moe") for e in (2, 4, 6, 8)}
-    studied = ("m1_standard_moe", "m2_at_s_dense", "m3_at_sparse", "router_only", "theta_double_bar")
+    studied = (
+        "m1_standard_moe", "m2_at_s_dense", "standard_dense", "m3_robust_mask", "router_only", "theta_double_bar",
+    )  # fmt: skip
     assert below("fig3/cifar10/resnet18") == {f"{m}/r{r}" for m in studied for r in (0.8, 0.5, 0.2)}
     scales = [f"r{tenths / 10}" for tenths in range(1, 11)]
     assert "r1.0" in scales and "r0.1" in scales
@@ -180,13 +185,13 @@ def test_every_recipe_resolves(recipes: Catalog, scale: str) -> None:
         assert c.model.arch == recipe.arch and c.data.name == recipe.data
         assert plan.run in recipes.recipes and plan.source in recipes.recipes
         assert recipes.plan(plan.run, scale).run == plan.run
-        if recipe.ratio is not None:
+        if recipe.ratio is not None and c.model.kind != "dense":
             assert c.model.ratio == recipe.ratio
         if recipe.experts is not None:
             assert c.model.num_experts == recipe.experts
         if recipe.method == "at_sparse":  # three phases of the same length
             assert c.epochs == 3 * c.method.pretrain_epochs == 3 * c.method.mask_epochs
-        assert (c.init is None) == (recipe.method not in ("router_only", "theta_double_bar"))
+        assert (c.init is None) == (recipe.method not in ("router_only", "theta_double_bar", "robust_mask"))
         assert plan.evaluation.epsilon == (recipe.epsilon or c.attack.epsilon)
 
 
@@ -285,7 +290,7 @@ def test_nothing_is_trained_or_evaluated_twice(recipes: Catalog) -> None:
         ("methods.yaml", "init: router_only", "init: routers", r"methods.yaml: theta_double_bar: init: .*router_only"),
         ("methods.yaml", "paper: AdvMoE", "papre: AdvMoE", r"methods.yaml: advmoe: setting: .*did you mean paper"),
         ("scales.yaml", "limit: 20}", "limits: 20}", r"scales.yaml: cpu: evaluation: .*did you mean limit"),
-        ("scales.yaml", "methods: {at_sparse", "methods: {at_spares", r"scales.yaml: cpu: methods: .*at_sparse"),
+        ("scales.yaml", "    at_sparse: {", "    at_spares: {", r"scales.yaml: cpu: methods: .*at_sparse"),
         ("scales.yaml", "paper:", "papers:", r"scales.yaml: expected the scale paper"),
         ("tableA1.yaml", "steps: 10", "step: 10", r"tableA1.yaml: config: attack: .*did you mean steps"),
         ("tableA1.yaml", "resnet18: {", "resnet81: {", r"tableA1.yaml: cpu: archs: .*did you mean resnet18"),
@@ -535,6 +540,21 @@ def test_the_study_of_figure_3_goes_on_from_run_to_run(reproduce: Callable[..., 
     assert same(phi_bar, phi_both) and not same(psi_bar, psi_both)
 
 
+def test_a_robust_mask_leaves_the_weights_of_standard_training(reproduce: Callable[..., int], tmp_path: Path) -> None:
+    assert reproduce("fig3/cifar10/resnet18/m3_robust_mask/r0.5") == 0
+    runs = tmp_path / "out" / "cpu" / "fig3" / "cifar10" / "resnet18"
+    record = json.loads((runs / "m3_robust_mask" / "r0.5" / "seed0" / "evaluation.json").read_text())
+    mask, dense = (
+        load_model(runs / name / "seed0", "last")[0] for name in ("m3_robust_mask/r0.5", "standard_dense/r0.8")
+    )
+    weights = dict(dense.named_parameters())
+    for name, layer in masked_convolutions(mask).items():
+        assert torch.equal(layer.weight, weights[f"{name}.weight"]) and layer.mask.sum() == layer.kept
+    with torch.device("meta"):
+        whole = profile(create_model("resnet18", "dense", width=8, image_size=8), 8)
+    assert record["gflops"] < 0.6 * whole.gflops
+
+
 def test_at_sparse_is_counted_without_what_it_removed(reproduce: Callable[..., int], tmp_path: Path) -> None:
     assert reproduce(f"{ROW}/at_sparse") == 0
     record = json.loads((tmp_path / "out" / "cpu" / ROW / "at_sparse" / "seed0" / "evaluation.json").read_text())
@@ -560,7 +580,7 @@ def test_what_the_table_says(recipes: Catalog) -> None:
     assert "| 2 | 55.00 ± 7.07 | 25.00 ± 0.00 | 0.1000 |          - |      37.64 |            - |" in text
     assert "router_only/r0.5, seed 1: 30.0% of the images gave the attack no gradient" in text
     assert recipes.label("cpu") in text and "RA: PGD-50 as it was; on 9 test images" in text
-    assert "the paper's M3 of Figure 3 (RA 20.04 % at r = 0.5) must be" in text
+    assert "M3 is read as a mask learned adversarially" in text
     for name in NO_NUMBERS:
         assert recipes.paper(recipes.recipes[name]) == {}
     aa = results.result_table(recipes, "paper", [(recipes.plan("table2/cifar10/resnet18/at_dense", "paper"), [])])

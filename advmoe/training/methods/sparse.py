@@ -29,9 +29,9 @@ class ATSparse(Method):
     of the dense network, ``mask_epochs`` in which only the scores of the mask are trained and the weights rest, and the
     remaining epochs of adversarial training of what the mask has kept.
 
-    The paper's AT (Sparse) gives 100 epochs to each. Without epochs left to fine-tune, the result is a mask over the weights
-    that it began with (with ``init``, say those of standard training: the robust mask of the paper's Figure 3). ``best``
-    is chosen in the last phase alone.
+    The paper's AT (Sparse) gives 100 epochs to each. Without epochs left to fine-tune, the result is a mask over the
+    weights that it began with (with ``init``, say those of standard training: the robust mask of the paper's Figure 3).
+    ``best`` is chosen in the last phase alone.
     """
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -79,8 +79,8 @@ class ATSparse(Method):
             store_masks(self.model)
             update_alive(self.model, self.image_size)
 
-    def may_be_best(self, epoch: int) -> bool:
-        return epoch >= self.finetune
+    def may_be_best(self, epoch: int, epochs: int) -> bool:
+        return epoch >= (self.finetune if self.finetune < epochs else self.search)
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
         batch = batches[0]
