@@ -193,7 +193,9 @@ class RunConfig:
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         if self.routing.share_epochs >= self.epochs:
-            raise ValueError(f"share_epochs: expected less than the {self.epochs} epochs, got {self.routing.share_epochs}")
+            raise ValueError(
+                f"share_epochs: expected less than the {self.epochs} epochs, got {self.routing.share_epochs}"
+            )
         phases = self.method.pretrain_epochs + self.method.mask_epochs
         if phases > self.epochs:
             raise ValueError(f"pretrain_epochs + mask_epochs: expected at most the {self.epochs} epochs, got {phases}")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -107,24 +108,20 @@ def backbone_costs(
     Raises:
         ValueError: as ``create_model``.
     """
-    costs = []
     shared = {name: options[name] for name in ("width", "stem") if name in options}
+
+    def cost(arch: str, kind: str, size: int, ratio: float = 1.0, **more: Any) -> Profile:
+        model = create_model(arch, kind, num_classes, size, num_experts, ratio, **more)
+        return profile(model, size)
+
+    costs = []
     with torch.device("meta"):
-        for arch in archs:
-            for size in image_sizes:
-                common = {"num_classes": num_classes, "image_size": size}
-                dense = profile(create_model(arch, "dense", **common, **shared), size).gflops  # type: ignore[arg-type]
-                for ratio in ratios:
-                    scaled = create_model(arch, "s_dense", ratio=ratio, **common, **shared)  # type: ignore[arg-type]
-                    model = create_model(
-                        arch, "moe", ratio=ratio, num_experts=num_experts, router=router, **common, **options
-                    )  # type: ignore[arg-type]
-                    cost = profile(model, size)
-                    costs.append(
-                        BackboneCost(
-                            arch, size, ratio, dense, profile(scaled, size).gflops, cost.pathway_gflops, cost.router_gflops
-                        )
-                    )
+        for arch, size in itertools.product(archs, image_sizes):
+            dense = cost(arch, "dense", size, **shared).gflops
+            for ratio in ratios:
+                scaled = cost(arch, "s_dense", size, ratio, **shared).gflops
+                moe = cost(arch, "moe", size, ratio, router=router, **options)
+                costs.append(BackboneCost(arch, size, ratio, dense, scaled, moe.pathway_gflops, moe.router_gflops))
     return costs
 
 

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A router that has collapsed, or whose scores are no numbers, is reported while the epoch goes on, and by name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import ATTACK, SMALL, batch, model, small_architecture, tiny
+from torch import Tensor, nn
+
+from advmoe.attacks import NonFiniteGradientError
+from advmoe.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, RoutingConfig, RunConfig
+from advmoe.routers import FixedRouter, NonFiniteRouterError, Router, observe_routers, routers_of
+from advmoe.training import Method, NonFiniteLossError, Standard, StepResult, build_method, train
+from advmoe.training.methods import Batch
+from advmoe.training.runs import build_model
+from advmoe.training.watch import RouterWatch
+from moe_kernels import Routing
+
+
+@pytest.fixture(scope="module", autouse=True)
+def architecture() -> Iterator[None]:
+    with small_architecture():
+        yield
+
+
+class Given(Router):
+    """Its input is its scores."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Net(nn.Module):
+    """Two routers that are told what to choose."""
+
+    def __init__(self, num_experts: int = 3, first: type[Router] = Given) -> None:
+        super().__init__()
+        self.routers = nn.ModuleList([first(num_experts, num_experts), Given(num_experts, num_experts)])
+        for i, router in enumerate(self.routers):
+            router.routes = f"layer{i}"  # type: ignore[assignment]
+
+    def forward(self, *choices: Sequence[int]) -> None:
+        for router, choice in zip(self.routers, choices, strict=True):
+            count = router.num_experts
+            router.route(nn.functional.one_hot(torch.tensor(choice), count).float())  # type: ignore[operator,arg-type]
+
+
+BALANCED = (0, 1, 2, 1)
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+
+def steps(watch: RouterWatch, net: Net, *choices: Sequence[int], start: int = 0, count: int = 50) -> int:
+    for position in range(start, start + count):
+        with watch.watching(position):
+            net(*choices)
+    return start + count
+
+
+def test_a_collapsed_router_is_reported_within_fifty_steps_and_once(caplog: pytest.LogCaptureFixture) -> None:
+    net = Net()
+    watch = RouterWatch(net)
+    said = "the router of layer1 has collapsed: expert 2 took 100.0 % of the samples of 5 steps"
+    end = steps(watch, net, BALANCED, [2] * 4)
+    assert warnings_of(caplog) == [f"step 41: {said}"]
+    end = steps(watch, net, BALANCED, [2] * 4, start=end, count=100)
+    assert len(warnings_of(caplog)) == 1
+    end = steps(watch, net, BALANCED, BALANCED, start=end)  # recovered
+    end = steps(watch, net, BALANCED, [2] * 4, start=end)
+    assert warnings_of(caplog) == [f"step 41: {said}", f"step {end - 9}: {said}"]
+
+
+def test_a_resumed_run_is_watched_from_where_it_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    net = Net()
+    steps(RouterWatch(net), net, [0] * 4, BALANCED, start=1033)
+    (said,) = warnings_of(caplog)
+    assert said.startswith("step 1081: the router of layer0 has collapsed: expert 0")
+
+
+@pytest.mark.parametrize("choices", [(0, 1, 2, 1), (0,) * 499 + (1,)], ids=["balanced", "nearly"])
+def test_a_router_that_uses_two_experts_is_not_reported(caplog: pytest.LogCaptureFixture, choices: Sequence[int]) -> None:
+    net = Net()
+    steps(RouterWatch(net), net, choices, choices, count=100)
+    assert not warnings_of(caplog)
+
+
+def test_collapse_is_counted_over_all_watched_steps(caplog: pytest.LogCaptureFixture) -> None:
+    """One expert a batch is no collapse as long as batches differ."""
+    net = Net()
+    watch = RouterWatch(net)
+    for position in range(100):
+        with watch.watching(position):
+            net([position // 10 % 3] * 4, BALANCED)
+    assert not warnings_of(caplog)
+
+
+def test_what_cannot_collapse_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
+    net = Net(num_experts=1)
+    steps(RouterWatch(net), net, [0] * 4, [0] * 4)
+    net = Net(first=FixedRouter)  # type: ignore[type-abstract]
+    steps(RouterWatch(net), net, [1] * 4, BALANCED)
+    assert not warnings_of(caplog)
+
+
+def test_what_is_not_training_is_not_counted(caplog: pytest.LogCaptureFixture) -> None:
+    net = Net()
+    watch = RouterWatch(net)
+    steps(watch, net.eval(), [2] * 4, [2] * 4)  # an attack's forwards, say
+    net.train()
+    for router in net.routers:
+        router.only = 0  # type: ignore[assignment]
+    steps(watch, net, [2] * 4, [2] * 4)  # experts are shared
+    assert not warnings_of(caplog)
+    assert not any(router._observers for router in routers_of(net).values())
+
+
+@pytest.mark.parametrize("trained", ["routers", "experts"])
+def test_a_part_that_rests_is_watched(caplog: pytest.LogCaptureFixture, trained: str) -> None:
+    net = Net()
+    net.train(trained == "experts")
+    for router in net.routers:
+        router.train(trained == "routers")
+    steps(RouterWatch(net), net, BALANCED, [0] * 4)
+    assert len(warnings_of(caplog)) == 1
+
+
+def test_a_failed_step_leaves_no_observer() -> None:
+    net = Net()
+    with pytest.raises(KeyError), RouterWatch(net).watching(0):
+        raise KeyError
+    assert not any(router._observers for router in routers_of(net).values())
+
+
+def forced(name: str, expert: int, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs begin with this layer's router preferring that expert so much."""
+
+    def build(config: ModelConfig) -> nn.Module:
+        built = build_model(config)
+        with torch.no_grad():
+            built.get_submodule(f"{name}.router").linear.bias[expert] += value  # type: ignore[operator]
+        return built
+
+    monkeypatch.setattr("advmoe.training.engine.build_model", build)
+
+
+def config(**changes: Any) -> RunConfig:
+    """One epoch of 60 steps of standard training."""
+    options = {"data": DataConfig("digits", train_limit=480, validation=16), "epochs": 1, "batch_size": 8, **changes}
+    return tiny("standard", **{"model": ModelConfig(SMALL, width=4), "validation_attack": "pgd1", **options})
+
+
+def test_a_run_reports_within_the_epoch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forced("layer2.0.conv1", 1, 1000.0, monkeypatch)
+    with caplog.at_level(logging.WARNING, logger="advmoe"):
+        run = train(config(optim=OptimConfig(lr=0.001)), tmp_path / "run", quiet=True)
+    own = [said for said in warnings_of(caplog) if "layer2.0.conv1" in said]
+    assert (
+        own[0] == "step 41: the router of layer2.0.conv1 has collapsed: expert 1 took 100.0 % of the samples of 5 steps"
+    )
+    assert len(own) == 2 and own[1].startswith("epoch 1: one expert takes all samples in ")
+    assert own[0] in (run.folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("changes", ["fixed", "shared", "random"])
+def test_a_run_is_not_told_what_it_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: str) -> None:
+    asked = config(batch_size=32, epochs=2, data=DataConfig("digits", train_limit=640, validation=64))
+    if changes == "shared":  # for the first of the epochs, of 20 steps
+        asked = config(batch_size=8, epochs=2, routing=RoutingConfig(share_epochs=1))
+    else:
+        asked = config(batch_size=8, model=ModelConfig(SMALL, width=4, router=changes))
+    with caplog.at_level(logging.WARNING, logger="advmoe"):
+        train(asked, tmp_path / "run", quiet=True)
+    first_epoch = [s for s in warnings_of(caplog) if s.startswith("epoch 1:") or int(s.split()[1].rstrip(":")) <= 60]
+    assert not first_epoch
+
+
+# --- scores that are no numbers ---
+
+
+@pytest.mark.parametrize("method", ["standard", "at", "advmoe"])
+def test_a_router_that_is_not_finite_stops_the_run_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    forced("layer2.0.conv2", 0, float("nan"), monkeypatch)
+    wrong = r"^epoch 1, step 1: the router of layer2\.0\.conv2 gave scores that are not finite; .*no checkpoint yet"
+    with pytest.raises(NonFiniteRouterError, match=wrong):
+        train(config(method=MethodConfig(method)), tmp_path / "run", quiet=True)
+
+
+@pytest.mark.parametrize("error", [NonFiniteLossError, NonFiniteGradientError])
+@pytest.mark.parametrize("broken", [True, False])
+def test_a_router_is_named_where_only_the_loss_shows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[RuntimeError], broken: bool
+) -> None:
+    """As on a device, where a choice does not look at the scores: there the loss is the first to be looked at."""
+
+    def step(self: Method, batches: Sequence[Batch]) -> StepResult:
+        if broken:
+            router = self.model.get_submodule("layer1.0.conv2.router")
+            with torch.no_grad():
+                router.linear.bias[0] = float("inf")  # type: ignore[index,union-attr]
+        raise error("loss is nan")
+
+    monkeypatch.setattr(Standard, "step", step)
+    expected = NonFiniteRouterError if broken else error
+    what = r"the router of layer1\.0\.conv2 gave scores" if broken else "loss is nan"
+    with pytest.raises(expected, match=f"^epoch 1, step 1: {what}"):
+        train(config(), tmp_path / "run", quiet=True)
+
+
+def test_looking_for_the_router_leaves_the_model_as_it_was() -> None:
+    m = model(SMALL, bn="per_expert", router="global")
+    before = {n: v.clone() for n, v in m.state_dict().items()}
+    RouterWatch(m).require_finite(batch().images)
+    assert all(torch.equal(v, before[n]) for n, v in m.state_dict().items())
+    assert all(module.training for module in m.modules()) and all(p.requires_grad for p in m.parameters())
+
+
+def test_watching_changes_no_bit() -> None:
+    """Two observers at once, of a balancing loss and the watch, and one of neither."""
+    losses = []
+    for watched in (True, False):
+        m = model(SMALL)
+        method = build_method(m, MethodConfig("at"), OptimConfig(), ATTACK, RoutingConfig("switch"))
+        watch = RouterWatch(m)
+        for position in range(2):
+            with watch.watching(0 if watched else 1 + position):
+                losses.append(method.step([batch(position)]).losses)
+        seen: list[Routing] = []
+        with observe_routers(m, lambda router, scores, routing: seen.append(routing)):
+            m(batch().images)
+        assert len(seen) == 4
+    assert losses[:2] == losses[2:]
