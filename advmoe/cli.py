@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         "--as-released",
         action="store_true",
         help="advmoe as its released code: --order backbone_first --batches one --router-objective pseudo_label "
-        "--attack-routers --attack-start gaussian",
+        "--attack-routers --attack-start gaussian --share-epochs 0, and --router global if no router is given",
     )
     g.add_argument("--share-attack", action="store_true", help="advmoe: one batch and one attack for both levels")
     g.add_argument(
@@ -114,7 +114,10 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--balance-weight", type=float, default=t.balance_weight)
     g.add_argument("--experts-start", choices=("apart", "alike"), default=t.experts, help="alike: as copies of the first")
     g.add_argument(
-        "--share-epochs", type=int, default=t.share_epochs, help="train one expert for so many epochs, then copy it"
+        "--share-epochs",
+        type=int,
+        metavar="E",
+        help="train one expert for E epochs, then copy it; half of the epochs by default, 0 with --as-released"
     )
     _model_options(p)
     _data_options(p)
@@ -210,11 +213,15 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--width", type=int, help="channels of the first stage; the architecture's own by default")
     g.add_argument("--layout", choices=LAYOUTS, default=d.layout, help="where the experts' channels lie")
     g.add_argument("--router", default=d.router, help=f"one of {', '.join(list_routers())}")
-    g.add_argument("--route-per", choices=ROUTE_PER, help="what a router chooses for; layer by default")
+    g.add_argument("--route-per", choices=ROUTE_PER, help="what a router chooses for; stage by default")
     g.add_argument("--moe-at", type=_positive, nargs="+", metavar="STAGE", help="the routed stages; all by default")
     g.add_argument("--temperature", type=float, default=d.temperature, help="of the routers' probabilities")
     g.add_argument("--noise", type=float, default=d.noise, help="deviation of noise on the scores in training")
-    g.add_argument("--standardize", action="store_true", help="scores of mean 0 and variance 1 over the images")
+    g.add_argument(
+        "--standardize",
+        action=argparse.BooleanOptionalAction,
+        help="scores of mean 0 and variance 1 over the images; by default all routers' but global's",
+    )
     g.add_argument("--stem", choices=STEMS, help="imagenet from 128 pixels on by default")
     g.add_argument("--bn", choices=("shared", "per_expert"), help="shared by default; per_expert with layout windows")
     g.add_argument("--gate", choices=GATES, default=d.gate)
@@ -264,13 +271,19 @@ def _train(o: argparse.Namespace) -> None:
         if o.out is None:
             raise ValueError("train: --out RUN is needed (or --resume RUN)")
         gaussian = o.attack_start == "gaussian" or o.as_released
+        share_epochs = o.share_epochs
+        model = _model_config(o)
+        if o.as_released:
+            share_epochs = share_epochs or 0
+            if "--router" not in o.given:
+                model = dataclasses.replace(model, router="global")
         config = RunConfig(
-            model=_model_config(o),
+            model=model,
             data=DataConfig(o.data, o.data_dir, o.train_limit, o.test_limit, augment=not o.no_augment),
             attack=AttackConfig(o.epsilon, o.step_size, o.attack_steps, o.attack_loss, "gaussian" if gaussian else True),
             optim=OptimConfig(o.lr, o.router_lr, o.momentum, o.weight_decay, o.freeze_unused),
             method=_method_config(o),
-            routing=RoutingConfig(o.balance, o.balance_weight, o.experts_start, o.share_epochs),
+            routing=RoutingConfig(o.balance, o.balance_weight, o.experts_start, share_epochs),
             init=o.init,
             epochs=o.epochs,
             batch_size=o.batch_size,

@@ -40,7 +40,7 @@ class ModelConfig:
     gate_after: str = "conv"
     temperature: float = 1.0
     noise: float = 0.0
-    standardize: bool = False
+    standardize: bool | None = None
     stem: str | None = None
     normalize: bool = True
     num_classes: int | None = None
@@ -104,7 +104,7 @@ class RoutingConfig:
     balance: str = "none"
     balance_weight: float = 0.1
     experts: str = "apart"
-    share_epochs: int = 0
+    share_epochs: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("balance", ("none", *BALANCE_LOSSES)), ("experts", ("apart", "alike"))):

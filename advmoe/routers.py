@@ -59,7 +59,8 @@ class RouterOptions:
         noise: standard deviation of Gaussian noise on the scores (after the temperature), in training mode only.
         standardize: each expert's scores get mean 0 and variance 1 over the images, by the batch in training and by
             running statistics in eval mode (BatchNorm without affine parameters). Experts are then used about alike from
-            the first step on, whatever the router has learned, and its probabilities differ among images.
+            the first step on, whatever the router has learned, and its probabilities differ among images. None: as the
+            router's class has it (:attr:`Router.standardized`).
 
     Raises:
         ValueError: for a value out of range.
@@ -68,7 +69,7 @@ class RouterOptions:
     gate: str = "straight_through"
     temperature: float = 1.0
     noise: float = 0.0
-    standardize: bool = False
+    standardize: bool | None = None
 
     def __post_init__(self) -> None:
         if self.gate not in GATES:
@@ -91,6 +92,7 @@ class Router(nn.Module):
     """
 
     level: ClassVar[str] = "layer"  # or "image"
+    standardized: ClassVar[bool] = True  # whether scores are standardised by default
 
     def __init__(self, in_channels: int, num_experts: int) -> None:
         super().__init__()
@@ -180,8 +182,9 @@ def build_router(name: str, in_channels: int, num_experts: int, options: RouterO
     """
     router = _ROUTERS[name].build(in_channels, num_experts, image_size)
     router.options = options
+    standardize = router.standardized if options.standardize is None else options.standardize
     # of one that learns nothing there is nothing to keep alive, and a constant would be lost
-    if options.standardize and next(router.parameters(), None) is not None:
+    if standardize and next(router.parameters(), None) is not None:
         router.score_norm = nn.BatchNorm1d(num_experts, affine=False)
     return router
 
@@ -216,20 +219,31 @@ class LightRouter(Router):
         # the CPU has no kernel for it, and there the scores are looked at
         if x.device.type == "cpu" or torch.compiler.is_compiling() or not self._is_plain():
             return super().route(x)
-        norm, linear = self.norm, self.linear
+        weight, bias = self._as_one_layer()
         return functional.pooled_routing(
-            x, linear.weight, linear.bias, norm.weight, norm.bias, eps=norm.eps, gate=self.options.gate
+            x, weight, bias, self.norm.weight, self.norm.bias, eps=self.norm.eps, gate=self.options.gate
         )
+
+    def _as_one_layer(self) -> tuple[Tensor, Tensor]:
+        """The linear layer with what comes behind it in eval mode, standardisation and temperature, which are linear."""
+        weight, bias = self.linear.weight, self.linear.bias
+        if self.score_norm is not None:
+            mean, var = self.score_norm.running_mean, self.score_norm.running_var
+            assert mean is not None and var is not None
+            scale = torch.rsqrt(var + self.score_norm.eps)
+            weight, bias = weight * scale[:, None], (bias - mean) * scale
+        if self.options.temperature != 1:
+            weight, bias = weight / self.options.temperature, bias / self.options.temperature
+        return weight, bias
 
     def _is_plain(self) -> bool:
         """Whether nobody changed or watches the forward or a part of it: a subclass, another module in place, a hook."""
-        noisy = bool(self.options.noise) and self.training
+        # in training noise is drawn, and the batch's own statistics are taken
+        moving = self.training and (bool(self.options.noise) or self.score_norm is not None)
         return (
             self.only is None
-            and self.score_norm is None
             and not self._observers
-            and not noisy
-            and self.options.temperature == 1
+            and not moving
             and getattr(self.forward, "__func__", None) is LightRouter.forward
             and (type(self.norm), type(self.linear)) == (nn.LayerNorm, nn.Linear)
             and not _has_any_global_hook()
@@ -349,6 +363,7 @@ class GlobalRouter(Router):
     N = 2 and 40.55 million multiply-accumulates on 32×32 images."""
 
     level = "image"
+    standardized = False
 
     def __init__(self, in_channels: int, num_experts: int) -> None:
         super().__init__(in_channels, num_experts)

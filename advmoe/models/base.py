@@ -64,7 +64,7 @@ class ModelSpec:
     std: tuple[float, ...] = CIFAR10_STD
     bn: str = "shared"
     gate_after: str = "conv"
-    route_per: str = "layer"
+    route_per: str = "stage"
     moe_at: tuple[int, ...] | None = None
     router_options: RouterOptions = field(default_factory=RouterOptions)
 
@@ -141,7 +141,8 @@ def create_model(
             - ``gate``, ``temperature``, ``noise``, ``standardize``: see :class:`advmoe.routers.RouterOptions`;
             - ``gate_after``: ``"conv"``, or ``"norm"``: behind the BatchNorm, which cancels part of the gradient of a
               gate before it (ResNet and VGG);
-            - ``route_per``: a router for each ``"layer"``, ``"block"``, ``"stage"``, or one behind the stem
+            - ``route_per``: a router for each ``"layer"``, ``"block"``, ``"stage"`` (the default, but for gates that
+              multiply, ``"softmax"``: those are for each layer), or one behind the stem
               (``"network"``); an image-level router makes one choice for all;
             - ``moe_at``: the stages that are routed, such as ``(3, 4)``; all by default (partition only).
 
@@ -156,6 +157,8 @@ def create_model(
             raise unknown_name(f"option of kind {kind}", name, _OPTIONS[kind])
     options = {name: value for name, value in options.items() if value is not None}
     options.setdefault("stem", None)
+    given_route_per = options.get("route_per")
+    options.setdefault("route_per", "layer" if options.get("gate") == "softmax" else "stage")
     options.setdefault("bn", "per_expert" if layout == "windows" else "shared")
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio: expected 0 < ratio <= 1, got {ratio}")
@@ -168,21 +171,23 @@ def create_model(
         if size < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}")
     level = router_class(router).level
+    if level == "image":
+        if given_route_per not in (None, "network"):
+            raise ValueError(f"route_per: the router {router!r} chooses once for each image; got {given_route_per!r}")
+        options["route_per"] = "network"
     for name, value, known in (
         ("layout", layout, LAYOUTS),
         ("stem", options["stem"] or "cifar", STEMS),
         ("bn", options["bn"], ("shared", "per_expert")),
         ("gate_after", options.get("gate_after", "conv"), ("conv", "norm")),
-        ("route_per", options.get("route_per", "layer"), ROUTE_PER),
+        ("route_per", options["route_per"], ROUTE_PER),
     ):
         if value not in known:
             raise unknown_name(name, value, known)
-    if level == "image" and options.get("route_per", "network") != "network":
-        raise ValueError(f"route_per: the router {router!r} chooses once for each image; got {options['route_per']!r}")
     router_options = RouterOptions(
         **{n: options.pop(n) for n in ("gate", "temperature", "noise", "standardize") if n in options}
     )
-    if router_options.gate == "softmax" and options.get("route_per") in ("block", "stage"):
+    if router_options.gate == "softmax" and options["route_per"] in ("block", "stage"):
         raise ValueError("gate: 'softmax' multiplies through all layers that share a choice; use it per layer or network")
     for name in ("mean", "std"):
         if name in options:

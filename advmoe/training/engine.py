@@ -335,8 +335,20 @@ def resolve(config: RunConfig, data: DataSet) -> RunConfig:
         epsilon=data.epsilon if config.attack.epsilon is None else config.attack.epsilon,
         step_size=data.step_size if config.attack.step_size is None else config.attack.step_size,
     )
+    routing = config.routing
+    if config.model.kind == "moe" and routing.share_epochs is None:
+        shared = config.epochs // 2 if _can_share(config) else 0
+        routing = dataclasses.replace(routing, share_epochs=shared)
     threads = torch.get_num_threads() if config.threads is None else config.threads
-    return dataclasses.replace(config, model=model, attack=attack, threads=threads)
+    return dataclasses.replace(config, model=model, attack=attack, routing=routing, threads=threads)
+
+
+def _can_share(config: RunConfig) -> bool:
+    """Whether a run may begin with one shared expert: experts that can be copies, routers that are to be trained, and
+    weights that nobody has trained apart before."""
+    m = config.model
+    learns = any(True for _ in router_class(m.router).build(1, m.num_experts, m.image_size or 32).parameters())
+    return m.layout == "partition" and m.gate != "softmax" and config.method.part == "all" and config.init is None and learns
 
 
 def train(config: RunConfig, folder: str | Path, quiet: bool = False) -> Run:

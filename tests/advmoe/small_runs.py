@@ -36,7 +36,7 @@ def small_architecture() -> Iterator[None]:
         del _MODELS._entries[SMALL]
 
 
-def tiny(method: str = "advmoe", kind: str = "moe", **changes: Any) -> RunConfig:
+def tiny(method: str = "advmoe", kind: str = "moe", /, **changes: Any) -> RunConfig:
     """Two epochs of three steps."""
     config = RunConfig(
         model=ModelConfig(kind=kind, width=8),

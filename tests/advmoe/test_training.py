@@ -332,7 +332,7 @@ RELEASED = MethodConfig(order="backbone_first", batches="one", router_objective=
         (tiny("standard", "s_dense"), 1),
         (
             tiny(
-                method=RELEASED.name,
+                RELEASED.name,
                 model=ModelConfig(width=8, router="global", gate_after="norm"),
                 optim=OptimConfig(lr=0.05, router_lr=0.01, freeze_unused=True),
             ),

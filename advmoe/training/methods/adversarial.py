@@ -47,7 +47,7 @@ class AT(Method):
         super().__init__(model, *args, **kwargs)
         if self.config.part != "all" and not router_parameters(model):
             raise ValueError(f"part: {self.config.part!r} needs a model with trainable routers (kind moe)")
-        if self.config.part != "all" and self.routing.share_epochs:
+        if self.config.part != "all" and self.share_epochs:
             raise ValueError("share_epochs: sharing comes before routers and experts are trained apart; give part='all'")
         gates = {router.options.gate for router in routers_of(model).values()}
         if self.config.part == "routers" and gates == {"none"}:

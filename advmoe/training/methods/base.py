@@ -88,9 +88,10 @@ class Method(ABC):
             raise ValueError("routing: a setting of routers, without effect on a model that has none")
         if self.routing.balance != "none" and not router_parameters(model):
             raise ValueError("balance: without effect on routers that have no parameters")
-        if self.routing.share_epochs and any(r.options.gate == "softmax" for r in routers_of(model).values()):
+        self.share_epochs = self.routing.share_epochs or 0
+        if self.share_epochs and any(r.options.gate == "softmax" for r in routers_of(model).values()):
             raise ValueError("share_epochs: a shared expert has no gate, and those of 'softmax' would change the network")
-        if self.routing.experts == "alike" or self.routing.share_epochs:
+        if self.routing.experts == "alike" or self.share_epochs:
             tie_experts(model)
         self.optimizers = self._optimizers()
 
@@ -118,7 +119,7 @@ class Method(ABC):
 
     def enter_epoch(self, epoch: int) -> None:
         """Puts the model in the state of this epoch's phase; also called when a run is resumed within the epoch."""
-        shared = epoch < self.routing.share_epochs
+        shared = epoch < self.share_epochs
         for router in routers_of(self.model).values():
             router.only = 0 if shared else None
 

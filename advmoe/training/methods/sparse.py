@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ...sparse import (
-    fix_masks,
     masked_convolutions,
     score_parameters,
     set_searching,
@@ -41,7 +40,6 @@ class ATSparse(Method):
         self.search = self.config.pretrain_epochs
         self.finetune = self.search + self.config.mask_epochs
         self.phase = "pretrain"
-        self.masks_are_new = False
         self.image_size: int | None = None  # of the images, once one has come
         if self.config.mask_epochs < 1:
             raise ValueError("mask_epochs: expected at least 1 for at_sparse, got 0")
@@ -69,12 +67,9 @@ class ATSparse(Method):
     def begin_epoch(self, epoch: int) -> None:
         if epoch == self.search:
             start_search(self.model)
-        elif epoch == self.finetune:
-            set_searching(self.model, True)  # enter_epoch has ended the search already
-            fix_masks(self.model)
-            self.masks_are_new = True
 
     def settle(self) -> None:
+        # an epoch ends so: the last phase finds the masks in place
         if self.phase == "mask" and self.image_size is not None:
             store_masks(self.model)
             update_alive(self.model, self.image_size)
@@ -85,9 +80,8 @@ class ATSparse(Method):
     def step(self, batches: Sequence[Batch]) -> StepResult:
         batch = batches[0]
         self.image_size = batch.images.shape[-1]
-        if self.phase == "mask" or self.masks_are_new:
+        if self.phase == "mask":
             update_alive(self.model, self.image_size)
-            self.masks_are_new = False
         adversarial = self._adversarial(batch)
         with only(self.model, self.scores if self.phase == "mask" else self.weights):
             loss, logits = self._objective(batch, adversarial)
