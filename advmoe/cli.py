@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.given = [a.split("=")[0] for a in arguments if a.startswith("--")]  # also where a default was given
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     try:
-        options.run(options)
+        return options.run(options) or DONE
     except Interrupted as error:
         print(f"interrupted; go on with: advmoe train --resume {error.args[0]}", file=sys.stderr)
         return RESUMABLE
@@ -67,7 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (*_FAULTS, OSError) as error:
         print(f"advmoe: {error}", file=sys.stderr)
         return FAULT
-    return DONE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         "--share-epochs",
         type=int,
         metavar="E",
-        help="train one expert for E epochs, then copy it; half of the epochs by default, 0 with --as-released"
+        help="train one expert for E epochs, then copy it; three quarters of the epochs by default, 0 with --as-released",
     )
     _model_options(p)
     _data_options(p)
@@ -127,7 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--epsilon", type=float, help="radius, of pixel range 1; the data's own by default")
     g.add_argument("--step-size", type=float, help="of pixel range 1; the data's own by default")
     g.add_argument("--attack-steps", type=int, default=a.steps)
-    g.add_argument("--attack-loss", choices=("kl", "ce", "margin"), default=a.loss)
+    g.add_argument(
+        "--attack-loss", choices=("kl", "ce", "margin"), help="kl by default, ce with --objective cross_entropy"
+    )
     g.add_argument("--attack-start", choices=("uniform", "gaussian"), default="uniform", help="gaussian: TRADES' own")
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=int, default=r.epochs)
@@ -155,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--batch-size", type=int, default=128)
     p.add_argument("--epsilon", type=float, help="the run's training radius, or the data's, by default")
     p.add_argument("--threads", type=_positive)
+    p.add_argument("--device", default="auto")
     p.add_argument("--seed", type=int, default=0)
     _data_options(p, default=None)
     p.set_defaults(run=_evaluate)
@@ -246,7 +248,8 @@ def _model_config(o: argparse.Namespace) -> ModelConfig:
 def _method_config(o: argparse.Namespace) -> MethodConfig:
     if o.as_released:
         others = ("--order", "--batches", "--router-objective", "--attack-routers", "--share-attack", "--attack-start")
-        given = [name for name in others if any(name.startswith(g) for g in o.given)]  # abbreviations too
+        # abbreviations too, but not --router, which is an option of its own
+        given = [name for name in others if any(name.startswith(g) for g in o.given if g != "--router")]
         if o.method != "advmoe" or given:
             what = f"--method {o.method}" if o.method != "advmoe" else given[0]
             raise ValueError(f"--as-released: sets what advmoe's released code does, and does not go with {what}")
@@ -301,7 +304,8 @@ def _evaluate(o: argparse.Namespace) -> None:
         torch.set_num_threads(o.threads)
     done = evaluate_run(
         o.source, o.attack or ["pgd50x2"], checkpoint=o.checkpoint, data=o.data, data_dir=o.data_dir,
-        test_limit=o.test_limit, limit=o.limit, epsilon=o.epsilon, batch_size=o.batch_size, seed=o.seed, progress=True,
+        test_limit=o.test_limit, limit=o.limit, epsilon=o.epsilon, batch_size=o.batch_size, seed=o.seed,
+        device=o.device, progress=True,
     )  # fmt: skip
     result = done.result
     rows = [
@@ -332,12 +336,10 @@ def _export(o: argparse.Namespace) -> None:
     print(f"written to {o.out}: {parameters / 1e6:.3f} M parameters, {o.out.stat().st_size / 1e6:.2f} MB")
 
 
-def _reproduce(o: argparse.Namespace) -> None:
+def _reproduce(o: argparse.Namespace) -> int:
     action = next((name for name in ("list", "dry_run", "table") if getattr(o, name)), "run")
     options = SweepOptions(o.out, o.data_dir, o.threads, o.device)
-    code = reproduce(o.recipe, o.scale, o.seeds, options, action, (*_FAULTS, OSError, torch.OutOfMemoryError))
-    if code != DONE:
-        raise SystemExit(code)
+    return reproduce(o.recipe, o.scale, o.seeds, options, action, (*_FAULTS, OSError, torch.OutOfMemoryError))
 
 
 def _profile(o: argparse.Namespace) -> None:
@@ -376,9 +378,10 @@ def _profile(o: argparse.Namespace) -> None:
 
 
 def _print_costs(o: argparse.Namespace) -> None:
-    given = {"width": o.width} if o.width is not None else {}
+    names = ("width", "stem", "layout", "route_per", "moe_at", "bn", "gate", "gate_after", "standardize")
+    options = {name: value for name in names if (value := getattr(o, name)) is not None}
     archs = [o.arch] if "--arch" in o.given else list_models()
-    costs = backbone_costs(archs, o.ratios, o.image_sizes, o.experts, o.router, o.num_classes, layout=o.layout, **given)
+    costs = backbone_costs(archs, o.ratios, o.image_sizes, o.experts, o.router, o.num_classes, **options)
     rows = [
         [c.arch, str(c.image_size), f"{c.ratio:g}"]
         + [f"{v:.4f}" for v in (c.dense, c.s_dense, c.pathway, c.pathway + c.routers)]

@@ -62,12 +62,12 @@ class DataConfig:
 @dataclass(frozen=True)
 class AttackConfig:
     """The attack in training; epsilon and step_size in units of the pixel range, the data set's own by default (8/255 and
-    5/255 for CIFAR-10)."""
+    5/255 for CIFAR-10); loss by default what goes with the objective: KL for TRADES, cross-entropy for PGD-AT."""
 
     epsilon: float | None = None
     step_size: float | None = None
     steps: int = 2
-    loss: str = "kl"
+    loss: str | None = None
     random_start: bool | str = True
 
     def __post_init__(self) -> None:
@@ -98,7 +98,9 @@ class RoutingConfig:
             routers are trained, as the mean over all choices of the step's training forwards.
         experts: ``apart``, or ``alike``: all experts begin as copies of the first.
         share_epochs: for the first so many epochs every sample trains the first expert, and the others are its copies:
-            the shared part of learning is done once, and routing begins with alike experts.
+            the shared part of learning is done once, and routing begins with alike experts. None: three quarters of the
+            epochs where routers are trained and experts can be copies of each other (layout partition), else 0;
+            docs/routing.md says why.
     """
 
     balance: str = "none"
@@ -192,10 +194,9 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        if self.routing.share_epochs >= self.epochs:
-            raise ValueError(
-                f"share_epochs: expected less than the {self.epochs} epochs, got {self.routing.share_epochs}"
-            )
+        shared = self.routing.share_epochs
+        if shared and shared >= self.epochs:
+            raise ValueError(f"share_epochs: expected less than the {self.epochs} epochs, got {shared}")
         phases = self.method.pretrain_epochs + self.method.mask_epochs
         if phases > self.epochs:
             raise ValueError(f"pretrain_epochs + mask_epochs: expected at most the {self.epochs} epochs, got {phases}")
@@ -214,7 +215,7 @@ class RunConfig:
             values = yaml.safe_load(path.read_text())
         except yaml.YAMLError as error:
             raise ValueError(f"{path}: not YAML: {error}") from error
-        return _build(cls, values, str(path))
+        return read_room(cls, values, str(path))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -236,15 +237,6 @@ def _require(room: object, names: tuple[str, ...], below: float = math.inf) -> N
 T = TypeVar("T")
 
 
-def read_room(cls: type[T], values: Any, where: str) -> T:
-    """A room of settings from a plain mapping; ``where`` names it in messages.
-
-    Raises:
-        ValueError: for a key that no setting has, or a value of another type.
-    """
-    return _build(cls, values, where)
-
-
 _ROOMS = {
     "model": ModelConfig,
     "data": DataConfig,
@@ -261,7 +253,12 @@ def _plain(config: Any) -> Any:
     return list(config) if isinstance(config, tuple) else config
 
 
-def _build(cls: type[T], values: Any, where: str) -> T:
+def read_room(cls: type[T], values: Any, where: str) -> T:
+    """A room of settings from a plain mapping; ``where`` names it in messages.
+
+    Raises:
+        ValueError: for a key that no setting has, or a value of another type.
+    """
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected a mapping of settings, got {type(values).__name__}")
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
@@ -271,7 +268,7 @@ def _build(cls: type[T], values: Any, where: str) -> T:
         if key not in known:
             raise unknown_name(f"{where}: setting", key, known)
         room = _ROOMS.get(key) if cls is RunConfig else None
-        read = _typed if room is None else _build
+        read = _typed if room is None else read_room
         arguments[key] = read(room or types[key], value, f"{where}: {key}")
     return cls(**arguments)
 

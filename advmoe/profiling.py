@@ -19,6 +19,7 @@ from moe_kernels import RoutedConv2d, RoutedLinear
 from .models import create_model
 from .modes import undisturbed
 from .routers import routers_of
+from .sparse import masked_convolutions
 
 __all__ = ["BackboneCost", "Latency", "LayerCost", "Profile", "backbone_costs", "measure_latency", "profile"]
 
@@ -73,7 +74,9 @@ def profile(model: nn.Module, image_size: int = 32, channels: int = 3) -> Profil
             handle.remove()
     router = sum(layer.macs for layer in layers if layer.router) / 1e9
     pathway = sum(layer.macs for layer in layers if not layer.router) / 1e9
-    params = sum(p.numel() for p in model.parameters())
+    # the scores of masks are no part of the network
+    masks = {id(conv.scores) for conv in masked_convolutions(model).values()}
+    params = sum(p.numel() for p in model.parameters() if id(p) not in masks)
     return Profile(params, pathway + router, pathway, router, tuple(layers))
 
 

@@ -226,7 +226,8 @@ class LightRouter(Router):
 
     def _as_one_layer(self) -> tuple[Tensor, Tensor]:
         """The linear layer with what comes behind it in eval mode, standardisation and temperature, which are linear."""
-        weight, bias = self.linear.weight, self.linear.bias
+        weight: Tensor = self.linear.weight
+        bias: Tensor = self.linear.bias
         if self.score_norm is not None:
             mean, var = self.score_norm.running_mean, self.score_norm.running_var
             assert mean is not None and var is not None
@@ -384,21 +385,16 @@ class GlobalRouter(Router):
 
 @contextmanager
 def record_scores(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Every router's scores of a forward, by module name, with their graph; a router's last forward stands."""
+    """Every router's scores by module name, as they choose (standardised, after the temperature, before noise), with
+    their graph; a router's last choice stands."""
+    names = {router: name for name, router in routers_of(model).items()}
     scores: dict[str, Tensor] = {}
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def record(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            scores[name] = output
+    def record(router: Router, chosen_by: Tensor, routing: Routing) -> None:
+        scores[names[router]] = chosen_by
 
-        return record
-
-    handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if isinstance(m, Router)]
-    try:
+    with observe_routers(model, record):
         yield scores
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -100,10 +100,10 @@ class LiveBatchNorm2d(nn.BatchNorm2d):
 
     Attributes:
         alive: ``[C]``, ones at first; ``update_alive`` finds it.
-        searching: whether masks are searched for. Then a removed channel, whose output is zero as ever, passes its
-            gradient on as the running variance scales it, and keeps its running statistics. By those of the batch,
-            where its variance is 0, the gradient would be ``1 / sqrt(eps)``, some hundred times, too large, and the masks
-            would not come to rest.
+        searching: whether masks are searched for. Then a removed channel, whose output is (but for 1e-30) zero as ever,
+            passes its gradient on as the running variance scales it, and keeps its running statistics. By those of the
+            batch, where its variance is 0, the gradient would be ``1 / sqrt(eps)``, some hundred times, too large, and
+            the masks would not come to rest.
     """
 
     alive: Tensor
@@ -123,7 +123,9 @@ class LiveBatchNorm2d(nn.BatchNorm2d):
         if self.weight is not None:
             scale = scale * self.weight.detach()
         before = mean.clone(), var.clone()
-        y = super().forward(x) * self.alive[:, None, None] + x * scale[:, None, None]
+        removed = (1 - self.alive)[:, None, None]
+        # so little above 0 that a ReLU behind it lets the gradient pass
+        y = super().forward(x) * self.alive[:, None, None] + x * scale[:, None, None] + 1e-30 * removed
         if self.training:
             # new tensors: the forward has saved those that it has written to
             self.running_mean = torch.where(self.alive > 0, mean, before[0])

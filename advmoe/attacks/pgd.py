@@ -106,8 +106,8 @@ class PGD:
 
         Args:
             generator: for the random start; the same state gives the same images.
-            extra_loss: of the images, to ``[]``; added to the summed loss that the attack ascends. With one start only:
-                later ones attack fewer images.
+            extra_loss: of the images, to ``[]``; added to the summed loss that the attack ascends, and asked for behind
+                the attack's own forward of these images. With one start only: later ones attack fewer images.
 
         Raises:
             ValueError: if ``extra_loss`` comes with several restarts.

@@ -15,8 +15,6 @@ import torch
 from ..attacks import from_name
 from ..config import RunConfig
 from ..data import list_data
-from ..profiling import profile
-from ..sparse import compact, masked_convolutions
 from ..training import Run, RunError, load_checkpoint, resume, train
 from ..training.evaluation import evaluate_run, write_record
 from .catalog import Catalog, Plan
@@ -24,7 +22,9 @@ from .catalog import Catalog, Plan
 __all__ = ["Outcome", "Sweep", "SweepOptions", "differences", "plain", "refusal"]
 
 # what a run takes from its data and machine where the recipe leaves it open
-_OPEN = ("model.num_classes", "model.image_size", "model.mean", "model.std")
+_OPEN = (
+    "model.num_classes", "model.image_size", "model.mean", "model.std", "attack.loss", "routing.share_epochs",
+)  # fmt: skip
 # where things lie and what computes them
 _PLACE = ("data.folder", "threads", "device")
 
@@ -169,8 +169,6 @@ class Sweep:
             seed=seed, device=self.options.device, progress=True,
         )  # fmt: skip
         cost = done.cost
-        if masked_convolutions(done.model):
-            cost = profile(compact(done.model, done.data.image_size), done.data.image_size)
         assert done.config is not None
         outcome = done.result.attacks[e.attack]
         own = {

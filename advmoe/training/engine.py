@@ -24,7 +24,7 @@ from ..attacks import PGD, NonFiniteGradientError, from_name
 from ..config import RunConfig
 from ..data import Batches, DataSet, augment, load, stream_generator
 from ..evaluation.measure import evaluate
-from ..routers import FixedRouter, NonFiniteRouterError, routers_of
+from ..routers import FixedRouter, NonFiniteRouterError, router_class, routers_of
 from ..sparse import masked_convolutions
 from .methods import Batch, Method, NonFiniteLossError, StepResult, build_method
 from .runs import Run, RunError, build_model, load_checkpoint, load_model
@@ -64,7 +64,7 @@ class Trainer:
         model = build_model(config.model).to(self.device)
         self.model: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         a = config.attack
-        assert a.epsilon is not None and a.step_size is not None
+        assert a.epsilon is not None and a.step_size is not None and a.loss is not None
         attack = PGD(a.epsilon, a.step_size, a.steps, loss=a.loss, random_start=a.random_start)
         # what is wanted at an epoch's end must not fail only there
         self.validation_attack = from_name(config.validation_attack, a.epsilon)
@@ -110,7 +110,7 @@ class Trainer:
         for batches, position in zip(self.batches, state["batches"], strict=True):
             batches.load_state_dict(position)
         torch.set_rng_state(state["torch_rng"])
-        if self.device.type == "cuda" and state.get("device_rng") is not None:
+        if self.device.type == "cuda" and state["device_rng"] is not None:
             torch.cuda.set_rng_state(state["device_rng"], self.device)
         self.epoch, self.step = state["epoch"], state["step"]
         self.sums, self.seconds, self.best = dict(state["sums"]), state["seconds"], state["best"]
@@ -237,7 +237,7 @@ class Trainer:
         return self.sums.get("correct", 0.0) / max(self.sums.get("count", 0.0), 1.0)
 
     def _speed(self) -> float:
-        """Training images a second; AdvMoE's second batch counts, since it is trained on too."""
+        """Images that the backbone is trained on, a second; AdvMoE's batch for the routers is not counted."""
         return self.sums.get("count", 0.0) / max(self.seconds, 1e-9)
 
     def _finish_epoch(self) -> None:
@@ -306,9 +306,10 @@ def _load_weights(model: nn.Module, source: str) -> None:
 
 
 def device_of(name: str) -> torch.device:
-    """``auto`` is the CPU as long as the routed layers have no GPU backend."""
+    """``auto`` is a CUDA device where torch sees one."""
     try:
-        device = torch.device("cpu" if name == "auto" else name)
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(auto if name == "auto" else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises the latter
         reason = str(error).splitlines()[0]
@@ -323,21 +324,23 @@ def _entropy(usage: list[float]) -> float:
 
 def resolve(config: RunConfig, data: DataSet) -> RunConfig:
     """The config with what the data decides filled in."""
+    mean, std = config.model.mean or data.mean, config.model.std or data.std
+    if config.init is not None:
+        _, other = load_model(config.init)
+        if other is not None and config.model.mean is None and other.model.mean and other.model.std:
+            mean, std = other.model.mean, other.model.std  # of what its weights have seen
     model = dataclasses.replace(
-        config.model,
-        num_classes=data.num_classes,
-        image_size=data.image_size,
-        mean=config.model.mean or data.mean,
-        std=config.model.std or data.std,
+        config.model, num_classes=data.num_classes, image_size=data.image_size, mean=mean, std=std
     )
     attack = dataclasses.replace(
         config.attack,
+        loss=config.attack.loss or ("ce" if config.method.objective == "cross_entropy" else "kl"),
         epsilon=data.epsilon if config.attack.epsilon is None else config.attack.epsilon,
         step_size=data.step_size if config.attack.step_size is None else config.attack.step_size,
     )
     routing = config.routing
     if config.model.kind == "moe" and routing.share_epochs is None:
-        shared = config.epochs // 2 if _can_share(config) else 0
+        shared = config.epochs * 3 // 4 if _can_share(config) else 0
         routing = dataclasses.replace(routing, share_epochs=shared)
     threads = torch.get_num_threads() if config.threads is None else config.threads
     return dataclasses.replace(config, model=model, attack=attack, routing=routing, threads=threads)
@@ -348,7 +351,8 @@ def _can_share(config: RunConfig) -> bool:
     weights that nobody has trained apart before."""
     m = config.model
     learns = any(True for _ in router_class(m.router).build(1, m.num_experts, m.image_size or 32).parameters())
-    return m.layout == "partition" and m.gate != "softmax" and config.method.part == "all" and config.init is None and learns
+    copies = m.layout == "partition" and m.gate != "softmax"
+    return learns and copies and config.method.part == "all" and config.init is None
 
 
 def train(config: RunConfig, folder: str | Path, quiet: bool = False) -> Run:

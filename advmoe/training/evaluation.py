@@ -17,6 +17,7 @@ from ..config import RunConfig, write_text
 from ..data import DataSet, load
 from ..evaluation import Evaluation, evaluate
 from ..profiling import Profile, profile
+from ..sparse import compact, masked_convolutions
 from .engine import device_of
 from .runs import RunError, load_model
 
@@ -89,7 +90,9 @@ def evaluate_run(
     chosen = {attack: from_name(attack, epsilon) for attack in attacks}
     torch.manual_seed(seed)
     result = evaluate(model, images.test.first(limit), chosen, batch_size, seed=seed, progress=progress)
-    cost = profile(model, images.image_size)
+    # a sparse network costs what is left of it
+    whole = compact(model, images.image_size) if masked_convolutions(model) else model
+    cost = profile(whole, images.image_size)
     path = None
     if Path(source).exists():
         folder = Path(source) if Path(source).is_dir() else Path(source).parent

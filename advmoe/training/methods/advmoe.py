@@ -55,7 +55,8 @@ class AdvMoE(Method):
             phases.insert(place, lambda: self._router_phase(lower, shared))
         results = [phase() for phase in phases]
         losses = {name: value for each in results for name, value in each.losses.items()}
-        return StepResult(losses, sum(r.correct for r in results), sum(r.count for r in results))
+        trained = next(each for each in results if "loss" in each.losses)  # the backbone's batch is what is counted
+        return StepResult(losses, trained.correct, trained.count)
 
     def _router_phase(self, batch: Batch, adversarial: Tensor | None = None) -> StepResult:
         attacked = self._adversarial(batch) if adversarial is None else adversarial

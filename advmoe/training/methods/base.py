@@ -127,13 +127,13 @@ class Method(ABC):
         """What happens once, before an epoch's first step."""
 
     def may_be_best(self, epoch: int, epochs: int) -> bool:
-        """Whether what this epoch gives may become the run's ``best``."""
-        return True
+        """Whether what this epoch gives may become the run's ``best``: not while the experts are one."""
+        return epoch >= self.share_epochs
 
     def settle(self) -> None:
         """Called before the state is saved or validated. While experts are shared only the first has been trained: the
         others become its copies, so that whoever loads the checkpoint may route as the routers say."""
-        if any(router.only is not None for router in routers_of(self.model).values()):
+        if self.sharing:
             tie_experts(self.model, list(self.optimizers.values()))
 
     @property
@@ -148,9 +148,21 @@ class Method(ABC):
     # --- parts of a step ------------------------------------------------------------------------------------------------
 
     def _adversarial(self, batch: Batch) -> Tensor:
-        diverge = self.config.attack_routers and not self.sharing
-        extra = _router_divergence(self.model, batch.images) if diverge else None
-        return self.attack.run(self.model, batch.images, batch.labels, batch.generator, extra).images
+        model = self.model
+        if not self.config.attack_routers or self.sharing:
+            return self.attack.run(model, batch.images, batch.labels, batch.generator).images
+        with torch.no_grad(), undisturbed(model), record_scores(model) as scores:
+            model(batch.images)
+            clean = dict(scores)
+
+        with record_scores(model) as now:
+
+            def divergence(attacked: Tensor) -> Tensor:
+                """The released attack's second term: KL between the routers' scores of the clean and the attacked images,
+                summed; the attack's own forward has just left the latter."""
+                return torch.stack([kl_divergence(s, now[name], reduction="sum") for name, s in clean.items()]).sum()
+
+            return self.attack.run(model, batch.images, batch.labels, batch.generator, divergence).images
 
     def _objective(self, batch: Batch, adversarial: Tensor) -> tuple[Tensor, Tensor]:
         """The loss and the clean logits (for PGD-AT, which has none, the adversarial ones).
@@ -200,20 +212,6 @@ class Method(ABC):
 
 def result(losses: dict[str, float], logits: Tensor, labels: Tensor) -> StepResult:
     return StepResult(losses, int((logits.detach().argmax(1) == labels).sum()), len(labels))
-
-
-def _router_divergence(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
-    """The released attack's second term: KL between the routers' scores of the clean and the attacked images, summed."""
-    with torch.no_grad(), undisturbed(model), record_scores(model) as scores:
-        model(images)
-        clean = dict(scores)
-
-    def divergence(attacked: Tensor) -> Tensor:
-        with record_scores(model) as now:
-            model(attacked)
-        return torch.stack([kl_divergence(s, now[name], reduction="sum") for name, s in clean.items()]).sum()
-
-    return divergence
 
 
 @contextmanager
