@@ -215,7 +215,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--width", type=int, help="channels of the first stage; the architecture's own by default")
     g.add_argument("--layout", choices=LAYOUTS, default=d.layout, help="where the experts' channels lie")
     g.add_argument("--router", default=d.router, help=f"one of {', '.join(list_routers())}")
-    g.add_argument("--route-per", choices=ROUTE_PER, help="what a router chooses for; stage by default")
+    g.add_argument("--route-per", choices=ROUTE_PER, help="what a router chooses for; layer by default")
     g.add_argument("--moe-at", type=_positive, nargs="+", metavar="STAGE", help="the routed stages; all by default")
     g.add_argument("--temperature", type=float, default=d.temperature, help="of the routers' probabilities")
     g.add_argument("--noise", type=float, default=d.noise, help="deviation of noise on the scores in training")

@@ -247,10 +247,11 @@ class LightRouter(Router):
             and not moving
             and getattr(self.forward, "__func__", None) is LightRouter.forward
             and (type(self.norm), type(self.linear)) == (nn.LayerNorm, nn.Linear)
+            and type(self.score_norm) in (nn.BatchNorm1d, type(None))
             and not _has_any_global_hook()
             and not any(
                 hooks
-                for m in (self, self.norm, self.linear)
+                for m in self.modules()
                 for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
             )
         )

@@ -23,7 +23,9 @@ from advmoe.training import Run
 COMMON = "--arch resnet18 --width 16 --data cifar10 --train-limit 10000 --epochs 8"
 ATTACK, IMAGES = "pgd20", 2000
 AT_MOE = "--method at --kind moe"
-SWITCH = "--balance switch --balance-weight 0.5"
+ADVMOE = "--method advmoe --kind moe"
+ALONE = "--no-standardize --share-epochs 0"
+SWITCH = "--no-standardize --balance switch --balance-weight 0.5"
 
 
 @dataclass(frozen=True)
@@ -36,24 +38,95 @@ class Configuration:
 
 
 CONFIGURATIONS = (
-    Configuration("sdense", "--method at --kind s_dense", "the network of a pathway's width"),
-    Configuration("moe-light", f"{AT_MOE} --router light --route-per layer", "a light router in each layer, left alone"),
-    Configuration("moe-light-perexpert", f"{AT_MOE} --bn per_expert", "a BatchNorm of each expert's own"),
-    Configuration("light-sw", f"{AT_MOE} {SWITCH}", "a balancing loss"),
-    Configuration("light-sw-share4", f"{AT_MOE} {SWITCH} --share-epochs 4", "one expert for 4 epochs, then copies"),
-    Configuration("stage-sw", f"{AT_MOE} --route-per stage {SWITCH}", "a choice for each stage"),
-    Configuration("stage-sw-share4", f"{AT_MOE} --route-per stage {SWITCH} --share-epochs 4", "the same, shared first"),
-    Configuration("image-sw", f"{AT_MOE} --router image {SWITCH}", "one choice for each image"),
-    Configuration("image-sw-share4", f"{AT_MOE} --router image {SWITCH} --share-epochs 4", "the same, shared first"),
+    Configuration("sdense", "--method at --kind s_dense", "S-Dense, the network of a pathway's width"),
+    Configuration("moe-light", f"{AT_MOE} {ALONE}", "a light router for each layer, left alone"),
+    Configuration("moe-light-perexpert", f"{AT_MOE} {ALONE} --bn per_expert", "the same, BatchNorms of each expert's own"),
+    Configuration("light-std", f"{AT_MOE} --standardize --share-epochs 0", "layer; standardised scores"),
+    Configuration("light-std-share4", f"{AT_MOE} --standardize --share-epochs 4", "layer; standardised; shared for 4 epochs"),
+    Configuration("light-std-share6", f"{AT_MOE} --standardize --share-epochs 6", "layer; standardised; shared for 6 epochs"),
     Configuration(
-        "network-sw-share4", f"{AT_MOE} --route-per network {SWITCH} --share-epochs 4", "one light router behind the stem"
+        "light-sw-share4", f"{AT_MOE} {SWITCH} --share-epochs 4", "layer; balancing loss; shared for 4 epochs"
     ),
     Configuration(
-        "image-ent-share4",
-        f"{AT_MOE} --router image --balance entropy --balance-weight 0.5 --share-epochs 4",
-        "the balancing loss that also asks for decided routers",
+        "light-alike", f"{AT_MOE} --standardize --experts-start alike --share-epochs 0", "layer; standardised; begun alike"
     ),
-    Configuration("adv-light", "--method advmoe --kind moe", "AdvMoE, a light router in each layer, left alone"),
+    Configuration(
+        "stage-sw-share4",
+        f"{AT_MOE} --route-per stage {SWITCH} --share-epochs 4",
+        "stage; balancing loss; shared for 4 epochs",
+    ),
+    Configuration(
+        "stage-std", f"{AT_MOE} --route-per stage --standardize --share-epochs 0", "stage; standardised scores"
+    ),
+    Configuration(
+        "stage-std-share4",
+        f"{AT_MOE} --route-per stage --standardize --share-epochs 4",
+        "stage; standardised; shared for 4 epochs",
+    ),
+    Configuration(
+        "stage-std-share6",
+        f"{AT_MOE} --route-per stage --standardize --share-epochs 6",
+        "stage; standardised; shared for 6 epochs",
+    ),
+    Configuration(
+        "network-std-share6",
+        f"{AT_MOE} --route-per network --standardize --share-epochs 6",
+        "one light router behind the stem; standardised; shared for 6 epochs",
+    ),
+    Configuration(
+        "image-share4",
+        f"{AT_MOE} --router image --no-standardize --share-epochs 4",
+        "one choice for each image; shared for 4 epochs",
+    ),
+    Configuration(
+        "image-sw-share4",
+        f"{AT_MOE} --router image {SWITCH} --share-epochs 4",
+        "image; balancing loss; shared for 4 epochs",
+    ),
+    Configuration(
+        "image-std", f"{AT_MOE} --router image --standardize --share-epochs 0", "image; standardised scores"
+    ),
+    Configuration(
+        "image-std-share4",
+        f"{AT_MOE} --router image --standardize --share-epochs 4",
+        "image; standardised; shared for 4 epochs",
+    ),
+    Configuration(
+        "image-std-share6",
+        f"{AT_MOE} --router image --standardize --share-epochs 6",
+        "image; standardised; shared for 6 epochs",
+    ),
+    Configuration(
+        "light-std-share6-temperature",
+        f"{AT_MOE} --standardize --share-epochs 6 --temperature 4",
+        "layer; standardised; shared for 6 epochs; temperature 4",
+    ),
+    Configuration(
+        "light-std-share6-noise",
+        f"{AT_MOE} --standardize --share-epochs 6 --noise 0.5",
+        "layer; standardised; shared for 6 epochs; noise 0.5",
+    ),
+    Configuration(
+        "light-std-share6-lr",
+        f"{AT_MOE} --standardize --share-epochs 6 --router-lr 0.01",
+        "layer; standardised; shared for 6 epochs; a tenth of the rate for routers",
+    ),
+    Configuration(
+        "light-std-share6-norm",
+        f"{AT_MOE} --standardize --share-epochs 6 --gate-after norm",
+        "layer; standardised; shared for 6 epochs; gate behind the BatchNorm",
+    ),
+    Configuration("adv-light", f"{ADVMOE} {ALONE}", "AdvMoE: a light router for each layer, left alone"),
+    Configuration(
+        "adv-light-std-share6",
+        f"{ADVMOE} --standardize --share-epochs 6",
+        "AdvMoE: layer; standardised; shared for 6 epochs",
+    ),
+    Configuration(
+        "adv-stage-std-share6",
+        f"{ADVMOE} --route-per stage --standardize --share-epochs 6",
+        "AdvMoE: stage; standardised; shared for 6 epochs",
+    ),
 )
 
 
@@ -88,7 +161,7 @@ def rows(folder: Path) -> list[list[str]]:
     lines = []
     for configuration in CONFIGURATIONS:
         records: list[dict[str, Any]] = []
-        for path in sorted(folder.glob(f"{configuration.name}-s[0-9]*/evaluation-last.json")):
+        for path in sorted(folder.glob(f"{configuration.name}-s[0-9]/evaluation-last.json")):
             records.append(json.loads(path.read_text()))
         if not records:
             continue

@@ -64,7 +64,7 @@ class ModelSpec:
     std: tuple[float, ...] = CIFAR10_STD
     bn: str = "shared"
     gate_after: str = "conv"
-    route_per: str = "stage"
+    route_per: str = "layer"
     moe_at: tuple[int, ...] | None = None
     router_options: RouterOptions = field(default_factory=RouterOptions)
 
@@ -141,8 +141,7 @@ def create_model(
             - ``gate``, ``temperature``, ``noise``, ``standardize``: see :class:`advmoe.routers.RouterOptions`;
             - ``gate_after``: ``"conv"``, or ``"norm"``: behind the BatchNorm, which cancels part of the gradient of a
               gate before it (ResNet and VGG);
-            - ``route_per``: a router for each ``"layer"``, ``"block"``, ``"stage"`` (the default, but for gates that
-              multiply, ``"softmax"``: those are for each layer), or one behind the stem
+            - ``route_per``: a router for each ``"layer"`` (the default), ``"block"``, ``"stage"``, or one behind the stem
               (``"network"``); an image-level router makes one choice for all;
             - ``moe_at``: the stages that are routed, such as ``(3, 4)``; all by default (partition only).
 
@@ -158,7 +157,7 @@ def create_model(
     options = {name: value for name, value in options.items() if value is not None}
     options.setdefault("stem", None)
     given_route_per = options.get("route_per")
-    options.setdefault("route_per", "layer" if options.get("gate") == "softmax" else "stage")
+    options.setdefault("route_per", "layer")
     options.setdefault("bn", "per_expert" if layout == "windows" else "shared")
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio: expected 0 < ratio <= 1, got {ratio}")

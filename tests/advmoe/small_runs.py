@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from advmoe.attacks import PGD
-from advmoe.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
+from advmoe.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, RoutingConfig, RunConfig
 from advmoe.data import stream_generator
 from advmoe.models import create_model
 from advmoe.models.base import _MODELS, register_model
@@ -37,12 +37,13 @@ def small_architecture() -> Iterator[None]:
 
 
 def tiny(method: str = "advmoe", kind: str = "moe", /, **changes: Any) -> RunConfig:
-    """Two epochs of three steps."""
+    """Two epochs of three steps; no expert is shared."""
     config = RunConfig(
         model=ModelConfig(kind=kind, width=8),
         data=DataConfig("digits", train_limit=96, validation=16),
         optim=OptimConfig(lr=0.05),
         method=MethodConfig(method),
+        routing=RoutingConfig(share_epochs=0),
         epochs=2,
         batch_size=32,
         validation_attack="pgd2",

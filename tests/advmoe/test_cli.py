@@ -134,11 +134,20 @@ def test_options_of_the_methods_reach_the_run(asked: list[RunConfig], arguments:
     assert main(["train", "--out", "run", *arguments.split()]) == 0
     assert asked[0].method == method
     assert asked[0].attack.random_start == ("gaussian" if "--as-released" in arguments else True)
+    assert asked[0].model.router == ("global" if "--as-released" in arguments else "light")
+    assert asked[0].routing.share_epochs == (0 if "--as-released" in arguments else None)
+
+
+def test_another_router_may_be_trained_as_released(asked: list[RunConfig]) -> None:
+    for given in ("--router light", "--router=light", "--router light --route-per stage"):
+        assert main(["train", "--out", "run", "--as-released", *given.split()]) == 0
+        assert asked.pop().model.router == "light"
 
 
 def test_each_difference_of_the_released_code_has_an_option_too(asked: list[RunConfig]) -> None:
     arguments = (
-        "--order backbone_first --batches one --router-objective pseudo_label --attack-routers --attack-start gaussian"
+        "--order backbone_first --batches one --router-objective pseudo_label --attack-routers --attack-start gaussian "
+        "--router global --share-epochs 0"
     )
     for given in (["--as-released"], arguments.split()):
         assert main(["train", "--out", "run", *given]) == 0

@@ -19,7 +19,7 @@ def test_defaults_are_the_papers_recipe() -> None:
     assert (c.method.order, c.method.batches, c.method.router_objective) == ("router_first", "two", "trades")
     assert c.model.gate == "straight_through"
     assert (c.method.share_attack, c.method.router_every, c.method.attack_routers) == (False, 1, False)
-    assert (c.model.temperature, c.model.noise, c.routing.balance, c.routing.share_epochs) == (1.0, 0.0, "none", 0)
+    assert (c.model.temperature, c.model.noise, c.routing.balance, c.routing.share_epochs) == (1.0, 0.0, "none", None)
 
 
 def test_as_released_is_what_the_released_code_does() -> None:

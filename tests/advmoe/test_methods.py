@@ -29,7 +29,7 @@ from small_runs import (
 from torch import Tensor, nn
 
 from advmoe.attacks import PGD
-from advmoe.config import MethodConfig, ModelConfig, OptimConfig, RoutingConfig, RunConfig
+from advmoe.config import AttackConfig, MethodConfig, ModelConfig, OptimConfig, RoutingConfig, RunConfig
 from advmoe.data import load, stream_generator
 from advmoe.evaluation import evaluate
 from advmoe.models import backbone_parameters, record_routing, router_parameters
@@ -154,13 +154,13 @@ def test_settings_without_effect_are_refused(
 # --- balancing losses ---
 
 
-def balances(m: nn.Module, images: Sequence[Tensor], kind: str, temperature: float = 1.0) -> Tensor:
+def balances(m: nn.Module, images: Sequence[Tensor], kind: str) -> Tensor:
     """The mean over all choices of these forwards, counted by hand."""
     losses = []
     for each in images:
         with record_scores(m) as scores:
             m(each)
-        losses += [balance_loss(s / temperature, kind) for s in scores.values()]
+        losses += [balance_loss(s, kind) for s in scores.values()]
     return torch.stack(losses).mean()
 
 
@@ -193,7 +193,7 @@ def test_balance_is_part_of_each_loss_that_trains_routers(name: str, temperature
                 other(adversarial)
             each = [router_pseudo_label_loss(s, scores[n], b.labels, 6.0, 6.0) for n, s in before.items()]
             plain = torch.stack(each).mean()
-    balance = balances(other, seen, "entropy", temperature)
+    balance = balances(other, seen, "entropy")
     if isinstance(method, AdvMoE):
         losses, key = method._router_phase(b).losses, "router_loss"
         rest = method._backbone_phase(dataclasses.replace(b, generator=stream_generator("same"))).losses
@@ -331,7 +331,8 @@ def test_a_shared_expert_is_copied_and_its_copies_go_apart(
         assert len(settled) == 4 * (1 + 1) + 4 * (5 + 2)  # weights with momentum; norms with three buffers
         trainer._finish_epoch()
     assert not caplog.records  # all samples to one expert is what was asked for
-    saved = load_checkpoint(run.checkpoint("best"))["model"]
+    assert not run.checkpoint("best").exists()  # what is to be evaluated routes
+    saved = load_checkpoint(run.checkpoint())["model"]
     assert all(torch.equal(v, saved[n]) for n, v in trainer.model.state_dict().items())
     (line,) = run.metrics()
     assert "balance" not in line and "router_loss" not in line
@@ -342,6 +343,7 @@ def test_a_shared_expert_is_copied_and_its_copies_go_apart(
     assert not same(routers, router_parameters(trainer.model))
     trainer._finish_epoch()
     assert run.metrics()[1]["balance"] != 0
+    assert load_checkpoint(run.checkpoint("best"))["epoch"] == 2
 
 
 @pytest.mark.parametrize("method", ["at", "advmoe"])
@@ -374,6 +376,53 @@ def test_runs_that_draw_resume_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
     assert_resumes(tmp_path, monkeypatch, config("standard", **options), 2)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("advmoe", {}, 6),
+        ("at", {}, 6),
+        ("standard", {"router": "global"}, 6),
+        ("advmoe", {"routing": RoutingConfig(share_epochs=2)}, 2),
+        ("at", {"routing": RoutingConfig(share_epochs=0)}, 0),
+        ("at", {"router": "random"}, 0),
+        ("at", {"gate": "softmax"}, 0),
+        ("at", {"layout": "windows"}, 0),
+        (MethodConfig("at", part="routers"), {}, 0),
+        ("at", {"kind": "dense"}, None),
+    ],
+)
+def test_three_quarters_of_the_epochs_are_shared_where_they_can_be(
+    method: str | MethodConfig, options: dict[str, Any], expected: int | None
+) -> None:
+    data = load("digits", None, 96, None, 16, 0)
+    c = config(method, **{"routing": RoutingConfig(), "epochs": 8, **options})
+    resolved = engine.resolve(c, data)
+    assert resolved.routing.share_epochs == expected
+    Trainer(resolved, Run("never written"), data, quiet=True)  # which goes with the rest
+
+
+def test_weights_to_begin_with_bring_their_normalisation(tmp_path: Path) -> None:
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    start = train(config("standard", epochs=1, mean=mean, std=std), tmp_path / "start", quiet=True)
+    data = load("digits", None, 96, None, 16, 0)
+    resolved = engine.resolve(config("standard", init=str(start.folder), routing=RoutingConfig()), data)
+    assert (resolved.model.mean, resolved.model.std, resolved.routing.share_epochs) == (mean, std, 0)
+    own = engine.resolve(config("standard"), data).model
+    assert own.mean == data.mean and own.mean != mean
+
+
+def test_the_attack_in_training_ascends_what_the_objective_descends() -> None:
+    data = load("digits", None, 96, None, 16, 0)
+    for objective, given, expected in (
+        ("trades", None, "kl"),
+        ("cross_entropy", None, "ce"),
+        ("cross_entropy", "kl", "kl"),
+        ("trades", "margin", "margin"),
+    ):
+        c = config(MethodConfig("at", objective), attack=AttackConfig(loss=given))
+        assert engine.resolve(c, data).attack.loss == expected
 
 
 # --- a part of the network ---
@@ -751,5 +800,5 @@ def test_the_released_codes_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PGD, "run", run)
     routers = snapshot(router_parameters(m))
     outcome = method.step([batch()])
-    assert order == ["backbone", "router"] and divergences == [True, True] and outcome.count == 32
+    assert order == ["backbone", "router"] and divergences == [True, True] and outcome.count == 16
     assert not same(routers, router_parameters(m))

@@ -313,12 +313,17 @@ def test_only_sends_all_to_an_expert_without_a_look(name: str) -> None:
 def test_observers_see_each_choice_and_go_again() -> None:
     model = create_model("resnet18", width=8, image_size=8, temperature=4.0)
     seen: list[tuple[Router, Tensor, Routing]] = []
+    raw: dict[nn.Module, Tensor] = {}
+    for each in routers_of(model).values():
+        each.register_forward_hook(lambda module, args, output: raw.update({module: output}))
     watching = observe_routers(model, lambda *choice: seen.append(choice))
     with record_scores(model) as scores, record_routing(model) as routings, watching:
-        model(images(2))
+        model(images(6))
     assert [r for r, _, _ in seen] == list(routers_of(model).values())
-    for (router, observed, routing), raw in zip(seen, scores.values(), strict=True):
-        torch.testing.assert_close(observed, raw / 4)
+    for (router, observed, routing), recorded in zip(seen, scores.values(), strict=True):
+        standard = (raw[router] - raw[router].mean(0)) / (raw[router].var(0, correction=0) + 1e-5).sqrt()
+        torch.testing.assert_close(observed, standard / 4)
+        assert observed is recorded
         assert observed.requires_grad and torch.equal(routing.expert, routings[router.routes].expert)
     with pytest.raises(KeyError), observe_routers(model, lambda *choice: {}["absent"]):  # type: ignore[misc]
         model(images(2))
@@ -352,7 +357,7 @@ def test_non_finite_scores_name_the_layer(value: str) -> None:
 
 
 def test_scores_that_a_temperature_takes_out_of_range_are_not_finite() -> None:
-    model = create_model("resnet18", "moe", width=8, image_size=8, temperature=1e-30)
+    model = create_model("resnet18", "moe", width=8, image_size=8, temperature=1e-30, standardize=False)
     with torch.no_grad():
         model.layer2[1].conv1.router.linear.bias[0] = 1e10
     with pytest.raises(NonFiniteRouterError, match=r"router of layer2\.1\.conv1 "):
@@ -459,6 +464,34 @@ def test_light_router_asks_for_what_its_forward_gives(pooled: list[Any], gate: s
         assert torch.equal(actual.gate, expected.gate) and actual.gate.requires_grad == gradients
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("gate", ["straight_through", "softmax"])
+def test_standardised_scores_are_folded_into_the_one_launch(pooled: list[Any], gate: str, temperature: float) -> None:
+    torch.manual_seed(0)
+    router = build_router("light", 5, 3, RouterOptions(gate, temperature)).double()
+    x = torch.randn(40, 5, 4, 4, dtype=torch.float64)
+    router.route(x + 1)  # running statistics
+    router.eval()
+    expected = router.route(x)
+    assert len(expected.expert.unique()) == 3 and not pooled
+    elsewhere = copy.deepcopy(router).to("meta")
+    elsewhere.route(x.to("meta"))
+    ((_, weight, bias, *_), _) = pooled.pop()
+    assert weight.shape == (3, 5) and bias.shape == (3,)
+    assert isinstance(router, LightRouter)
+    actual = functional.pooled_routing(
+        x, *router._as_one_layer(), router.norm.weight, router.norm.bias, eps=router.norm.eps, gate=gate
+    )
+    assert torch.equal(actual.expert, expected.expert)
+    if gate == "softmax":
+        assert actual.gate is not None and expected.gate is not None
+        torch.testing.assert_close(actual.gate, expected.gate)
+    pooled.clear()
+    router.train()
+    copy.deepcopy(router).to("meta").route(x.to("meta"))
+    assert not pooled  # the batch's own statistics
+
+
 def _own_forward(router: LightRouter) -> LightRouter:
     class Own(LightRouter):
         def forward(self, x: Tensor) -> Tensor:
@@ -474,11 +507,6 @@ def _patched(router: LightRouter) -> LightRouter:
 
 def _other_linear(router: LightRouter) -> LightRouter:
     router.linear = nn.Sequential(router.linear)  # type: ignore[assignment]
-    return router
-
-
-def _softer(router: LightRouter) -> LightRouter:
-    router.options = RouterOptions(temperature=2.0)
     return router
 
 
@@ -506,7 +534,6 @@ def _hooked(name: str, register: str) -> Callable[[LightRouter], LightRouter]:
         _own_forward,
         _patched,
         _other_linear,
-        _softer,
         _alone,
         _observed,
         _hooked("", "register_forward_hook"),

@@ -161,7 +161,8 @@ def test_a_run_reports_within_the_epoch(
 ) -> None:
     forced("layer2.0.conv1", 1, 1000.0, monkeypatch)
     with caplog.at_level(logging.WARNING, logger="advmoe"):
-        run = train(config(optim=OptimConfig(lr=0.001)), tmp_path / "run", quiet=True)
+        asked = config(optim=OptimConfig(lr=0.001), model=ModelConfig(SMALL, width=4, standardize=False))
+        run = train(asked, tmp_path / "run", quiet=True)
     own = [said for said in warnings_of(caplog) if "layer2.0.conv1" in said]
     assert (
         own[0] == "step 41: the router of layer2.0.conv1 has collapsed: expert 1 took 100.0 % of the samples of 5 steps"

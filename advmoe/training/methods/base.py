@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -84,7 +85,8 @@ class Method(ABC):
         self.position = 0  # steps made since the run's start; the engine keeps it
         if config.objective == "cross_entropy" and config.name != "standard":
             self.accuracy = "ra"
-        if self.routing != RoutingConfig() and not routers_of(model):
+        asked = dataclasses.replace(self.routing, share_epochs=self.routing.share_epochs or None)
+        if asked != RoutingConfig() and not routers_of(model):
             raise ValueError("routing: a setting of routers, without effect on a model that has none")
         if self.routing.balance != "none" and not router_parameters(model):
             raise ValueError("balance: without effect on routers that have no parameters")
