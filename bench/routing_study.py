@@ -40,15 +40,21 @@ class Configuration:
 CONFIGURATIONS = (
     Configuration("sdense", "--method at --kind s_dense", "S-Dense, the network of a pathway's width"),
     Configuration("moe-light", f"{AT_MOE} {ALONE}", "a light router for each layer, left alone"),
-    Configuration("moe-light-perexpert", f"{AT_MOE} {ALONE} --bn per_expert", "the same, BatchNorms of each expert's own"),
-    Configuration("light-std", f"{AT_MOE} --standardize --share-epochs 0", "layer; standardised scores"),
-    Configuration("light-std-share4", f"{AT_MOE} --standardize --share-epochs 4", "layer; standardised; shared for 4 epochs"),
-    Configuration("light-std-share6", f"{AT_MOE} --standardize --share-epochs 6", "layer; standardised; shared for 6 epochs"),
     Configuration(
-        "light-sw-share4", f"{AT_MOE} {SWITCH} --share-epochs 4", "layer; balancing loss; shared for 4 epochs"
+        "moe-light-perexpert", f"{AT_MOE} {ALONE} --bn per_expert", "the same, BatchNorms of each expert's own"
+    ),
+    Configuration("light-std", f"{AT_MOE} --standardize --share-epochs 0", "layer; standardised scores"),
+    Configuration(
+        "light-std-share4", f"{AT_MOE} --standardize --share-epochs 4", "layer; standardised; shared for 4 epochs"
     ),
     Configuration(
-        "light-alike", f"{AT_MOE} --standardize --experts-start alike --share-epochs 0", "layer; standardised; begun alike"
+        "light-std-share6", f"{AT_MOE} --standardize --share-epochs 6", "layer; standardised; shared for 6 epochs"
+    ),
+    Configuration("light-sw-share4", f"{AT_MOE} {SWITCH} --share-epochs 4", "layer; balancing loss; shared for 4 epochs"),
+    Configuration(
+        "light-alike",
+        f"{AT_MOE} --standardize --experts-start alike --share-epochs 0",
+        "layer; standardised; begun alike",
     ),
     Configuration(
         "stage-sw-share4",
@@ -83,9 +89,7 @@ CONFIGURATIONS = (
         f"{AT_MOE} --router image {SWITCH} --share-epochs 4",
         "image; balancing loss; shared for 4 epochs",
     ),
-    Configuration(
-        "image-std", f"{AT_MOE} --router image --standardize --share-epochs 0", "image; standardised scores"
-    ),
+    Configuration("image-std", f"{AT_MOE} --router image --standardize --share-epochs 0", "image; standardised scores"),
     Configuration(
         "image-std-share4",
         f"{AT_MOE} --router image --standardize --share-epochs 4",
