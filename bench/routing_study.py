@@ -45,21 +45,21 @@ CONFIGURATIONS = (
     ),
     Configuration("light-std", f"{AT_MOE} --standardize --share-epochs 0", "layer; standardised scores"),
     Configuration(
-        "light-std-share4", f"{AT_MOE} --standardize --share-epochs 4", "layer; standardised; shared for 4 epochs"
+        "light-std-share4", f"{AT_MOE} --standardize --share-epochs 4", "layer; standardised; shared for 4 of 8"
     ),
     Configuration(
-        "light-std-share6", f"{AT_MOE} --standardize --share-epochs 6", "layer; standardised; shared for 6 epochs"
+        "light-std-share6", f"{AT_MOE} --standardize --share-epochs 6", "layer; standardised; shared for 6 of 8"
     ),
-    Configuration("light-sw-share4", f"{AT_MOE} {SWITCH} --share-epochs 4", "layer; balancing loss; shared for 4 epochs"),
+    Configuration("light-sw-share4", f"{AT_MOE} {SWITCH} --share-epochs 4", "layer; balancing loss; shared for 4 of 8"),
     Configuration(
         "light-alike",
         f"{AT_MOE} --standardize --experts-start alike --share-epochs 0",
-        "layer; standardised; begun alike",
+        "layer; standardised; alike",
     ),
     Configuration(
         "stage-sw-share4",
         f"{AT_MOE} --route-per stage {SWITCH} --share-epochs 4",
-        "stage; balancing loss; shared for 4 epochs",
+        "stage; balancing loss; shared for 4 of 8",
     ),
     Configuration(
         "stage-std", f"{AT_MOE} --route-per stage --standardize --share-epochs 0", "stage; standardised scores"
@@ -67,69 +67,69 @@ CONFIGURATIONS = (
     Configuration(
         "stage-std-share4",
         f"{AT_MOE} --route-per stage --standardize --share-epochs 4",
-        "stage; standardised; shared for 4 epochs",
+        "stage; standardised; shared for 4 of 8",
     ),
     Configuration(
         "stage-std-share6",
         f"{AT_MOE} --route-per stage --standardize --share-epochs 6",
-        "stage; standardised; shared for 6 epochs",
+        "stage; standardised; shared for 6 of 8",
     ),
     Configuration(
         "network-std-share6",
         f"{AT_MOE} --route-per network --standardize --share-epochs 6",
-        "one light router behind the stem; standardised; shared for 6 epochs",
+        "one light router behind the stem; standardised; shared for 6 of 8",
     ),
     Configuration(
         "image-share4",
         f"{AT_MOE} --router image --no-standardize --share-epochs 4",
-        "one choice for each image; shared for 4 epochs",
+        "one choice for each image; shared for 4 of 8",
     ),
     Configuration(
         "image-sw-share4",
         f"{AT_MOE} --router image {SWITCH} --share-epochs 4",
-        "image; balancing loss; shared for 4 epochs",
+        "image; balancing loss; shared for 4 of 8",
     ),
     Configuration("image-std", f"{AT_MOE} --router image --standardize --share-epochs 0", "image; standardised scores"),
     Configuration(
         "image-std-share4",
         f"{AT_MOE} --router image --standardize --share-epochs 4",
-        "image; standardised; shared for 4 epochs",
+        "image; standardised; shared for 4 of 8",
     ),
     Configuration(
         "image-std-share6",
         f"{AT_MOE} --router image --standardize --share-epochs 6",
-        "image; standardised; shared for 6 epochs",
+        "image; standardised; shared for 6 of 8",
     ),
     Configuration(
         "light-std-share6-temperature",
         f"{AT_MOE} --standardize --share-epochs 6 --temperature 4",
-        "layer; standardised; shared for 6 epochs; temperature 4",
+        "layer; standardised; shared for 6 of 8; temperature 4",
     ),
     Configuration(
         "light-std-share6-noise",
         f"{AT_MOE} --standardize --share-epochs 6 --noise 0.5",
-        "layer; standardised; shared for 6 epochs; noise 0.5",
+        "layer; standardised; shared for 6 of 8; noise 0.5",
     ),
     Configuration(
         "light-std-share6-lr",
         f"{AT_MOE} --standardize --share-epochs 6 --router-lr 0.01",
-        "layer; standardised; shared for 6 epochs; a tenth of the rate for routers",
+        "layer; standardised; shared for 6 of 8; a tenth of the rate for routers",
     ),
     Configuration(
         "light-std-share6-norm",
         f"{AT_MOE} --standardize --share-epochs 6 --gate-after norm",
-        "layer; standardised; shared for 6 epochs; gate behind the BatchNorm",
+        "layer; standardised; shared for 6 of 8; gate behind the BatchNorm",
     ),
     Configuration("adv-light", f"{ADVMOE} {ALONE}", "AdvMoE: a light router for each layer, left alone"),
     Configuration(
         "adv-light-std-share6",
         f"{ADVMOE} --standardize --share-epochs 6",
-        "AdvMoE: layer; standardised; shared for 6 epochs",
+        "AdvMoE: layer; standardised; shared for 6 of 8",
     ),
     Configuration(
         "adv-stage-std-share6",
         f"{ADVMOE} --route-per stage --standardize --share-epochs 6",
-        "AdvMoE: stage; standardised; shared for 6 epochs",
+        "AdvMoE: stage; standardised; shared for 6 of 8",
     ),
 )
 

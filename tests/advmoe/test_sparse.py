@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from advmoe.models import create_model
 from advmoe.profiling import profile
 from advmoe.sparse import (
     Add,
@@ -538,3 +539,39 @@ def test_a_module_used_twice() -> None:
     model.b.mask.copy_(model.a.mask)
     update_alive(model, SIZE)
     assert torch.equal(model.norm.alive, model.a.mask)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "wrn28_10", "vgg16_bn", "densenet40"])
+def test_removed_channels_can_come_back_through_a_relu(arch: str) -> None:
+    """At exactly 0 a ReLU would let no gradient pass, and a mask would be what it began with."""
+    torch.manual_seed(0)
+    width = {"wrn28_10": 20, "densenet40": 12}.get(arch, 8)
+    model = create_model(arch, "sparse", image_size=16, width=width, ratio=0.5)
+    for module in model.modules():
+        if isinstance(module, LiveBatchNorm2d):
+            nn.init.normal_(module.bias)
+    start_search(model)
+    update_alive(model, 16)
+    model(torch.rand(16, 3, 16, 16)).logsumexp(1).sum().backward()
+    for name, conv in masked_convolutions(model).items():
+        sizes = conv.scores.grad.flatten(1).norm(dim=1)
+        assert (sizes > 0).float().mean() > 0.9, name  # of a few every ReLU behind them may be closed by other channels
+
+
+def test_a_search_changes_the_masks_it_began_with() -> None:
+    torch.manual_seed(0)
+    model = create_model("vgg16_bn", "sparse", image_size=16, width=8, ratio=0.5)
+    start_search(model)
+    begun = {name: conv.current_mask().clone() for name, conv in masked_convolutions(model).items()}
+    optimizer = torch.optim.SGD(
+        score_parameters(model), lr=10.0, momentum=0.9
+    )  # an untrained network's gradients are small
+    x, y = torch.rand(32, 3, 16, 16), torch.randint(0, 10, (32,))
+    for _ in range(15):
+        update_alive(model, 16)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    now = masked_convolutions(model).items()
+    changed = [name for name, conv in now if not torch.equal(conv.current_mask(), begun[name])]
+    assert len(changed) >= 3
