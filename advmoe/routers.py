@@ -84,6 +84,19 @@ class NonFiniteRouterError(RuntimeError):
     """A router gave NaN or infinite scores; the message names its layer."""
 
 
+class ScoreNorm(nn.BatchNorm1d):
+    """Scores ``[B, N]`` of mean 0 and variance 1 over the images; a single image, which has no variance, by the running
+    statistics in training too."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__(num_experts, affine=False)
+
+    def forward(self, scores: Tensor) -> Tensor:
+        if len(scores) != 1:
+            return super().forward(scores)
+        return F.batch_norm(scores, self.running_mean, self.running_var, eps=self.eps)
+
+
 class Router(nn.Module):
     """What a router is: ``forward`` gives scores, :meth:`route` the choice made of them.
 
@@ -101,7 +114,7 @@ class Router(nn.Module):
         self.options = RouterOptions()
         self.routes = ""  # the name of the layer it routes; "" for all
         self.only: int | None = None  # every sample to this expert, without looking at it
-        self.score_norm: nn.BatchNorm1d | None = None
+        self.score_norm: ScoreNorm | None = None
         self._observers: list[Observer] = []
 
     @classmethod
@@ -185,7 +198,7 @@ def build_router(name: str, in_channels: int, num_experts: int, options: RouterO
     standardize = router.standardized if options.standardize is None else options.standardize
     # of one that learns nothing there is nothing to keep alive, and a constant would be lost
     if standardize and next(router.parameters(), None) is not None:
-        router.score_norm = nn.BatchNorm1d(num_experts, affine=False)
+        router.score_norm = ScoreNorm(num_experts)
     return router
 
 
@@ -247,7 +260,7 @@ class LightRouter(Router):
             and not moving
             and getattr(self.forward, "__func__", None) is LightRouter.forward
             and (type(self.norm), type(self.linear)) == (nn.LayerNorm, nn.Linear)
-            and type(self.score_norm) in (nn.BatchNorm1d, type(None))
+            and type(self.score_norm) in (ScoreNorm, type(None))
             and not _has_any_global_hook()
             and not any(
                 hooks

@@ -492,6 +492,22 @@ def test_standardised_scores_are_folded_into_the_one_launch(pooled: list[Any], g
     assert not pooled  # the batch's own statistics
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_standardised_scores_of_few_images(count: int) -> None:
+    torch.manual_seed(0)
+    router = build_router("light", 5, 3, RouterOptions())
+    router.route(torch.randn(40, 5, 4, 4))
+    before = copy.deepcopy(router.score_norm)
+    assert before is not None and router.score_norm is not None
+    x = torch.randn(count, 5, 4, 4)
+    with torch.no_grad():
+        chosen = router.route(x).expert
+        if count == 1:  # by the running statistics, which it leaves alone
+            assert torch.equal(chosen, before.eval()(router(x)).argmax(1))
+            assert torch.equal(router.score_norm.running_mean, before.running_mean)
+    assert chosen.shape == (count,)
+
+
 def _own_forward(router: LightRouter) -> LightRouter:
     class Own(LightRouter):
         def forward(self, x: Tensor) -> Tensor:
