@@ -161,12 +161,21 @@ def _entropy_share(usage: dict[str, list[float]]) -> float | None:
     return statistics.mean(each) if each else None
 
 
-def rows(folder: Path) -> list[list[str]]:
+def collect(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The evaluations of all runs, by configuration."""
+    found = {}
+    for configuration in CONFIGURATIONS:
+        paths = sorted(folder.glob(f"{configuration.name}-s[0-9]/evaluation-last.json"))
+        if paths:
+            runs = [json.loads(path.read_text()) for path in paths]
+            found[configuration.name] = [{**r, "run": path.parent.name} for r, path in zip(runs, paths, strict=True)]
+    return found
+
+
+def rows(found: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
     lines = []
     for configuration in CONFIGURATIONS:
-        records: list[dict[str, Any]] = []
-        for path in sorted(folder.glob(f"{configuration.name}-s[0-9]/evaluation-last.json")):
-            records.append(json.loads(path.read_text()))
+        records = found.get(configuration.name, [])
         if not records:
             continue
         attacks = [r["attacks"][ATTACK] for r in records]
@@ -197,6 +206,9 @@ def main() -> None:
     parser.add_argument("--data-dir", help="CIFAR-10")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--json", type=Path, help="write the evaluations to this file; where --out is not there, read them from it"
+    )
     parser.add_argument("--list", action="store_true", help="the configurations and their options")
     o = parser.parse_args()
     if o.list:
@@ -210,7 +222,13 @@ def main() -> None:
             for configuration in CONFIGURATIONS:
                 if not o.run or configuration.name in o.run:
                     run(configuration, seed, o.out, o.data_dir, o.threads)
-    print(table(["routing", "n", "SA", f"RA ({ATTACK})", "usage entropy", "flipped"], rows(o.out)))
+    if o.json is not None and not o.out.exists():
+        found = json.loads(o.json.read_text())
+    else:
+        found = collect(o.out)
+        if o.json is not None:
+            o.json.write_text(json.dumps(found) + "\n")
+    print(table(["routing", "n", "SA", f"RA ({ATTACK})", "usage entropy", "flipped"], rows(found)))
 
 
 if __name__ == "__main__":
