@@ -194,7 +194,6 @@ class Projection(nn.Module):
     def __init__(self, spec: ModelSpec, source: Channels, out: Channels, stride: int, convolution: bool) -> None:
         super().__init__()
         assert out.windows is not None
-        self.windows = out.windows
         if convolution:
             # the names of an ordinary projection, nn.Sequential(conv, norm)
             self.add_module("0", _routed(spec, source, out, 1, stride, 0))
