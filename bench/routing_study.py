@@ -24,6 +24,7 @@ COMMON = "--arch resnet18 --width 16 --data cifar10 --train-limit 10000 --epochs
 ATTACK, IMAGES = "pgd20", 2000
 AT_MOE = "--method at --kind moe"
 ADVMOE = "--method advmoe --kind moe"
+FAST = "--share-attack --router-every 2"
 ALONE = "--no-standardize --share-epochs 0"
 SWITCH = "--no-standardize --balance switch --balance-weight 0.5"
 
@@ -121,10 +122,21 @@ CONFIGURATIONS = (
         "layer; standardised; shared for 6 of 8; gate behind the BatchNorm",
     ),
     Configuration("adv-light", f"{ADVMOE} {ALONE}", "AdvMoE: a light router for each layer, left alone"),
+    Configuration("adv-light-std", f"{ADVMOE} --standardize --share-epochs 0", "AdvMoE: layer; standardised scores"),
+    Configuration(
+        "adv-light-std-fast",
+        f"{ADVMOE} --standardize --share-epochs 0 {FAST}",
+        "fast AdvMoE: layer; standardised scores",
+    ),
     Configuration(
         "adv-light-std-share6",
         f"{ADVMOE} --standardize --share-epochs 6",
         "AdvMoE: layer; standardised; shared for 6 of 8",
+    ),
+    Configuration(
+        "adv-light-std-share6-fast",
+        f"{ADVMOE} --standardize --share-epochs 6 {FAST}",
+        "fast AdvMoE: layer; standardised; shared for 6 of 8",
     ),
     Configuration(
         "adv-stage-std-share6",

@@ -130,7 +130,7 @@ def main() -> None:
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}, float32"
     )
     if o.json is not None:
-        record = {"machine": machine, "settings": {k: str(v) for k, v in vars(o).items()}, "seconds": times}
+        record = {"machine": machine, "settings": {k: v for k, v in vars(o).items() if k != "json"}, "seconds": times}
         o.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
