@@ -210,11 +210,19 @@ def test_balance_is_part_of_each_loss_that_trains_routers(name: str, temperature
 
 
 def test_balance_trains_routers_that_no_gate_reaches() -> None:
-    for routing, moves in ((RoutingConfig(), False), (RoutingConfig("switch", 1.0), True)):
-        m = small(gate="none")
-        before = snapshot(router_parameters(m))
-        AT(m, MethodConfig("at"), OptimConfig(weight_decay=0.0), ATTACK, routing).step([batch()])
-        assert same(before, router_parameters(m)) != moves
+    m = small(gate="none")
+    before = snapshot(router_parameters(m))
+    AT(m, MethodConfig("at"), OptimConfig(weight_decay=0.0), ATTACK, RoutingConfig("switch", 1.0)).step([batch()])
+    assert not same(before, router_parameters(m))
+
+
+@pytest.mark.parametrize("method", [AT, Standard])
+def test_routers_that_nothing_would_train_are_refused(method: type[Method]) -> None:
+    with pytest.raises(ValueError, match="gate: 'none' lets no gradient of the loss reach the routers"):
+        method(small(gate="none"), MethodConfig("at"), OptimConfig(), ATTACK)
+    for m, config in ((small(gate="none", router="fixed"), MethodConfig("at")), (small(), MethodConfig("at"))):
+        method(m, config, OptimConfig(), ATTACK)
+    AT(small(gate="none"), MethodConfig("at", part="experts"), OptimConfig(), ATTACK)
 
 
 # --- scores of mean 0 and variance 1 ---

@@ -241,7 +241,7 @@ def test_advmoe_needs_routers(tmp_path: Path) -> None:
 
 def test_advmoe_needs_gates_that_let_gradients_through() -> None:
     m = model(gate="none")
-    with pytest.raises(ValueError, match="gate: 'none' lets no gradient of TRADES reach the routers"):
+    with pytest.raises(ValueError, match="gate: 'none' lets no gradient of the loss reach the routers"):
         AdvMoE(m, MethodConfig(), OptimConfig(), ATTACK)
     routers = snapshot(router_parameters(m))
     AdvMoE(m, MethodConfig(router_objective="pseudo_label"), OptimConfig(), ATTACK).step([batch(0), batch(1)])

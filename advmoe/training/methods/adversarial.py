@@ -49,11 +49,11 @@ class AT(Method):
             raise ValueError(f"part: {self.config.part!r} needs a model with trainable routers (kind moe)")
         if self.config.part != "all" and self.share_epochs:
             raise ValueError("share_epochs: sharing comes before routers and experts are trained apart; give part='all'")
-        gates = {router.options.gate for router in routers_of(model).values()}
-        if self.config.part == "routers" and gates == {"none"}:
-            raise ValueError("gate: 'none' lets no gradient of the loss reach the routers, which part 'routers' trains")
         if self.config.part == "experts" and self.routing.balance != "none":
             raise ValueError("balance: a loss of the routers, without effect with part='experts'")
+
+    def _routers_learn_without_gates(self) -> bool:
+        return self.config.part == "experts" or super()._routers_learn_without_gates()
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
         batch = batches[0]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...models import backbone_parameters, router_parameters
 from ...objectives import router_pseudo_label_loss
-from ...routers import record_scores, routers_of
+from ...routers import record_scores
 from .base import Batch, Method, StepResult, only, result, unused_frozen
 
 __all__ = ["AdvMoE"]
@@ -32,12 +32,11 @@ class AdvMoE(Method):
         if not router_parameters(model):
             raise ValueError("method: advmoe needs a model with trainable routers (kind moe); use at for this one")
         super().__init__(model, *args, **kwargs)
-        if self.config.router_objective == "trades" and all(
-            router.options.gate == "none" for router in routers_of(model).values()
-        ):
-            raise ValueError("gate: 'none' lets no gradient of TRADES reach the routers, which advmoe is to train")
         two = self.config.batches == "two" and not self.config.share_attack
         self.batches_per_step = 2 if two else 1
+
+    def _routers_learn_without_gates(self) -> bool:
+        return self.config.router_objective != "trades"
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         router_lr = self.optim.lr if self.optim.router_lr is None else self.optim.router_lr

@@ -93,9 +93,16 @@ class Method(ABC):
         self.share_epochs = self.routing.share_epochs or 0
         if self.share_epochs and any(r.options.gate == "softmax" for r in routers_of(model).values()):
             raise ValueError("share_epochs: a shared expert has no gate, and those of 'softmax' would change the network")
+        unreached = {r.options.gate for r in routers_of(model).values()} == {"none"} and bool(router_parameters(model))
+        if unreached and not self._routers_learn_without_gates():
+            raise ValueError("gate: 'none' lets no gradient of the loss reach the routers, which would not be trained")
         if self.routing.experts == "alike" or self.share_epochs:
             tie_experts(model)
         self.optimizers = self._optimizers()
+
+    def _routers_learn_without_gates(self) -> bool:
+        """Whether something else than the gates' gradients trains the routers, or they are not to be trained."""
+        return self.routing.balance != "none"
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         routers = router_parameters(self.model)
