@@ -11,19 +11,17 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from advmoe.attacks import PGD
 from advmoe.config import MethodConfig, ModelConfig, OptimConfig
 from advmoe.models import router_parameters
 from advmoe.tables import table
-from advmoe.training.methods import AdvMoE, Batch, Method, StepResult, advmoe, build_method
+from advmoe.training.methods import AdvMoE, Batch, Method, build_method
 from advmoe.training.runs import build_model
 
 from .machine import describe
@@ -53,25 +51,8 @@ PERIOD = 4  # steps after which every contender has done the same share of route
 
 
 class _AllGradients(AdvMoE):
-    def _router_phase(self, batch: Batch, adversarial: Tensor | None = None) -> StepResult:
-        with _everything_wanted():
-            return super()._router_phase(batch, adversarial)
-
-
-@contextmanager
-def _everything_wanted() -> Iterator[None]:
-    """The router step without its saving: ``only`` freezes nothing."""
-
-    @contextmanager
-    def nothing(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-        yield
-
-    before = advmoe.only
-    advmoe.only = nothing
-    try:
-        yield
-    finally:
-        advmoe.only = before
+    def _routers_alone(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def make(contender: Contender, model: ModelConfig) -> Method:

@@ -31,7 +31,8 @@ class EvaluatedRun:
         config: None for a model that is not a run's.
         record: what ``evaluation.json`` says.
         path: where that belongs: ``evaluation.json`` in the run's folder, ``evaluation-last.json`` for another
-            checkpoint than the best; None for a model that is not a run's.
+            checkpoint than the best, ``evaluation-<data>.json`` for other data than the run's; None for a model that is
+            not a run's.
     """
 
     model: nn.Module
@@ -97,7 +98,8 @@ def evaluate_run(
     if Path(source).exists():
         folder = Path(source) if Path(source).is_dir() else Path(source).parent
         checkpoint = checkpoint if Path(source).is_dir() else Path(source).stem
-        path = folder / ("evaluation.json" if checkpoint == "best" else f"evaluation-{checkpoint}.json")
+        parts = ["evaluation", *([] if checkpoint == "best" else [checkpoint]), *([] if own else [name])]
+        path = folder / f"{'-'.join(parts)}.json"
     record = {
         "checkpoint": checkpoint,
         "data": name,

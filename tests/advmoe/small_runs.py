@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of a second, steps of a tenth of one, and what two equal runs have in common."""
+"""Runs of a second, steps of a tenth of one, what two equal runs have in common, and a small CIFAR-10."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -101,3 +104,17 @@ def assert_same_run(first: Run, second: Run) -> None:
     assert best[0]["epoch"] == best[1]["epoch"]
     for r in (first, second):
         assert not list(r.folder.glob("*.tmp"))
+
+
+CIFAR10_FILES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+
+
+def write_cifar10(parent: Path) -> None:
+    """CIFAR-10's layout in ``parent`` with 20 images a file, written as the official files are: bytes as keys."""
+    folder = parent / "cifar-10-batches-py"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for name in CIFAR10_FILES:
+        data = generator.integers(0, 256, (20, 3072), dtype=np.uint8)
+        content = {b"data": data, b"labels": [i % 10 for i in range(20)], b"batch_label": name.encode()}
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))

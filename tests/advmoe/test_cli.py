@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from small_runs import write_cifar10
 
 from advmoe import __version__
 from advmoe.attacks import NonFiniteGradientError
@@ -202,6 +203,11 @@ def test_evaluate_takes_what_the_run_was(tmp_path: Path, capsys: pytest.CaptureF
     record = json.loads((run / "evaluation-last.json").read_text())
     assert record["epsilon"] == 0.2 and record["checkpoint"] == "last"
     assert "flip_rate" in record["attacks"]["pgd2"] and record["attacks"]["pgd2"]["flip_rate"] is None
+    write_cifar10(tmp_path)
+    other = ["--data", "cifar10", "--data-dir", str(tmp_path)]
+    assert main(["evaluate", str(run), "--attack", "pgd2", "--limit", "5", *other]) == 0
+    assert json.loads((run / "evaluation-cifar10.json").read_text())["data"] == "cifar10"
+    assert (run / "evaluation.json").read_text() == first
     (run / "best.pt").write_bytes(b"damaged")
     assert main(["evaluate", str(run), "--attack", "pgd2"]) == 2
     assert "best.pt cannot be read as a checkpoint" in capsys.readouterr().err

@@ -13,22 +13,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_runs import write_cifar10
 
 from advmoe.data import Batches, DataError, augment, list_data, load, stream_generator
-
-NAMES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 
 
 @pytest.fixture()
 def archive(tmp_path: Path) -> Path:
-    """CIFAR-10's layout with 20 images a file, written as the official files are: bytes as keys."""
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for name in NAMES:
-        data = generator.integers(0, 256, (20, 3072), dtype=np.uint8)
-        content = {b"data": data, b"labels": [i % 10 for i in range(20)], b"batch_label": name.encode()}
-        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+    write_cifar10(tmp_path)
     return tmp_path
 
 

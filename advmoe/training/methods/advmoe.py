@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -59,13 +60,17 @@ class AdvMoE(Method):
 
     def _router_phase(self, batch: Batch, adversarial: Tensor | None = None) -> StepResult:
         attacked = self._adversarial(batch) if adversarial is None else adversarial
-        with only(self.model, router_parameters(self.model)):
+        with self._routers_alone():
             if self.config.router_objective == "trades":
                 loss, logits, extra = self._balanced(lambda: self._objective(batch, attacked))
             else:
                 loss, logits, extra = self._balanced(lambda: self._pseudo_label(batch, attacked))
             value = self._update(self.optimizers["router"], loss, "router_loss")
         return result({"router_loss": value, **extra}, logits, batch.labels)
+
+    def _routers_alone(self) -> AbstractContextManager[None]:
+        """The lower level's step backpropagates to the routers' parameters and to no other's."""
+        return only(self.model, router_parameters(self.model))
 
     def _pseudo_label(self, batch: Batch, adversarial: Tensor) -> tuple[Tensor, Tensor]:
         with record_scores(self.model) as scores:
