@@ -3,6 +3,7 @@
 
 from . import densenet, resnet, vgg, wide_resnet  # noqa: F401  each registers its architectures
 from .base import (
+    MODEL_OPTIONS,
     backbone_parameters,
     create_model,
     list_models,
@@ -13,6 +14,7 @@ from .base import (
 from .released import load_released
 
 __all__ = [
+    "MODEL_OPTIONS",
     "backbone_parameters",
     "create_model",
     "list_models",

@@ -37,7 +37,7 @@ STEMS = ("cifar", "imagenet")
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 _COMMON = ("mean", "std", "stem")
-_OPTIONS = {
+MODEL_OPTIONS = {  # of create_model, for each kind
     "dense": _COMMON,
     "s_dense": _COMMON,
     "sparse": _COMMON,
@@ -152,8 +152,8 @@ def create_model(
     if kind not in KINDS:
         raise unknown_name("kind", kind, KINDS)
     for name in options:
-        if name not in _OPTIONS[kind]:
-            raise unknown_name(f"option of kind {kind}", name, _OPTIONS[kind])
+        if name not in MODEL_OPTIONS[kind]:
+            raise unknown_name(f"option of kind {kind}", name, MODEL_OPTIONS[kind])
     options = {name: value for name, value in options.items() if value is not None}
     options.setdefault("stem", None)
     given_route_per = options.get("route_per")

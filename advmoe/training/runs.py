@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..config import ModelConfig, RunConfig, write_text
-from ..models import create_model
+from ..models import MODEL_OPTIONS, create_model
 
 __all__ = ["Run", "RunError", "build_model", "load_checkpoint", "load_model"]
 
@@ -107,12 +107,7 @@ class Run:
 
 def build_model(config: ModelConfig) -> nn.Module:
     """The model of a resolved config."""
-    options: dict[str, Any] = {"stem": config.stem}
-    if config.kind == "moe":
-        names = ("bn", "gate", "gate_after", "temperature", "noise", "standardize", "route_per", "moe_at")
-        options |= {name: getattr(config, name) for name in names}
-    if config.normalize and config.mean is not None and config.std is not None:
-        options |= {"mean": config.mean, "std": config.std}
+    options = {name: getattr(config, name) for name in MODEL_OPTIONS.get(config.kind, ())}
     return create_model(
         config.arch,
         config.kind,
