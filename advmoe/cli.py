@@ -6,9 +6,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -54,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.given = [a.split("=")[0] for a in arguments if a.startswith("--")]  # also where a default was given
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     try:
-        return options.run(options) or DONE
+        code: int = options.run(options) or DONE
+        sys.stdout.flush()  # a closed pipe shows here at the latest
+        return code
     except Interrupted as error:
         print(f"interrupted; go on with: advmoe train --resume {error.args[0]}", file=sys.stderr)
         return RESUMABLE
@@ -64,34 +68,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:  # RunError and DataError are such
         print(f"advmoe: {error}", file=sys.stderr)
         return USAGE
+    except BrokenPipeError:  # whoever read the output, `head` say, has enough; nor can it be flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAULT
     except (*_FAULTS, OSError) as error:
         print(f"advmoe: {error}", file=sys.stderr)
         return FAULT
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Names the defaults that there are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        nothing = action.default is None or action.default is False
+        return action.help if nothing else super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="advmoe", description="Adversarially robust mixture-of-experts CNNs.")
+    parser = argparse.ArgumentParser(
+        prog="advmoe",
+        description="Adversarially robust mixture-of-experts CNNs.",
+        epilog="exit codes: 0 done, 1 fault, 2 usage or input, 3 interrupted and resumable, 130 interrupted",
+    )
     parser.add_argument("--version", action="version", version=f"advmoe {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
-    defaults = argparse.ArgumentDefaultsHelpFormatter
+    # no abbreviations: an option that comes later would change what they mean
+    defaults: dict[str, Any] = {"formatter_class": _Help, "allow_abbrev": False}
 
-    p = commands.add_parser("demo", help="train, attack and time five models on embedded data", formatter_class=defaults)
+    p = commands.add_parser("demo", help="train, attack and time five models on embedded data", **defaults)
     p.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the run folders")
     p.add_argument("--fast", action="store_true", help="fewer epochs and weaker attacks: shows that everything runs")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     p.set_defaults(run=_demo)
 
-    p = commands.add_parser("train", help="train a model", formatter_class=defaults)
+    p = commands.add_parser("train", help="train a model", **defaults)
     r, m, a, o, t = RunConfig(), MethodConfig(), AttackConfig(), OptimConfig(), RoutingConfig()
     p.add_argument("--out", type=Path, help="the run folder to make")
-    p.add_argument("--resume", type=Path, metavar="RUN", help="continue this run; all other options come from it")
+    p.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="continue this run; all other options come from it, but --data-dir, which may have moved",
+    )
     g = p.add_argument_group("method")
-    g.add_argument("--method", choices=METHODS, default=m.name)
-    g.add_argument("--objective", choices=("trades", "cross_entropy"), default=m.objective)
+    g.add_argument("--method", choices=METHODS, default=m.name, help="how to train")
+    g.add_argument(
+        "--objective",
+        choices=("trades", "cross_entropy"),
+        default=m.objective,
+        help="trades, or cross_entropy on attacked images (PGD-AT)",
+    )
     g.add_argument("--beta", type=float, default=m.beta, help="TRADES' weight of the robust term")
-    g.add_argument("--order", choices=("router_first", "backbone_first"), default=m.order)
-    g.add_argument("--batches", choices=("two", "one"), default=m.batches, help="a batch for each level, or one for both")
-    g.add_argument("--router-objective", choices=("trades", "pseudo_label"), default=m.router_objective)
+    g.add_argument("--order", choices=("router_first", "backbone_first"), default=m.order, help="advmoe: of the levels")
+    g.add_argument("--batches", choices=("two", "one"), default=m.batches, help="advmoe: a batch for each level, or one")
+    g.add_argument(
+        "--router-objective",
+        choices=("trades", "pseudo_label"),
+        default=m.router_objective,
+        help="advmoe: what routers learn by",
+    )
     g.add_argument("--router-alpha", type=float, default=m.router_alpha, help="pseudo_label's weight of the label")
     g.add_argument("--attack-routers", action="store_true", help="add the routers' divergence to the training attack")
     g.add_argument(
@@ -110,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--init", metavar="RUN", help="begin with the weights of this run or checkpoint")
     g = p.add_argument_group("routing")
     g.add_argument("--balance", choices=("none", *BALANCE_LOSSES), default=t.balance, help="loss of the routers")
-    g.add_argument("--balance-weight", type=float, default=t.balance_weight)
+    g.add_argument("--balance-weight", type=float, default=t.balance_weight, help="of that loss")
     g.add_argument("--experts-start", choices=("apart", "alike"), default=t.experts, help="alike: as copies of the first")
     g.add_argument(
         "--share-epochs",
@@ -125,69 +160,69 @@ def _parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("training attack")
     g.add_argument("--epsilon", type=float, help="radius, of pixel range 1; the data's own by default")
     g.add_argument("--step-size", type=float, help="of pixel range 1; the data's own by default")
-    g.add_argument("--attack-steps", type=int, default=a.steps)
+    g.add_argument("--attack-steps", type=int, default=a.steps, help="K, of PGD")
     g.add_argument(
         "--attack-loss", choices=("kl", "ce", "margin"), help="kl by default, ce with --objective cross_entropy"
     )
     g.add_argument("--attack-start", choices=("uniform", "gaussian"), default="uniform", help="gaussian: TRADES' own")
     g = p.add_argument_group("optimisation")
-    g.add_argument("--epochs", type=int, default=r.epochs)
-    g.add_argument("--batch-size", type=int, default=r.batch_size)
-    g.add_argument("--lr", type=float, default=o.lr)
+    g.add_argument("--epochs", type=int, default=r.epochs, help="passes over the training images")
+    g.add_argument("--batch-size", type=int, default=r.batch_size, help="images a step")
+    g.add_argument("--lr", type=float, default=o.lr, help="at the start; goes to 0 by a cosine")
     g.add_argument("--router-lr", type=float, help="the routers' own rate; --lr by default")
-    g.add_argument("--momentum", type=float, default=o.momentum)
-    g.add_argument("--weight-decay", type=float, default=o.weight_decay)
+    g.add_argument("--momentum", type=float, default=o.momentum, help="of SGD")
+    g.add_argument("--weight-decay", type=float, default=o.weight_decay, help="of SGD")
     g.add_argument(
         "--freeze-unused", action="store_true", help="no decay and momentum for experts nobody chose in a step"
     )
-    g.add_argument("--seed", type=int, default=r.seed)
-    g.add_argument("--device", default=r.device)
+    g.add_argument("--seed", type=int, default=r.seed, help="of everything that is drawn")
+    g.add_argument("--device", default=r.device, help="auto is a CUDA device where there is one")
     g.add_argument("--threads", type=_positive, help="CPU threads; torch's own choice by default")
     g.add_argument("--validation-attack", default=r.validation_attack, help="the attack of each epoch's validation")
     p.set_defaults(run=_train)
 
-    p = commands.add_parser("evaluate", help="SA and RA on the test set", formatter_class=defaults)
+    p = commands.add_parser("evaluate", help="SA and RA on the test set", **defaults)
     p.add_argument("source", metavar="RUN", help="a run folder, a checkpoint in one, or module:function")
     p.add_argument(
         "--attack", action="append", help="pgd<steps>[x<restarts>][-ce|-kl|-margin]; repeatable; pgd50x2 if none"
     )
     p.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run folder")
     p.add_argument("--limit", type=int, metavar="N", help="the first N test images")
-    p.add_argument("--batch-size", type=int, default=128)
+    p.add_argument("--batch-size", type=int, default=128, help="images at once")
     p.add_argument("--epsilon", type=float, help="the run's training radius, or the data's, by default")
-    p.add_argument("--threads", type=_positive)
-    p.add_argument("--device", default="auto")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--threads", type=_positive, help="CPU threads; torch's own choice by default")
+    p.add_argument("--device", default="auto", help="auto is a CUDA device where there is one")
+    p.add_argument("--seed", type=int, default=0, help="of the attacks")
     _data_options(p, default=None)
     p.set_defaults(run=_evaluate)
 
-    p = commands.add_parser("export", help="write a trained model as one safetensors file", formatter_class=defaults)
+    p = commands.add_parser("export", help="write a trained model as one safetensors file", **defaults)
     p.add_argument("source", metavar="RUN", help="a run folder or a checkpoint in one")
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
     p.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run folder")
     p.set_defaults(run=_export)
 
-    p = commands.add_parser("reproduce", help="rows of the paper's tables and figures", formatter_class=defaults)
+    p = commands.add_parser("reproduce", help="rows of the paper's tables and figures", **defaults)
     p.add_argument("recipe", nargs="*", help="such as table1/cifar10/resnet18/advmoe, or a prefix: all below it")
     p.add_argument("--scale", choices=SCALES, default="cpu", help="paper: as printed; cpu: a row within an hour")
     p.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="the scale's own by default")
     p.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder of all runs, which are gone on with")
     p.add_argument("--data-dir", help="where the data sets' files are")
     p.add_argument("--threads", type=_positive, help="CPU threads; torch's own choice by default")
-    p.add_argument("--device", default="auto")
+    p.add_argument("--device", default="auto", help="auto is a CUDA device where there is one")
     g = p.add_mutually_exclusive_group()
     g.add_argument("--list", action="store_true", help="names the recipes, and what this version cannot do")
     g.add_argument("--dry-run", action="store_true", help="prints the settings of each, nothing is run")
     g.add_argument("--table", action="store_true", help="prints the table of what is there, nothing is run")
     p.set_defaults(run=_reproduce)
 
-    p = commands.add_parser("profile", help="multiply-accumulates and latency of a model", formatter_class=defaults)
+    p = commands.add_parser("profile", help="multiply-accumulates and latency of a model", **defaults)
     _model_options(p)
-    p.add_argument("--image-size", type=int, default=32)
-    p.add_argument("--num-classes", type=int, default=10)
+    p.add_argument("--image-size", type=int, default=32, help="pixels of a side")
+    p.add_argument("--num-classes", type=int, default=10, help="of the classifier")
     p.add_argument("--batch-size", type=int, nargs="+", default=[1, 32], help="batches to time")
-    p.add_argument("--repeats", type=int, default=20)
-    p.add_argument("--threads", type=_positive)
+    p.add_argument("--repeats", type=int, default=20, help="forwards that are timed")
+    p.add_argument("--threads", type=_positive, help="CPU threads; torch's own choice by default")
     p.add_argument("--layers", action="store_true", help="a line for each layer")
     p.add_argument("--routers", action="store_true", help="what each registered router costs here, nothing timed")
     p.add_argument(
@@ -209,12 +244,12 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     d = ModelConfig()
     g = parser.add_argument_group("model")
     g.add_argument("--arch", default=d.arch, help=f"one of {', '.join(list_models())}")
-    g.add_argument("--kind", choices=KINDS, default=d.kind)
-    g.add_argument("--experts", type=int, default=d.num_experts, metavar="N")
+    g.add_argument("--kind", choices=KINDS, default=d.kind, help="s_dense: the network of a pathway's width")
+    g.add_argument("--experts", type=int, default=d.num_experts, metavar="N", help="experts of each routed layer")
     g.add_argument("--ratio", type=float, default=d.ratio, help="width of an expert against the dense layer's")
     g.add_argument("--width", type=int, help="channels of the first stage; the architecture's own by default")
     g.add_argument("--layout", choices=LAYOUTS, default=d.layout, help="where the experts' channels lie")
-    g.add_argument("--router", default=d.router, help=f"one of {', '.join(list_routers())}")
+    g.add_argument("--router", default=d.router, help=f"{', '.join(list_routers())}, or module:Class, a Router of yours")
     g.add_argument("--route-per", choices=ROUTE_PER, help="what a router chooses for; layer by default")
     g.add_argument("--moe-at", type=_positive, nargs="+", metavar="STAGE", help="the routed stages; all by default")
     g.add_argument("--temperature", type=float, default=d.temperature, help="of the routers' probabilities")
@@ -226,14 +261,14 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     )
     g.add_argument("--stem", choices=STEMS, help="imagenet from 128 pixels on by default")
     g.add_argument("--bn", choices=("shared", "per_expert"), help="shared by default; per_expert with layout windows")
-    g.add_argument("--gate", choices=GATES, default=d.gate)
-    g.add_argument("--gate-after", choices=("conv", "norm"), default=d.gate_after)
+    g.add_argument("--gate", choices=GATES, default=d.gate, help="how gradients reach a router")
+    g.add_argument("--gate-after", choices=("conv", "norm"), default=d.gate_after, help="where the gate sits")
 
 
 def _data_options(parser: argparse.ArgumentParser, default: str | None = "digits") -> None:
     g = parser.add_argument_group("data")
     g.add_argument("--data", default=default, help=f"one of {', '.join(list_data())}")
-    g.add_argument("--data-dir", help="where its files are")
+    g.add_argument("--data-dir", help="the folder that holds theirs, such as cifar-10-batches-py")
     g.add_argument("--test-limit", type=int, metavar="N", help="use the first N test images")
 
 
@@ -248,8 +283,7 @@ def _model_config(o: argparse.Namespace) -> ModelConfig:
 def _method_config(o: argparse.Namespace) -> MethodConfig:
     if o.as_released:
         others = ("--order", "--batches", "--router-objective", "--attack-routers", "--share-attack", "--attack-start")
-        # abbreviations too, but not --router, which is an option of its own
-        given = [name for name in others if any(name.startswith(g) for g in o.given if g != "--router")]
+        given = [name for name in others if name in o.given]
         if o.method != "advmoe" or given:
             what = f"--method {o.method}" if o.method != "advmoe" else given[0]
             raise ValueError(f"--as-released: sets what advmoe's released code does, and does not go with {what}")
@@ -266,10 +300,10 @@ def _method_config(o: argparse.Namespace) -> MethodConfig:
 
 def _train(o: argparse.Namespace) -> None:
     if o.resume is not None:
-        others = [name for name in o.given if not "--resume".startswith(name)]
+        others = [name for name in o.given if name not in ("--resume", "--data-dir")]
         if others:
             raise ValueError(f"train: --resume takes all settings from the run; got {', '.join(others)} too")
-        run = resume(o.resume)
+        run = resume(o.resume, data_dir=o.data_dir)
     else:
         if o.out is None:
             raise ValueError("train: --out RUN is needed (or --resume RUN)")
@@ -363,15 +397,15 @@ def _profile(o: argparse.Namespace) -> None:
         f"multiply-accumulate as 1; convolutions and linear layers): pathway {cost.pathway_gflops:.4f}, "
         f"routers {cost.router_gflops:.4f}"
     )
-    plain = ModelConfig(config.arch, "dense", width=config.width, stem=config.stem, **common)
-    dense = build_model(plain).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    others = []
+    for kind in ("dense", "s_dense"):  # all channels, and those of one pathway
+        plain = ModelConfig(config.arch, kind, ratio=config.ratio, width=config.width, stem=config.stem, **common)
+        others.append(build_model(plain).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
     rows = []
     for batch in o.batch_size:
-        mine, other = measure_latency([model, dense], o.image_size, batch, o.repeats)
-        rows.append(
-            [str(batch), f"{mine.median_ms:.2f}", f"{other.median_ms:.2f}", f"{mine.median_ms / other.median_ms:.2f}"]
-        )
-    print(table(["batch", f"{o.kind} ms", "dense ms", "ratio"], rows))
+        mine, *rest = (each.median_ms for each in measure_latency([model, *others], o.image_size, batch, o.repeats))
+        rows.append([str(batch), f"{mine:.2f}", *(text for t in rest for text in (f"{t:.2f}", f"{mine / t:.2f}"))])
+    print(table(["batch", f"{o.kind} ms", "dense ms", "ratio", f"s_dense (r = {o.ratio:g}) ms", "ratio"], rows))
     print(
         f"median of {o.repeats} forwards in turn, {torch.get_num_threads()} threads, torch {torch.__version__}, float32"
     )

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import os
+import sys
 from collections.abc import Callable, Iterable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-__all__ = ["Registry", "unknown_name"]
+__all__ = ["Registry", "imported", "unknown_name"]
 
 T = TypeVar("T")
 
@@ -18,6 +21,21 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
     near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return ValueError(f"{kind}: expected one of {', '.join(known)}, got {name!r}{hint}")
+
+
+def imported(name: str) -> Any:
+    """What ``module:attribute`` names; modules of the working folder are found too.
+
+    Raises:
+        ValueError: if there is nothing of the name.
+    """
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # a console script's own folder stands there instead
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{name} cannot be loaded: {error}") from error
 
 
 class Registry(Generic[T]):

@@ -23,7 +23,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from moe_kernels import Routing, functional
 from moe_kernels.routing import GATES
 
-from .registry import Registry, unknown_name
+from .registry import Registry, imported, unknown_name
 
 __all__ = [
     "ConvRouter",
@@ -36,6 +36,7 @@ __all__ = [
     "RandomRouter",
     "Router",
     "RouterOptions",
+    "ScoreNorm",
     "build_router",
     "list_routers",
     "observe_routers",
@@ -193,7 +194,7 @@ def build_router(name: str, in_channels: int, num_experts: int, options: RouterO
     Raises:
         ValueError: for an unknown name.
     """
-    router = _ROUTERS[name].build(in_channels, num_experts, image_size)
+    router = router_class(name).build(in_channels, num_experts, image_size)
     router.options = options
     standardize = router.standardized if options.standardize is None else options.standardize
     # of one that learns nothing there is nothing to keep alive, and a constant would be lost
@@ -203,7 +204,17 @@ def build_router(name: str, in_channels: int, num_experts: int, options: RouterO
 
 
 def router_class(name: str) -> type[Router]:
-    return _ROUTERS[name]
+    """A registered router, or the class that ``module:Class`` names, for a command that registers none.
+
+    Raises:
+        ValueError: if there is none of the name, or if the class is no :class:`Router`.
+    """
+    if ":" not in name:
+        return _ROUTERS[name]
+    router: type[Router] = imported(name)
+    if not (isinstance(router, type) and issubclass(router, Router) and router.level in LEVELS):
+        raise ValueError(f"router: expected a subclass of Router with a level of {' or '.join(LEVELS)}, got {name}")
+    return router
 
 
 def routers_of(model: nn.Module) -> dict[str, Router]:

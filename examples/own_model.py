@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advmoe.data import Batches, load
+from advmoe.routers import ScoreNorm
 from moe_kernels import RoutedConv2d, Routing
 
 
@@ -17,10 +18,11 @@ class QuadrantRouter(nn.Module):
     def __init__(self, num_experts: int) -> None:
         super().__init__()
         self.linear = nn.Linear(4, num_experts)
+        self.norm = ScoreNorm(num_experts)  # without it most images soon go to one or two experts
 
     def forward(self, images: Tensor) -> Routing:
         ink = F.adaptive_avg_pool2d(images.mean(1, keepdim=True), 2).flatten(1)
-        return Routing.from_scores(self.linear(F.layer_norm(ink, (4,))))
+        return Routing.from_scores(self.norm(self.linear(F.layer_norm(ink, (4,)))))
 
 
 class SmallNet(nn.Module):

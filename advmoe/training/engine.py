@@ -265,14 +265,16 @@ class Trainer:
             line["expert_usage"] = {name: [round(u, 4) for u in usage] for name, usage in result.usage.items()}
             line["router_entropy"] = {name: round(_entropy(usage), 4) for name, usage in result.usage.items()}
         logger.info(
-            "epoch %d/%d: loss %.3f, validation SA %.1f %%, RA %.1f %% (%s), %.0f images/s",
+            "epoch %d/%d: loss %.3f, validation SA %.1f %%, RA %.1f %% (%s), %.0f images/s%s",
             self.epoch + 1, self.config.epochs, self._mean("loss"), 100 * result.sa, 100 * robust.ra, attack,
-            self._speed(),
+            self._speed(), ", experts shared" if self.method.sharing else "",
         )  # fmt: skip
         collapsed = [name for name, usage in result.usage.items() if len(usage) > 1 and max(usage) >= COLLAPSED]
         fixed = any(isinstance(router, FixedRouter) for router in routers_of(self.model).values())
         if collapsed and not self.method.sharing and not fixed:
-            logger.warning("epoch %d: one expert takes all samples in %s", self.epoch + 1, ", ".join(collapsed))
+            everywhere = len(collapsed) == len(result.usage) > 1
+            where = f"all {len(collapsed)} routed layers" if everywhere else ", ".join(collapsed)
+            logger.warning("epoch %d: one expert takes all samples in %s", self.epoch + 1, where)
         # an undefended model's RA is noise near zero
         score = result.sa if self.config.method.name == "standard" else robust.ra
         improved = score > self.best and self.method.may_be_best(self.epoch, self.config.epochs)
@@ -292,7 +294,7 @@ def _load_weights(model: nn.Module, source: str) -> None:
     Raises:
         RunError: if they are not there or do not fit.
     """
-    other, _ = load_model(source)
+    other, config = load_model(source)
     given = other.state_dict()
     if masked_convolutions(model) and not masked_convolutions(other):
         # a network without masks: all its channels are there
@@ -301,8 +303,10 @@ def _load_weights(model: nn.Module, source: str) -> None:
     try:
         model.load_state_dict(given)
     except RuntimeError as error:
-        first = str(error).split("\n\t")[1]  # of a line for each
-        raise RunError(f"init: the weights of {source} do not fit this model: {first}") from error
+        first = str(error).split("\n\t")[1]  # of a line for each; one may list all names
+        first = first if len(first) < 300 else f"{first[:300]} …"
+        theirs = "" if config is None else f" (kind {config.model.kind}, width {config.model.width or 'as it is'})"
+        raise RunError(f"init: the weights of {source}{theirs} do not fit this model: {first}") from error
 
 
 def device_of(name: str) -> torch.device:
@@ -319,7 +323,7 @@ def device_of(name: str) -> torch.device:
 
 def _entropy(usage: list[float]) -> float:
     """Of the experts' shares, in nats; log N where all are used alike."""
-    return -sum(u * math.log(u) for u in usage if u > 0)
+    return sum(u * math.log(1 / u) for u in usage if u > 0)
 
 
 def resolve(config: RunConfig, data: DataSet) -> RunConfig:
@@ -346,10 +350,22 @@ def resolve(config: RunConfig, data: DataSet) -> RunConfig:
     return dataclasses.replace(config, model=model, attack=attack, routing=routing, threads=threads)
 
 
+def _doubts(config: RunConfig, model: nn.Module) -> Iterator[str]:
+    """What can be trained and is hardly meant."""
+    masks = [conv.mask for conv in masked_convolutions(model).values()]
+    if masks and config.method.name != "at_sparse" and all(bool(mask.all()) for mask in masks):
+        yield f"kind sparse: {config.method.name} removes no channel and no mask is set; at_sparse learns which to remove"
+    if config.method.part != "all" and config.init is None:
+        resting = "experts" if config.method.part == "routers" else "routers"
+        yield f"part {config.method.part}: without init the {resting} rest as they were drawn"
+
+
 def _can_share(config: RunConfig) -> bool:
     """Whether a run may begin with one shared expert: experts that can be copies, routers that are to be trained, and
     weights that nobody has trained apart before."""
     m = config.model
+    if m.num_experts < 1:
+        return False  # which create_model says better
     learns = any(True for _ in router_class(m.router).build(1, m.num_experts, m.image_size or 32).parameters())
     copies = m.layout == "partition" and m.gate != "softmax"
     return learns and copies and config.method.part == "all" and config.init is None
@@ -372,6 +388,8 @@ def train(config: RunConfig, folder: str | Path, quiet: bool = False) -> Run:
     trainer = Trainer(config, run, data, quiet)
     run.create(config)
     with run.log(logger):
+        for note in _doubts(config, trainer.model):
+            logger.warning(note)
         try:
             trainer.fit()
         except Exception:
@@ -382,14 +400,19 @@ def train(config: RunConfig, folder: str | Path, quiet: bool = False) -> Run:
     return run
 
 
-def resume(folder: str | Path, quiet: bool = False) -> Run:
+def resume(folder: str | Path, quiet: bool = False, data_dir: str | None = None) -> Run:
     """Continues a run to the weights that it would have had unbroken, bit for bit on the same machine and threads.
+
+    Args:
+        data_dir: where the data is now, if not where it was.
 
     Raises:
         RunError: if there is no run. Otherwise as :func:`train`.
     """
     run = Run(folder)
     config = run.config()
+    if data_dir is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, folder=data_dir))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     begun = run.checkpoint().exists()

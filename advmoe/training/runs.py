@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import nn
 
 from ..config import ModelConfig, RunConfig, write_text
 from ..models import MODEL_OPTIONS, create_model
+from ..registry import imported
 
 __all__ = ["Run", "RunError", "build_model", "load_checkpoint", "load_model"]
 
@@ -160,7 +159,7 @@ def load_model(source: str | Path, checkpoint: str = "best") -> tuple[nn.Module,
     if not path.is_file():
         module, _, function = str(source).partition(":")
         if function and "/" not in module:
-            return _from_function(module, function), None
+            return _from_function(str(source)), None
         raise RunError(f"{source}: expected a run folder, a checkpoint file or module:function")
     config = Run(path.parent).config()
     model = build_model(config.model)
@@ -173,14 +172,13 @@ def load_model(source: str | Path, checkpoint: str = "best") -> tuple[nn.Module,
     return model, config
 
 
-def _from_function(module: str, function: str) -> nn.Module:
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a console script's own folder stands there instead
+def _from_function(name: str) -> nn.Module:
     try:
-        model = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
-        raise RunError(f"{module}:{function} cannot be loaded: {error}") from error
+        function = imported(name)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    model = function()
     if not isinstance(model, nn.Module):
-        raise RunError(f"{module}:{function} returned {type(model).__name__}, expected an nn.Module")
+        raise RunError(f"{name} returned {type(model).__name__}, expected an nn.Module")
     model.eval()
     return model

@@ -29,8 +29,8 @@ from advmoe.config import (
     RoutingConfig,
     RunConfig,
 )
-from advmoe.routers import NonFiniteRouterError
-from advmoe.training import Run, engine
+from advmoe.routers import NonFiniteRouterError, routers_of
+from advmoe.training import Run, engine, load_model
 from advmoe.training.methods import AT, Batch, Method, Standard, StepResult
 
 
@@ -161,7 +161,6 @@ def test_each_difference_of_the_released_code_has_an_option_too(asked: list[RunC
         ("--order router_first", "--order"),
         ("--batches=two", "--batches"),
         ("--router-objective trades", "--router-objective"),
-        ("--router-obj trades", "--router-objective"),
         ("--attack-routers", "--attack-routers"),
         ("--share-attack", "--share-attack"),
         ("--attack-start uniform", "--attack-start"),
@@ -446,7 +445,61 @@ def test_resume_refuses_an_option_that_equals_its_default(tmp_path: Path, capsys
     for given in (["--seed", "0"], ["--seed=0"], ["--out", str(run)], ["--lr", "0.1"]):
         assert main(["train", "--resume", str(run), *given]) == 2
         assert f"got {given[0].split('=')[0]} too" in capsys.readouterr().err
-    assert main(["train", "--res", str(run)]) == 0
+    with pytest.raises(SystemExit) as exit:
+        main(["train", "--res", str(run)])
+    assert exit.value.code == 2  # no abbreviations
+    assert main(["train", "--resume", str(run)]) == 0
+
+
+def test_a_run_may_be_resumed_where_its_data_is_now(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after, run = tmp_path / "before", tmp_path / "after", tmp_path / "run"
+    before.mkdir()
+    write_cifar10(before)
+    assert train(run, "--data", "cifar10", "--data-dir", str(before), "--kind", "dense") == 0
+    before.rename(after)
+    assert main(["train", "--resume", str(run)]) == 2
+    capsys.readouterr()
+    assert main(["train", "--resume", str(run), "--data-dir", str(after)]) == 0
+
+
+def test_a_router_of_a_module_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "routers_of_mine.py").write_text(
+        "from advmoe.routers import LightRouter\nclass Mine(LightRouter):\n    standardized = False\nclass Other: pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert train(tmp_path / "run", "--router", "routers_of_mine:Mine", "--share-epochs", "0") == 0
+    assert main(["evaluate", "run", "--attack", "pgd1", "--limit", "5"]) == 0
+    assert type(next(iter(routers_of(load_model("run")[0]).values()))).__name__ == "Mine"
+    capsys.readouterr()
+    for name, message in (
+        ("routers_of_mine:Other", "expected a subclass of Router"),
+        ("absent:Mine", "cannot be loaded"),
+    ):
+        assert train(tmp_path / "other", "--router", name) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--kind sparse", "no channel"),
+        ("--part routers --share-epochs 0", "without init the experts rest as they were drawn"),
+        ("--epochs 2", "images/s, experts shared"),
+    ],
+)
+def test_what_is_hardly_meant_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, message: str
+) -> None:
+    assert train(tmp_path / "run", *options.split()) == 0
+    assert message in capsys.readouterr().err
+
+
+def test_a_closed_pipe_is_no_message() -> None:
+    command = f"{sys.executable} -m advmoe reproduce --list | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout and not done.stderr
 
 
 def test_a_run_that_fails_at_once_leaves_its_folder_free(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

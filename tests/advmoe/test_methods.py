@@ -114,13 +114,13 @@ WITHOUT_EFFECT = [
     ("sparse", MethodConfig("at_sparse", part="experts", mask_epochs=1), {}, "part: a setting of the method at"),
     ("dense", MethodConfig("at", part="routers"), {}, "part: 'routers' needs a model with trainable routers"),
     ("moe", MethodConfig("advmoe", router_alpha=2.0), {}, "router_alpha: a setting of the router objective pseudo_label"),
-    ("dense", MethodConfig("at"), {"routing": RoutingConfig("switch")}, "routing: a setting of routers, without effect"),
-    ("dense", MethodConfig("at"), {"routing": RoutingConfig(experts="alike")}, "routing: a setting of routers"),
+    ("dense", MethodConfig("at"), {"routing": RoutingConfig("switch")}, "balance: a setting of routers, without effect"),
+    ("dense", MethodConfig("at"), {"routing": RoutingConfig(experts="alike")}, "experts: a setting of routers"),
     (
         "sparse",
         MethodConfig("at_sparse", mask_epochs=1),
         {"routing": RoutingConfig(share_epochs=1)},
-        "routing: a setting of routers",
+        "share_epochs: a setting of routers",
     ),
     (
         "random",

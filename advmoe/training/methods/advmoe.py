@@ -31,7 +31,9 @@ class AdvMoE(Method):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         if not router_parameters(model):
-            raise ValueError("method: advmoe needs a model with trainable routers (kind moe); use at for this one")
+            raise ValueError(
+                "method: advmoe needs a model with trainable routers (kind moe, router not random or fixed); at does not"
+            )
         super().__init__(model, *args, **kwargs)
         two = self.config.batches == "two" and not self.config.share_attack
         self.batches_per_step = 2 if two else 1
