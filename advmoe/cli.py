@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:  # RunError and DataError are such
         print(f"advmoe: {error}", file=sys.stderr)
         return USAGE
-    except BrokenPipeError:  # whoever read the output, `head` say, has enough; nor can it be flushed at exit
+    except BrokenPipeError:  # whoever read the output, `head` say, has enough; what is left cannot be flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAULT
     except (*_FAULTS, OSError) as error:
@@ -88,20 +88,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="advmoe",
         description="Adversarially robust mixture-of-experts CNNs.",
+        allow_abbrev=False,
         epilog="exit codes: 0 done, 1 fault, 2 usage or input, 3 interrupted and resumable, 130 interrupted",
     )
     parser.add_argument("--version", action="version", version=f"advmoe {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
     # no abbreviations: an option that comes later would change what they mean
-    defaults: dict[str, Any] = {"formatter_class": _Help, "allow_abbrev": False}
+    common: dict[str, Any] = {"formatter_class": _Help, "allow_abbrev": False}
 
-    p = commands.add_parser("demo", help="train, attack and time five models on embedded data", **defaults)
+    p = commands.add_parser("demo", help="train, attack and time five models on embedded data", **common)
     p.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for the run folders")
     p.add_argument("--fast", action="store_true", help="fewer epochs and weaker attacks: shows that everything runs")
     p.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     p.set_defaults(run=_demo)
 
-    p = commands.add_parser("train", help="train a model", **defaults)
+    p = commands.add_parser("train", help="train a model", **common)
     r, m, a, o, t = RunConfig(), MethodConfig(), AttackConfig(), OptimConfig(), RoutingConfig()
     p.add_argument("--out", type=Path, help="the run folder to make")
     p.add_argument(
@@ -181,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--validation-attack", default=r.validation_attack, help="the attack of each epoch's validation")
     p.set_defaults(run=_train)
 
-    p = commands.add_parser("evaluate", help="SA and RA on the test set", **defaults)
+    p = commands.add_parser("evaluate", help="SA and RA on the test set", **common)
     p.add_argument("source", metavar="RUN", help="a run folder, a checkpoint in one, or module:function")
     p.add_argument(
         "--attack", action="append", help="pgd<steps>[x<restarts>][-ce|-kl|-margin]; repeatable; pgd50x2 if none"
@@ -196,13 +197,13 @@ def _parser() -> argparse.ArgumentParser:
     _data_options(p, default=None)
     p.set_defaults(run=_evaluate)
 
-    p = commands.add_parser("export", help="write a trained model as one safetensors file", **defaults)
+    p = commands.add_parser("export", help="write a trained model as one safetensors file", **common)
     p.add_argument("source", metavar="RUN", help="a run folder or a checkpoint in one")
     p.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
     p.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run folder")
     p.set_defaults(run=_export)
 
-    p = commands.add_parser("reproduce", help="rows of the paper's tables and figures", **defaults)
+    p = commands.add_parser("reproduce", help="rows of the paper's tables and figures", **common)
     p.add_argument("recipe", nargs="*", help="such as table1/cifar10/resnet18/advmoe, or a prefix: all below it")
     p.add_argument("--scale", choices=SCALES, default="cpu", help="paper: as printed; cpu: a row within an hour")
     p.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="the scale's own by default")
@@ -216,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--table", action="store_true", help="prints the table of what is there, nothing is run")
     p.set_defaults(run=_reproduce)
 
-    p = commands.add_parser("profile", help="multiply-accumulates and latency of a model", **defaults)
+    p = commands.add_parser("profile", help="multiply-accumulates and latency of a model", **common)
     _model_options(p)
     p.add_argument("--image-size", type=int, default=32, help="pixels of a side")
     p.add_argument("--num-classes", type=int, default=10, help="of the classifier")
@@ -398,14 +399,16 @@ def _profile(o: argparse.Namespace) -> None:
         f"routers {cost.router_gflops:.4f}"
     )
     others = []
-    for kind in ("dense", "s_dense"):  # all channels, and those of one pathway
+    kinds = [kind for kind in ("dense", "s_dense") if kind != config.kind]  # all channels, and those of one pathway
+    for kind in kinds:
         plain = ModelConfig(config.arch, kind, ratio=config.ratio, width=config.width, stem=config.stem, **common)
         others.append(build_model(plain).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
     rows = []
     for batch in o.batch_size:
         mine, *rest = (each.median_ms for each in measure_latency([model, *others], o.image_size, batch, o.repeats))
         rows.append([str(batch), f"{mine:.2f}", *(text for t in rest for text in (f"{t:.2f}", f"{mine / t:.2f}"))])
-    print(table(["batch", f"{o.kind} ms", "dense ms", "ratio", f"s_dense (r = {o.ratio:g}) ms", "ratio"], rows))
+    heads = (head for kind in kinds for head in (f"{kind} ms", "ratio"))
+    print(table(["batch", f"{o.kind} ms", *heads], rows))
     print(
         f"median of {o.repeats} forwards in turn, {torch.get_num_threads()} threads, torch {torch.__version__}, float32"
     )
@@ -430,7 +433,7 @@ def _print_costs(o: argparse.Namespace) -> None:
 
 def _print_routers(config: ModelConfig) -> None:
     rows = []
-    for name in list_routers():
+    for name in dict.fromkeys([*list_routers(), config.router]):
         with torch.device("meta"):
             model = build_model(dataclasses.replace(config, kind="moe", router=name, route_per=None))
             cost = profile(model, config.image_size or 32)

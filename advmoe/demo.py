@@ -66,7 +66,7 @@ def run(folder: Path, fast: bool = False, seed: int = 0) -> str:
         test = test.first(100)
     start = time.perf_counter()
     results = []
-    models = {}  # of each kind the last: a method changes nothing of what a network costs
+    models = {}  # of each kind the last: a method changes little of what a network costs
     for index, (name, kind, method) in enumerate(METHODS):
         print(f"[{index + 1}/{len(METHODS)}] {name}", flush=True)
         out = folder / f"{kind}-{method}"
@@ -93,12 +93,12 @@ def run(folder: Path, fast: bool = False, seed: int = 0) -> str:
     minutes = (time.perf_counter() - start) / 60
     notes = (
         f"{len(test)} test images of scikit-learn's digits; {results[0][1].description}; GFLOPs an image, "
-        f"a multiply-accumulate as 1; latency: median on {platform.machine()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}; seed {seed}, {minutes:.1f} minutes in all"
+        f"a multiply-accumulate as 1; latency: of each network once, median on {platform.machine()}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}; seed {seed}, {minutes:.1f} minutes in all"
     )
     notes += (
         ".\nSA: accuracy on clean images, RA: on attacked ones. One short run each on so few small images is no "
-        "comparison of methods; docs/results.md has larger runs. Networks this narrow on 8x8 images gain little from\n"
+        "comparison of methods; docs/results.md has larger runs. Networks this narrow on 8x8 images gain little from "
         "routing: most of their time is not convolutions"
     )
     if fast:

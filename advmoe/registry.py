@@ -30,12 +30,12 @@ def imported(name: str) -> Any:
         ValueError: if there is nothing of the name.
     """
     if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # a console script's own folder stands there instead
+        sys.path.append(os.getcwd())  # a console script has its own folder there; last, to shadow nothing
     module, _, attribute = name.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{name} cannot be loaded: {error}") from error
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 class Registry(Generic[T]):

@@ -42,6 +42,7 @@ __all__ = [
     "observe_routers",
     "record_scores",
     "register_router",
+    "router_class",
     "routers_of",
 ]
 
@@ -192,7 +193,7 @@ def build_router(name: str, in_channels: int, num_experts: int, options: RouterO
     """A router by its name.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: as :func:`router_class`.
     """
     router = router_class(name).build(in_channels, num_experts, image_size)
     router.options = options
@@ -204,14 +205,17 @@ def build_router(name: str, in_channels: int, num_experts: int, options: RouterO
 
 
 def router_class(name: str) -> type[Router]:
-    """A registered router, or the class that ``module:Class`` names, for a command that registers none.
+    """A registered router, or the class that ``module:Class`` names, which is imported (commands register none).
 
     Raises:
         ValueError: if there is none of the name, or if the class is no :class:`Router`.
     """
-    if ":" not in name:
+    if not isinstance(name, str) or ":" not in name:
         return _ROUTERS[name]
-    router: type[Router] = imported(name)
+    try:
+        router: type[Router] = imported(name)
+    except ValueError as error:
+        raise ValueError(f"router: {error}") from error
     if not (isinstance(router, type) and issubclass(router, Router) and router.level in LEVELS):
         raise ValueError(f"router: expected a subclass of Router with a level of {' or '.join(LEVELS)}, got {name}")
     return router

@@ -157,7 +157,7 @@ def run(configuration: Configuration, seed: int, folder: Path, data_dir: str, th
     if (out / "evaluation-last.json").exists():
         return
     if Run(out).config_path.exists():
-        code = cli.main(["train", "--resume", str(out)])
+        code = cli.main(["train", "--resume", str(out), "--data-dir", data_dir])
     else:
         code = cli.main(command(configuration, seed, out, data_dir, threads))
     if code == 0:

@@ -131,7 +131,7 @@ def create_model(
             is :meth:`moe_kernels.ExpertSlices.windows` of them on both sides, overlapping where N * r > 1; with r = 1 it
             is the dense network. The stem keeps its full width (but DenseNet's), and the classifier has a column for each
             dense channel and reads those of the window that it gets.
-        router: a name of ``advmoe.routers.list_routers()``.
+        router: a name of ``advmoe.routers.list_routers()``, or ``module:Class``.
         normalize: subtract ``mean`` and divide by ``std`` (options; CIFAR-10's by default) inside the model.
         options: ``mean``, ``std``; ``stem``: ``"cifar"`` (3×3) or ``"imagenet"`` (7×7 of stride 2, pooled; by default
             from 128 pixels on). For kind moe also

@@ -149,12 +149,14 @@ class Sweep:
             if plan.config.init is not None:
                 self._trained(self.catalog.plan(plan.config.init, self.scale), seed)
             if run.config_path.exists():
-                print(f"resuming {run.folder} with its own threads, device and data folder", flush=True)
-                resume(run.folder)
+                print(f"resuming {run.folder} with its own threads and device", flush=True)
+                resume(run.folder, data_dir=self.options.data_dir)
             else:
                 print(f"training {run.folder}", flush=True)
                 self._set_threads()
                 train(config, run.folder)
+        except BrokenPipeError:  # nobody reads what is printed: no fault of the run
+            raise
         except self.faults as error:
             self._failed[key] = error
             raise

@@ -24,7 +24,8 @@ from ..attacks import PGD, NonFiniteGradientError, from_name
 from ..config import RunConfig
 from ..data import Batches, DataSet, augment, load, stream_generator
 from ..evaluation.measure import evaluate
-from ..routers import FixedRouter, NonFiniteRouterError, router_class, routers_of
+from ..models import router_parameters
+from ..routers import FixedRouter, NonFiniteRouterError, routers_of
 from ..sparse import masked_convolutions
 from .methods import Batch, Method, NonFiniteLossError, StepResult, build_method
 from .runs import Run, RunError, build_model, load_checkpoint, load_model
@@ -344,7 +345,7 @@ def resolve(config: RunConfig, data: DataSet) -> RunConfig:
     )
     routing = config.routing
     if config.model.kind == "moe" and routing.share_epochs is None:
-        shared = config.epochs * 3 // 4 if _can_share(config) else 0
+        shared = config.epochs * 3 // 4 if _can_share(dataclasses.replace(config, model=model)) else 0
         routing = dataclasses.replace(routing, share_epochs=shared)
     threads = torch.get_num_threads() if config.threads is None else config.threads
     return dataclasses.replace(config, model=model, attack=attack, routing=routing, threads=threads)
@@ -363,12 +364,11 @@ def _doubts(config: RunConfig, model: nn.Module) -> Iterator[str]:
 def _can_share(config: RunConfig) -> bool:
     """Whether a run may begin with one shared expert: experts that can be copies, routers that are to be trained, and
     weights that nobody has trained apart before."""
-    m = config.model
-    if m.num_experts < 1:
-        return False  # which create_model says better
-    learns = any(True for _ in router_class(m.router).build(1, m.num_experts, m.image_size or 32).parameters())
-    copies = m.layout == "partition" and m.gate != "softmax"
-    return learns and copies and config.method.part == "all" and config.init is None
+    copies = config.model.layout == "partition" and config.model.gate != "softmax"
+    if not copies or config.method.part != "all" or config.init is not None:
+        return False
+    with torch.device("meta"):
+        return bool(router_parameters(build_model(config.model)))
 
 
 def train(config: RunConfig, folder: str | Path, quiet: bool = False) -> Run:
@@ -413,11 +413,14 @@ def resume(folder: str | Path, quiet: bool = False, data_dir: str | None = None)
     config = run.config()
     if data_dir is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, folder=data_dir))
+    data = _load(config)
+    if data_dir is not None:
+        config.save(run.config_path)  # for what comes after this command too
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     begun = run.checkpoint().exists()
     # a checkpoint holds the weights; those that the run began with may be gone by now
-    trainer = Trainer(dataclasses.replace(config, init=None) if begun else config, run, _load(config), quiet)
+    trainer = Trainer(dataclasses.replace(config, init=None) if begun else config, run, data, quiet)
     if begun:
         state = load_checkpoint(run.checkpoint())
         try:

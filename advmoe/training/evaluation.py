@@ -31,8 +31,8 @@ class EvaluatedRun:
         config: None for a model that is not a run's.
         record: what ``evaluation.json`` says.
         path: where that belongs: ``evaluation.json`` in the run's folder, ``evaluation-last.json`` for another
-            checkpoint than the best, ``evaluation-<data>.json`` for other data than the run's; None for a model that is
-            not a run's.
+            checkpoint than the best, ``evaluation-<data>.json`` for another data set than the run's; None for a model
+            that is not a run's.
     """
 
     model: nn.Module

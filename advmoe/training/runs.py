@@ -142,7 +142,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def load_model(source: str | Path, checkpoint: str = "best") -> tuple[nn.Module, RunConfig | None]:
     """A model in eval mode from a run folder, a checkpoint file, or ``module:function`` returning an nn.Module (then
-    without config; modules of the working folder are found too).
+    without config). ``module`` is imported, as that of a run's router ``module:Class`` is, from the working folder too.
 
     Raises:
         RunError: if there is nothing of the kind.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -11,9 +12,11 @@ import torch
 
 @pytest.fixture(autouse=True)
 def process_state() -> Iterator[None]:
-    """Runs set the thread count and seed torch's generator, for the process."""
+    """Runs set the thread count and seed torch's generator, for the process; names of modules extend its path."""
+    path = sys.path[:]
     threads = torch.get_num_threads()
     state = torch.get_rng_state()
     yield
+    sys.path[:] = path
     torch.set_num_threads(threads)
     torch.set_rng_state(state)

@@ -114,13 +114,18 @@ WITHOUT_EFFECT = [
     ("sparse", MethodConfig("at_sparse", part="experts", mask_epochs=1), {}, "part: a setting of the method at"),
     ("dense", MethodConfig("at", part="routers"), {}, "part: 'routers' needs a model with trainable routers"),
     ("moe", MethodConfig("advmoe", router_alpha=2.0), {}, "router_alpha: a setting of the router objective pseudo_label"),
-    ("dense", MethodConfig("at"), {"routing": RoutingConfig("switch")}, "balance: a setting of routers, without effect"),
-    ("dense", MethodConfig("at"), {"routing": RoutingConfig(experts="alike")}, "experts: a setting of routers"),
+    (
+        "dense",
+        MethodConfig("at"),
+        {"routing": RoutingConfig("switch")},
+        "routing.balance: a setting of routers, without effect",
+    ),
+    ("dense", MethodConfig("at"), {"routing": RoutingConfig(experts="alike")}, "routing.experts: a setting of routers"),
     (
         "sparse",
         MethodConfig("at_sparse", mask_epochs=1),
         {"routing": RoutingConfig(share_epochs=1)},
-        "share_epochs: a setting of routers",
+        "routing.share_epochs: a setting of routers",
     ),
     (
         "random",
@@ -210,10 +215,12 @@ def test_balance_is_part_of_each_loss_that_trains_routers(name: str, temperature
 
 
 def test_balance_trains_routers_that_no_gate_reaches() -> None:
-    m = small(gate="none")
-    before = snapshot(router_parameters(m))
-    AT(m, MethodConfig("at"), OptimConfig(weight_decay=0.0), ATTACK, RoutingConfig("switch", 1.0)).step([batch()])
-    assert not same(before, router_parameters(m))
+    for name, kind in (("at", AT), ("advmoe", AdvMoE)):
+        m = small(gate="none")
+        before = snapshot(router_parameters(m))
+        method = kind(m, MethodConfig(name), OptimConfig(weight_decay=0.0), ATTACK, RoutingConfig("switch", 1.0))
+        method.step([batch()] * method.batches_per_step)
+        assert not same(before, router_parameters(m))
 
 
 @pytest.mark.parametrize("method", [AT, Standard])

@@ -39,7 +39,7 @@ class AdvMoE(Method):
         self.batches_per_step = 2 if two else 1
 
     def _routers_learn_without_gates(self) -> bool:
-        return self.config.router_objective != "trades"
+        return self.config.router_objective != "trades" or super()._routers_learn_without_gates()
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         router_lr = self.optim.lr if self.optim.router_lr is None else self.optim.router_lr

@@ -88,7 +88,7 @@ class Method(ABC):
         asked = dataclasses.replace(self.routing, share_epochs=self.routing.share_epochs or None)
         if asked != RoutingConfig() and not routers_of(model):
             setting = next(f.name for f in dataclasses.fields(asked) if getattr(asked, f.name) != f.default)
-            raise ValueError(f"{setting}: a setting of routers, without effect on a model that has none")
+            raise ValueError(f"routing.{setting}: a setting of routers, without effect on a model that has none")
         if self.routing.balance != "none" and not router_parameters(model):
             raise ValueError("balance: without effect on routers that have no parameters")
         self.share_epochs = self.routing.share_epochs or 0
