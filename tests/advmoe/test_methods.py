@@ -504,9 +504,10 @@ def test_init_begins_with_a_runs_weights(tmp_path: Path) -> None:
 
 def test_init_refuses_what_does_not_fit(tmp_path: Path) -> None:
     start = train(config("standard", epochs=1), tmp_path / "start", quiet=True)
+    misfit = r"init: the weights of .*start \(kind moe, width 8\) do not fit this model"
     for changes, message in (
-        ({"width": 4}, r"init: the weights of .*start do not fit this model: size mismatch for conv1\.weight: .*$"),
-        ({"kind": "dense"}, r"init: the weights of .*start do not fit this model"),
+        ({"width": 4}, misfit + r": size mismatch for conv1\.weight: .*$"),
+        ({"kind": "dense"}, misfit),
         ({"init": str(tmp_path / "absent")}, "expected a run folder, a checkpoint file or module:function"),
     ):
         c = config("standard", **{"init": str(start.folder), **changes})
