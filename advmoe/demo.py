@@ -99,7 +99,7 @@ def run(folder: Path, fast: bool = False, seed: int = 0) -> str:
     notes += (
         ".\nSA: accuracy on clean images, RA: on attacked ones. One short run each on so few small images is no "
         "comparison of methods; docs/results.md has larger runs. Networks this narrow on 8x8 images save less time "
-        "than operations: much of it is not convolutions"
+        "than operations"
     )
     if fast:
         notes += "; --fast: even fewer epochs and weaker attacks"

@@ -85,6 +85,7 @@ def measure(model: ModelConfig, batch_size: int, rounds: int) -> dict[str, list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", default=ModelConfig().arch)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--router", default=ModelConfig().router)
     parser.add_argument("--batch-size", type=int, default=128)
@@ -94,7 +95,7 @@ def main() -> None:
     o = parser.parse_args()
     if o.threads is not None:
         torch.set_num_threads(o.threads)
-    model = ModelConfig(width=o.width, router=o.router)
+    model = ModelConfig(arch=o.arch, width=o.width, router=o.router)
     times = measure(model, o.batch_size, o.rounds)
     medians = {name: statistics.median(each) for name, each in times.items()}
     unit = medians[CONTENDERS[0].name]
@@ -106,7 +107,7 @@ def main() -> None:
     print(table(["method", "images/s", "cost", "range"], rows))
     machine = describe()
     print(
-        f"\nResNet-18 of width {o.width}, N = 2, r = 0.5, router {o.router}, batch {o.batch_size}, TRADES, K = 2; "
+        f"\n{o.arch} of width {o.width}, N = 2, r = 0.5, router {o.router}, batch {o.batch_size}, TRADES, K = 2; "
         f"{PERIOD} steps in turn, medians of n = {o.rounds}; cost against {CONTENDERS[0].name}\n"
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}, float32"
     )

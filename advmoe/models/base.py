@@ -19,6 +19,7 @@ from ..routers import RouterOptions, router_class, routers_of
 
 __all__ = [
     "KINDS",
+    "MODEL_OPTIONS",
     "ModelSpec",
     "Normalize",
     "backbone_parameters",

@@ -404,7 +404,7 @@ def resume(folder: str | Path, quiet: bool = False, data_dir: str | None = None)
     """Continues a run to the weights that it would have had unbroken, bit for bit on the same machine and threads.
 
     Args:
-        data_dir: where the data is now, if not where it was.
+        data_dir: where the data is now, if not where it was; kept in the run's config.
 
     Raises:
         RunError: if there is no run. Otherwise as :func:`train`.
