@@ -76,6 +76,11 @@ CONFIGURATIONS = (
         "stage; standardised; shared for 6 of 8",
     ),
     Configuration(
+        "block-std-share6",
+        f"{AT_MOE} --route-per block --standardize --share-epochs 6",
+        "block; standardised; shared for 6 of 8",
+    ),
+    Configuration(
         "network-std-share6",
         f"{AT_MOE} --route-per network --standardize --share-epochs 6",
         "one light router behind the stem; standardised; shared for 6 of 8",
@@ -129,6 +134,11 @@ CONFIGURATIONS = (
         "fast AdvMoE: layer; standardised scores",
     ),
     Configuration(
+        "adv-light-std-share4",
+        f"{ADVMOE} --standardize --share-epochs 4",
+        "AdvMoE: layer; standardised; shared for 4 of 8",
+    ),
+    Configuration(
         "adv-light-std-share6",
         f"{ADVMOE} --standardize --share-epochs 6",
         "AdvMoE: layer; standardised; shared for 6 of 8",
@@ -139,9 +149,29 @@ CONFIGURATIONS = (
         "fast AdvMoE: layer; standardised; shared for 6 of 8",
     ),
     Configuration(
+        "adv-light-std-share6-lr",
+        f"{ADVMOE} --standardize --share-epochs 6 --router-lr 0.01",
+        "AdvMoE: layer; standardised; shared for 6 of 8; a tenth of the rate for routers",
+    ),
+    Configuration(
+        "adv-block-std-share6",
+        f"{ADVMOE} --route-per block --standardize --share-epochs 6",
+        "AdvMoE: block; standardised; shared for 6 of 8",
+    ),
+    Configuration(
+        "adv-stage-std-share4",
+        f"{ADVMOE} --route-per stage --standardize --share-epochs 4",
+        "AdvMoE: stage; standardised; shared for 4 of 8",
+    ),
+    Configuration(
         "adv-stage-std-share6",
         f"{ADVMOE} --route-per stage --standardize --share-epochs 6",
         "AdvMoE: stage; standardised; shared for 6 of 8",
+    ),
+    Configuration(
+        "adv-image-std-share4",
+        f"{ADVMOE} --router image --standardize --share-epochs 4",
+        "AdvMoE: image; standardised; shared for 4 of 8",
     ),
 )
 
@@ -184,6 +214,19 @@ def collect(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def merged(
+    earlier: dict[str, list[dict[str, Any]]], later: dict[str, list[dict[str, Any]]]
+) -> dict[str, list[dict[str, Any]]]:
+    """The records of both, the later one of a run that both have."""
+    together = {}
+    for configuration in CONFIGURATIONS:
+        records = [*earlier.get(configuration.name, []), *later.get(configuration.name, [])]
+        if records:
+            by_run = {record["run"]: record for record in records}
+            together[configuration.name] = [by_run[name] for name in sorted(by_run)]
+    return together
+
+
 def rows(found: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
     lines = []
     for configuration in CONFIGURATIONS:
@@ -218,9 +261,7 @@ def main() -> None:
     parser.add_argument("--data-dir", help="CIFAR-10")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--json", type=Path, help="write the evaluations to this file; where --out is not there, read them from it"
-    )
+    parser.add_argument("--json", type=Path, help="a file of evaluations: read, those of --out added, and written")
     parser.add_argument("--list", action="store_true", help="the configurations and their options")
     o = parser.parse_args()
     if o.list:
@@ -234,12 +275,11 @@ def main() -> None:
             for configuration in CONFIGURATIONS:
                 if not o.run or configuration.name in o.run:
                     run(configuration, seed, o.out, o.data_dir, o.threads)
-    if o.json is not None and not o.out.exists():
-        found = json.loads(o.json.read_text())
-    else:
-        found = collect(o.out)
-        if o.json is not None:
-            o.json.write_text(json.dumps(found) + "\n")
+    found = collect(o.out)
+    if o.json is not None:
+        earlier = json.loads(o.json.read_text()) if o.json.exists() else {}
+        found = merged(earlier, found)
+        o.json.write_text(json.dumps(found) + "\n")
     print(table(["routing", "n", "SA", f"RA ({ATTACK})", "usage entropy", "flipped"], rows(found)))
 
 

@@ -382,7 +382,7 @@ def train(config: RunConfig, folder: str | Path, quiet: bool = False) -> Run:
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    data = _load(config)
+    data = load_data(config)
     config = resolve(config, data)
     run = Run(folder)
     trainer = Trainer(config, run, data, quiet)
@@ -413,7 +413,7 @@ def resume(folder: str | Path, quiet: bool = False, data_dir: str | None = None)
     config = run.config()
     if data_dir is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, folder=data_dir))
-    data = _load(config)
+    data = load_data(config)
     if data_dir is not None:
         config.save(run.config_path)  # for what comes after this command too
     if config.threads is not None:
@@ -433,7 +433,8 @@ def resume(folder: str | Path, quiet: bool = False, data_dir: str | None = None)
     return run
 
 
-def _load(config: RunConfig) -> DataSet:
+def load_data(config: RunConfig) -> DataSet:
+    """The data set that a run is trained on."""
     d = config.data
     return load(d.name, d.folder, d.train_limit, d.test_limit, d.validation, config.seed)
 
