@@ -6,4 +6,6 @@ Imports point one way: cli → training, evaluation → attacks, objectives → 
 
 from moe_kernels import __version__
 
-__all__ = ["__version__"]
+from .models import create_model, upcycle
+
+__all__ = ["__version__", "create_model", "upcycle"]

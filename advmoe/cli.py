@@ -21,6 +21,7 @@ from . import demo
 from .attacks import NonFiniteGradientError
 from .config import (
     METHODS,
+    PRECISIONS,
     AttackConfig,
     DataConfig,
     MethodConfig,
@@ -29,7 +30,7 @@ from .config import (
     RoutingConfig,
     RunConfig,
 )
-from .data import list_data
+from .data import download, list_data
 from .export import export
 from .models import list_models, router_parameters
 from .models.base import KINDS, LAYOUTS, ROUTE_PER, STEMS
@@ -40,13 +41,14 @@ from .routers import NonFiniteRouterError, list_routers, routers_of
 from .tables import percent, table
 from .training import Interrupted, NonFiniteLossError, StepError, resume, train
 from .training.evaluation import evaluate_run, write_record
+from .training.parallel import ProcessLost, joined
 from .training.runs import build_model
 
 __all__ = ["main"]
 
 DONE, FAULT, USAGE, RESUMABLE, INTERRUPTED = 0, 1, 2, 3, 130
 
-_FAULTS = (StepError, NonFiniteLossError, NonFiniteGradientError, NonFiniteRouterError, BackendUnavailable)
+_FAULTS = (ProcessLost, StepError, NonFiniteLossError, NonFiniteGradientError, NonFiniteRouterError, BackendUnavailable)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,6 +160,12 @@ def _parser() -> argparse.ArgumentParser:
     _data_options(p)
     p.add_argument("--train-limit", type=int, metavar="N", help="use N training images")
     p.add_argument("--no-augment", action="store_true", help="no random crop and mirror")
+    p.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that decode images ahead; one for each core but one, if in files",
+    )
     g = p.add_argument_group("training attack")
     g.add_argument("--epsilon", type=float, help="radius, of pixel range 1; the data's own by default")
     g.add_argument("--step-size", type=float, help="of pixel range 1; the data's own by default")
@@ -169,6 +177,16 @@ def _parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=int, default=r.epochs, help="passes over the training images")
     g.add_argument("--batch-size", type=int, default=r.batch_size, help="images a step")
+    g.add_argument(
+        "--accumulate",
+        type=_positive,
+        default=o.accumulate,
+        metavar="K",
+        help="go through a batch in K parts, to save memory",
+    )
+    g.add_argument(
+        "--precision", choices=PRECISIONS, default=o.precision, help="of forwards in training; bfloat16 by autocast"
+    )
     g.add_argument("--lr", type=float, default=o.lr, help="at the start; goes to 0 by a cosine")
     g.add_argument("--router-lr", type=float, help="the routers' own rate; --lr by default")
     g.add_argument("--momentum", type=float, default=o.momentum, help="of SGD")
@@ -209,6 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="the scale's own by default")
     p.add_argument("--out", type=Path, default=Path("runs/reproduce"), help="folder of all runs, which are gone on with")
     p.add_argument("--data-dir", help="where the data sets' files are")
+    p.add_argument("--download", action="store_true", help="fetch the data into --data-dir if it is not there")
     p.add_argument("--threads", type=_positive, help="CPU threads; torch's own choice by default")
     p.add_argument("--device", default="auto", help="auto is a CUDA device where there is one")
     g = p.add_mutually_exclusive_group()
@@ -253,6 +272,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--router", default=d.router, help=f"{', '.join(list_routers())}, or module:Class, a Router of yours")
     g.add_argument("--route-per", choices=ROUTE_PER, help="what a router chooses for; layer by default")
     g.add_argument("--moe-at", type=_positive, nargs="+", metavar="STAGE", help="the routed stages; all by default")
+    g.add_argument("--top-k", type=_positive, default=d.top_k, metavar="K", help="experts of each token; ViTs only")
     g.add_argument("--temperature", type=float, default=d.temperature, help="of the routers' probabilities")
     g.add_argument("--noise", type=float, default=d.noise, help="deviation of noise on the scores in training")
     g.add_argument(
@@ -270,6 +290,7 @@ def _data_options(parser: argparse.ArgumentParser, default: str | None = "digits
     g = parser.add_argument_group("data")
     g.add_argument("--data", default=default, help=f"one of {', '.join(list_data())}")
     g.add_argument("--data-dir", help="the folder that holds theirs, such as cifar-10-batches-py")
+    g.add_argument("--download", action="store_true", help="fetch the data into --data-dir if it is not there")
     g.add_argument("--test-limit", type=int, metavar="N", help="use the first N test images")
 
 
@@ -277,7 +298,8 @@ def _model_config(o: argparse.Namespace) -> ModelConfig:
     return ModelConfig(
         arch=o.arch, kind=o.kind, num_experts=o.experts, ratio=o.ratio, width=o.width, layout=o.layout, router=o.router,
         route_per=o.route_per, moe_at=None if o.moe_at is None else tuple(o.moe_at), bn=o.bn, gate=o.gate,
-        gate_after=o.gate_after, temperature=o.temperature, noise=o.noise, standardize=o.standardize, stem=o.stem,
+        gate_after=o.gate_after, temperature=o.temperature, noise=o.noise, standardize=o.standardize,
+        top_k=o.top_k, stem=o.stem,
     )  # fmt: skip
 
 
@@ -299,12 +321,21 @@ def _method_config(o: argparse.Namespace) -> MethodConfig:
     )  # fmt: skip
 
 
+def _fetch(o: argparse.Namespace) -> None:
+    if o.download:
+        for option, value in (("--data", o.data), ("--data-dir", o.data_dir)):
+            if value is None:
+                raise ValueError(f"--download: needs {option}")
+        download(o.data, o.data_dir)
+
+
 def _train(o: argparse.Namespace) -> None:
     if o.resume is not None:
         others = [name for name in o.given if name not in ("--resume", "--data-dir")]
         if others:
             raise ValueError(f"train: --resume takes all settings from the run; got {', '.join(others)} too")
-        run = resume(o.resume, data_dir=o.data_dir)
+        with joined() as world:
+            run = resume(o.resume, data_dir=o.data_dir, world=world)
     else:
         if o.out is None:
             raise ValueError("train: --out RUN is needed (or --resume RUN)")
@@ -317,9 +348,9 @@ def _train(o: argparse.Namespace) -> None:
                 model = dataclasses.replace(model, router="global")
         config = RunConfig(
             model=model,
-            data=DataConfig(o.data, o.data_dir, o.train_limit, o.test_limit, augment=not o.no_augment),
+            data=DataConfig(o.data, o.data_dir, o.train_limit, o.test_limit, augment=not o.no_augment, workers=o.workers),
             attack=AttackConfig(o.epsilon, o.step_size, o.attack_steps, o.attack_loss, "gaussian" if gaussian else True),
-            optim=OptimConfig(o.lr, o.router_lr, o.momentum, o.weight_decay, o.freeze_unused),
+            optim=OptimConfig(o.lr, o.router_lr, o.momentum, o.weight_decay, o.freeze_unused, o.accumulate, o.precision),
             method=_method_config(o),
             routing=RoutingConfig(o.balance, o.balance_weight, o.experts_start, share_epochs),
             init=o.init,
@@ -330,13 +361,17 @@ def _train(o: argparse.Namespace) -> None:
             threads=o.threads,
             validation_attack=o.validation_attack,
         )
-        run = train(config, o.out)
-    print(f"done: {run.folder} (config.yaml, metrics.jsonl, best.pt, last.pt); next: advmoe evaluate {run.folder}")
+        with joined() as world:
+            world.told(_fetch(o) if world.first else None)  # the others wait
+            run = train(config, o.out, world=world)
+    if world.first:
+        print(f"done: {run.folder} (config.yaml, metrics.jsonl, best.pt, last.pt); next: advmoe evaluate {run.folder}")
 
 
 def _evaluate(o: argparse.Namespace) -> None:
     if o.threads is not None:
         torch.set_num_threads(o.threads)
+    _fetch(o)
     done = evaluate_run(
         o.source, o.attack or ["pgd50x2"], checkpoint=o.checkpoint, data=o.data, data_dir=o.data_dir,
         test_limit=o.test_limit, limit=o.limit, epsilon=o.epsilon, batch_size=o.batch_size, seed=o.seed,
@@ -373,7 +408,9 @@ def _export(o: argparse.Namespace) -> None:
 
 def _reproduce(o: argparse.Namespace) -> int:
     action = next((name for name in ("list", "dry_run", "table") if getattr(o, name)), "run")
-    options = SweepOptions(o.out, o.data_dir, o.threads, o.device)
+    if o.download and o.data_dir is None:
+        raise ValueError("--download: needs --data-dir")
+    options = SweepOptions(o.out, o.data_dir, o.threads, o.device, o.download)
     return reproduce(o.recipe, o.scale, o.seeds, options, action, (*_FAULTS, OSError, torch.OutOfMemoryError))
 
 

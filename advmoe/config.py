@@ -20,6 +20,7 @@ from .registry import unknown_name
 __all__ = ["AttackConfig", "DataConfig", "MethodConfig", "ModelConfig", "OptimConfig", "RoutingConfig", "RunConfig"]
 
 METHODS = ("standard", "at", "at_sparse", "advmoe")
+PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class ModelConfig:
     temperature: float = 1.0
     noise: float = 0.0
     standardize: bool | None = None
+    top_k: int = 1
     stem: str | None = None
     normalize: bool = True
     num_classes: int | None = None
@@ -57,6 +59,11 @@ class DataConfig:
     test_limit: int | None = None
     validation: int = 500
     augment: bool = True
+    workers: int | None = None  # processes that decode images ahead; for images in files one for each core but one
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers: expected at least 0, got {self.workers}")
 
 
 @dataclass(frozen=True)
@@ -76,16 +83,29 @@ class AttackConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD with a cosine schedule to 0, stepped every batch; the routers' own rate is the backbone's by default."""
+    """SGD with a cosine schedule to 0, stepped every batch; the routers' own rate is the backbone's by default.
+
+    Args:
+        accumulate: parts of a batch that go through the model one after the other, attack included; each has batch
+            statistics of its own.
+        precision: of forwards in training, ``float32`` or ``bfloat16`` (autocast); routers, losses and weights are
+        float32.
+    """
 
     lr: float = 0.1
     router_lr: float | None = None
     momentum: float = 0.9
     weight_decay: float = 5e-4
     freeze_unused: bool = False
+    accumulate: int = 1
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         _require(self, ("lr", "router_lr", "weight_decay"))
+        if self.precision not in PRECISIONS:
+            raise unknown_name("precision", self.precision, PRECISIONS)
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate: expected at least 1, got {self.accumulate}")
         _require(self, ("momentum",), below=1)
 
 
@@ -194,6 +214,10 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+        if self.batch_size % self.optim.accumulate:
+            raise ValueError(
+                f"accumulate: expected a divisor of the batch size {self.batch_size}, got {self.optim.accumulate}"
+            )
         shared = self.routing.share_epochs
         if shared and shared >= self.epochs:
             raise ValueError(f"share_epochs: expected less than the {self.epochs} epochs, got {shared}")

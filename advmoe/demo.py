@@ -61,7 +61,8 @@ def run(folder: Path, fast: bool = False, seed: int = 0) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _MARK).write_text("made by `advmoe demo`, which may replace this folder\n")
     attack_name = "pgd10" if fast else "pgd50x2"
-    test = load("digits").test
+    data = load("digits")
+    test = data.test
     if fast:
         test = test.first(100)
     start = time.perf_counter()
@@ -76,10 +77,10 @@ def run(folder: Path, fast: bool = False, seed: int = 0) -> str:
         assert resolved is not None and resolved.attack.epsilon is not None
         attack = from_name(attack_name, resolved.attack.epsilon)
         outcome = evaluate(model, test, {attack_name: attack}, seed=seed)
-        results.append((outcome.sa, outcome.attacks[attack_name], profile(model, test.images.shape[-1])))
+        results.append((outcome.sa, outcome.attacks[attack_name], profile(model, data.image_size)))
         models[kind] = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     batch = 128
-    timed = measure_latency(list(models.values()), test.images.shape[-1], batch, repeats=10 if fast else 30)
+    timed = measure_latency(list(models.values()), data.image_size, batch, repeats=10 if fast else 30)
     latency = {kind: t.median_ms for kind, t in zip(models, timed, strict=True)}
 
     def of_dense(kind: str) -> str:

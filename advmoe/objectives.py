@@ -24,9 +24,14 @@ __all__ = [
 BALANCE_LOSSES = ("switch", "entropy", "column_entropy")
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def cross_entropy(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
-    """``logits [B, classes]``, ``labels [B]``; reduction mean, sum or none."""
-    return F.cross_entropy(logits, labels, reduction=reduction)
+    """``logits [B, classes]``, ``labels [B]``; reduction mean, sum or none. Computed in float32 at least, as all losses
+    here."""
+    return F.cross_entropy(_wide(logits), labels, reduction=reduction)
 
 
 def kl_divergence(p_logits: Tensor, q_logits: Tensor, reduction: str = "batchmean") -> Tensor:
@@ -38,8 +43,8 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, reduction: str = "batchmea
     Args:
         reduction: batchmean, sum or none (``[B]``).
     """
-    p_log = F.log_softmax(p_logits, dim=1)
-    q_log = F.log_softmax(q_logits, dim=1)
+    p_log = F.log_softmax(_wide(p_logits), dim=1)
+    q_log = F.log_softmax(_wide(q_logits), dim=1)
     each = (p_log.exp() * (p_log - q_log)).sum(1)
     if reduction == "none":
         return each
@@ -52,6 +57,7 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, reduction: str = "batchmea
 
 def margin_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
     """``max_{j != y} z_j - z_y`` (Carlini and Wagner 2017): positive exactly where the prediction is wrong."""
+    logits = _wide(logits)
     own = logits.gather(1, labels[:, None])
     others = logits.masked_fill(F.one_hot(labels, logits.shape[1]).bool(), float("-inf")).amax(1)
     each = others - own.squeeze(1)
@@ -91,7 +97,7 @@ def balance_loss(scores: Tensor, kind: str) -> Tensor:
         ValueError: for an unknown kind.
     """
     experts = scores.shape[1]
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = _wide(scores)
     # the difference of two scores may overflow, and 0 * -inf is no number
     log_p = F.log_softmax(scores, dim=1).clamp_min(torch.finfo(scores.dtype).min)
     p = log_p.exp()

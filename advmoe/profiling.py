@@ -33,7 +33,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Profile:
-    """Costs for one image, counting a multiply-accumulate as 1, of convolutions and linear layers only.
+    """Costs for one image, counting a multiply-accumulate as 1, of convolutions, linear layers and attention only.
 
     ``gflops = pathway_gflops + router_gflops``: of a routed layer the chosen expert's slice counts: what is computed.
     """
@@ -62,8 +62,15 @@ def profile(model: nn.Module, image_size: int = 32, channels: int = 3) -> Profil
 
         return count
 
+    def own(name: str) -> Callable[..., None]:
+        def count(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            layers.append(LayerCost(name, module.own_macs(output), False))  # type: ignore[operator]
+
+        return count
+
     kinds = (nn.Conv2d, nn.Linear, RoutedConv2d, RoutedLinear)
     handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if isinstance(m, kinds)]
+    handles += [m.register_forward_hook(own(name)) for name, m in model.named_modules() if hasattr(m, "own_macs")]
     parameter = next(model.parameters())
     image = torch.full((1, channels, image_size, image_size), 0.5, device=parameter.device, dtype=parameter.dtype)
     try:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from moe_kernels import Routing, functional
+from moe_kernels import Routing, ScoreNorm, functional
 from moe_kernels.routing import GATES
 
 from .registry import Registry, imported, unknown_name
@@ -63,6 +63,7 @@ class RouterOptions:
             running statistics in eval mode (BatchNorm without affine parameters). Experts are then used about alike from
             the first step on, whatever the router has learned, and its probabilities differ among images. None: as the
             router's class has it (:attr:`Router.standardized`).
+        top_k: experts for each sample; with more than one the gate is ``"softmax"`` or ``"none"``.
 
     Raises:
         ValueError: for a value out of range.
@@ -72,6 +73,7 @@ class RouterOptions:
     temperature: float = 1.0
     noise: float = 0.0
     standardize: bool | None = None
+    top_k: int = 1
 
     def __post_init__(self) -> None:
         if self.gate not in GATES:
@@ -80,23 +82,14 @@ class RouterOptions:
             raise ValueError(f"temperature: expected a finite number above 0, got {self.temperature}")
         if not 0 <= self.noise < math.inf:
             raise ValueError(f"noise: expected a finite number of at least 0, got {self.noise}")
+        if self.top_k < 1:
+            raise ValueError(f"top_k: expected at least 1, got {self.top_k}")
+        if self.top_k > 1 and self.gate not in ("softmax", "none"):
+            raise ValueError(f"gate: expected 'softmax' or 'none' with top_k {self.top_k}, got {self.gate!r}")
 
 
 class NonFiniteRouterError(RuntimeError):
     """A router gave NaN or infinite scores; the message names its layer."""
-
-
-class ScoreNorm(nn.BatchNorm1d):
-    """Scores ``[B, N]`` of mean 0 and variance 1 over the images; a single image, which has no variance, by the running
-    statistics in training too."""
-
-    def __init__(self, num_experts: int) -> None:
-        super().__init__(num_experts, affine=False)
-
-    def forward(self, scores: Tensor) -> Tensor:
-        if len(scores) != 1:
-            return super().forward(scores)
-        return F.batch_norm(scores, self.running_mean, self.running_var, eps=self.eps)
 
 
 class Router(nn.Module):
@@ -133,9 +126,7 @@ class Router(nn.Module):
         if self.only is not None:
             expert = torch.full((len(x),), self.only, dtype=torch.int64, device=x.device)
             return Routing(expert, num_experts=self.num_experts)
-        scores = self(x)
-        if self.score_norm is not None:
-            scores = self.score_norm(scores)
+        scores = self._scores(x)
         if self.options.temperature != 1:
             scores = scores / self.options.temperature
         if scores.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -143,10 +134,18 @@ class Router(nn.Module):
         chosen = scores
         if self.options.noise and self.training:
             chosen = scores + self.options.noise * torch.randn_like(scores)
-        routing = Routing.from_scores(chosen, gate=self.options.gate)
+        routing = Routing.from_scores(chosen, self.options.top_k, self.options.gate)
         for observer in self._observers:
             observer(self, scores, routing)
         return routing
+
+    def _scores(self, x: Tensor) -> Tensor:
+        """Standardised; in float32 also under autocast: a choice between close scores is a matter of digits."""
+        if _under_autocast(x):
+            with torch.autocast(x.device.type, enabled=False):
+                return self._scores(x.float())
+        scores = self(x)
+        return scores if self.score_norm is None else self.score_norm(scores)
 
     def require_finite(self, scores: Tensor) -> None:
         """Waits for the device.
@@ -165,6 +164,11 @@ class Router(nn.Module):
         options, plain = dataclasses.asdict(self.options), dataclasses.asdict(RouterOptions())
         changed = {n: v for n, v in options.items() if n == "gate" or v != plain[n]}
         return ", ".join(f"{name}={value!r}" for name, value in changed.items())
+
+
+def _under_autocast(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 _ROUTERS: Registry[type[Router]] = Registry("router")
@@ -198,6 +202,8 @@ def build_router(name: str, in_channels: int, num_experts: int, options: RouterO
     router = router_class(name).build(in_channels, num_experts, image_size)
     router.options = options
     standardize = router.standardized if options.standardize is None else options.standardize
+    if options.top_k > num_experts:
+        raise ValueError(f"top_k: expected at most the {num_experts} experts, got {options.top_k}")
     # of one that learns nothing there is nothing to keep alive, and a constant would be lost
     if standardize and next(router.parameters(), None) is not None:
         router.score_norm = ScoreNorm(num_experts)
@@ -245,7 +251,8 @@ class LightRouter(Router):
 
     def route(self, x: Tensor) -> Routing:
         # the CPU has no kernel for it, and there the scores are looked at
-        if x.device.type == "cpu" or torch.compiler.is_compiling() or not self._is_plain():
+        watched = x.device.type == "cpu" or torch.compiler.is_compiling() or _under_autocast(x)
+        if watched or not self._is_plain():
             return super().route(x)
         weight, bias = self._as_one_layer()
         return functional.pooled_routing(
@@ -271,6 +278,7 @@ class LightRouter(Router):
         moving = self.training and (bool(self.options.noise) or self.score_norm is not None)
         return (
             self.only is None
+            and self.options.top_k == 1
             and not self._observers
             and not moving
             and getattr(self.forward, "__func__", None) is LightRouter.forward

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advmoe.data import Batches, load
-from advmoe.routers import ScoreNorm
-from moe_kernels import RoutedConv2d, Routing
+from moe_kernels import RoutedConv2d, Routing, ScoreNorm
 
 
 class QuadrantRouter(nn.Module):

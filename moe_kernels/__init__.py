@@ -11,6 +11,7 @@ channels of one slice, R_out and R_in those of the whole weight, H, W the input'
 from . import functional
 from ._version import __version__
 from .backends import BackendUnavailable, available_backends, use_backend
+from .convert import LightRouter, ScoreNorm, SelfRoutedConv2d, convert
 from .nn import RoutedBatchNorm2d, RoutedConv2d, RoutedLinear
 from .routing import Routing
 from .slices import ExpertSlices
@@ -18,12 +19,16 @@ from .slices import ExpertSlices
 __all__ = [
     "BackendUnavailable",
     "ExpertSlices",
+    "LightRouter",
     "RoutedBatchNorm2d",
     "RoutedConv2d",
     "RoutedLinear",
     "Routing",
+    "ScoreNorm",
+    "SelfRoutedConv2d",
     "__version__",
     "available_backends",
+    "convert",
     "functional",
     "use_backend",
 ]

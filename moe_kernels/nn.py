@@ -388,6 +388,8 @@ class RoutedBatchNorm2d(nn.Module):
     running_mean: Tensor | None
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
+    synchronized = False  # set by moe_kernels.sync
+    process_group: Any = None
 
     def __init__(
         self,
@@ -459,7 +461,7 @@ class RoutedBatchNorm2d(nn.Module):
             raise ValueError(f"routing: expected {self.num_experts} experts, got {routing.num_experts}")
         if not self.slices.is_whole:
             checks.experts("routing", expert, self.num_experts)
-        if not self.slices.is_whole and planning.has_kernels_for_norm(input):
+        if not self.slices.is_whole and not self.synchronized and planning.has_kernels_for_norm(input):
             return self._by_kernels(input, routing, expert)
         wide = torch.promote_types(input.dtype, torch.float32)
         x = input.to(wide)
@@ -519,10 +521,18 @@ class RoutedBatchNorm2d(nn.Module):
         """Mean, biased variance and number of values of each channel of the whole side: ``[total]`` each."""
         count = self._refuse_single_values(x, expert)
         safe = count.clamp_min(1)
-        mean = self._sum(x.sum(3).sum(2), expert) / safe
+        mean = self._of_all(self._sum(x.sum(3).sum(2), expert)) / safe
         centred = x - self._rows(mean, expert)
-        var = self._sum((centred * centred).sum(3).sum(2), expert) / safe
+        var = self._of_all(self._sum((centred * centred).sum(3).sum(2), expert)) / safe
         return mean, var, count
+
+    def _of_all(self, value: Tensor) -> Tensor:
+        """Summed over all processes, where they are one batch (:func:`moe_kernels.sync.synchronize_batch_norms`)."""
+        if not self.synchronized:
+            return value
+        from torch.distributed.nn.functional import all_reduce
+
+        return all_reduce(value, group=self.process_group)
 
     def _refuse_single_values(self, x: Tensor, expert: Tensor) -> Tensor:
         """The number of values of each channel of the whole side.
@@ -531,7 +541,7 @@ class RoutedBatchNorm2d(nn.Module):
             ValueError: if one has a single value, where that can be read.
         """
         pixels = x.shape[2] * x.shape[3]
-        count = self._sum(x.new_full((x.shape[0], x.shape[1]), float(pixels)), expert)
+        count = self._of_all(self._sum(x.new_full((x.shape[0], x.shape[1]), float(pixels)), expert))
         if checks.readable(x) and bool((count == 1).any()):
             channel = int((count == 1).nonzero()[0])
             s, present = self.slices, expert.unique().tolist()

@@ -30,3 +30,14 @@ def test_train_digits_trains_attacks_and_reports() -> None:
     losses = [float(v) for v in re.findall(r"TRADES loss ([\d.]+)", out)]
     assert len(losses) == 2 and losses[1] < 2.5, out
     assert re.search(r"SA [\d.]+%, RA [\d.]+% .* routing flipped for [\d.]+%", out), out
+
+
+def test_a_resnet_of_ones_own_is_converted_and_learns() -> None:
+    out = run("convert_resnet.py", "--epochs", "4", "--width", "8")
+    found = re.findall(r"^(.*): (\d+) routed layers, test accuracy ([\d.]+)%", out, re.M)
+    assert [(name, int(layers)) for name, layers, _ in found] == [
+        ("as it was", 0),
+        ("4 experts", 11),
+        ("twice as wide, 4 experts of half", 11),
+    ]
+    assert all(float(accuracy) > 50 for _, _, accuracy in found), out

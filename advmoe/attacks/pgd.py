@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..modes import undisturbed
 from ..objectives import cross_entropy, kl_divergence, margin_loss
 
-__all__ = ["PGD", "AttackResult", "NonFiniteGradientError", "from_name"]
+__all__ = ["PGD", "AttackResult", "NonFiniteGradientError", "SharedGenerator", "from_name"]
 
 _NAME = re.compile(r"pgd(?P<steps>\d+)(?:x(?P<restarts>\d+))?(?:-(?P<loss>ce|kl|margin))?")
 
@@ -30,6 +30,15 @@ class AttackResult:
 
     images: Tensor
     zero_gradient: Tensor
+
+
+@dataclass(frozen=True)
+class SharedGenerator:
+    """Draws for a batch of ``total`` images that several processes share; this one has those from ``start`` on."""
+
+    generator: torch.Generator
+    start: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class PGD:
         return text if self.restarts == 1 else f"{text}, {self.restarts} restarts"
 
     def __call__(
-        self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator | None = None
+        self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator | SharedGenerator | None = None
     ) -> Tensor:
         """Adversarial images for ``images [B, 3, H, W]`` in [0, 1] and ``labels [B]``; see :meth:`run`."""
         return self.run(model, images, labels, generator).images
@@ -97,7 +106,7 @@ class PGD:
         model: nn.Module,
         images: Tensor,
         labels: Tensor,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | SharedGenerator | None = None,
         extra_loss: Callable[[Tensor], Tensor] | None = None,
     ) -> AttackResult:
         """The attack with its diagnosis.
@@ -159,7 +168,7 @@ class PGD:
         images: Tensor,
         labels: Tensor,
         clean_logits: Tensor | None,
-        generator: torch.Generator | None,
+        generator: torch.Generator | SharedGenerator | None,
         extra_loss: Callable[[Tensor], Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         low, high = (images - self.epsilon).clamp_min_(0.0), (images + self.epsilon).clamp_max_(1.0)
@@ -181,16 +190,22 @@ class PGD:
             x = torch.clamp(x.detach() + self.step_size * grad.sign(), low, high)
         return x.detach(), zero
 
-    def _noise(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _noise(self, images: Tensor, generator: torch.Generator | SharedGenerator | None) -> Tensor:
         if self.random_start is False:
             return torch.zeros_like(images)
+        rows, part = len(images), slice(None)
+        if isinstance(generator, SharedGenerator):
+            rows, part = generator.total, slice(generator.start, generator.start + len(images))
+            generator = generator.generator
         device = images.device if generator is None else generator.device  # a CPU generator serves any device
-        noise = torch.empty(images.shape, dtype=images.dtype, device=device)  # contiguous: one order of numbers
+        noise = torch.empty(
+            (rows, *images.shape[1:]), dtype=images.dtype, device=device
+        )  # contiguous: one order of numbers
         if self.random_start == "gaussian":
             noise.normal_(generator=generator).mul_(0.001)
         else:
             noise.uniform_(-self.epsilon, self.epsilon, generator=generator)
-        return noise.to(images.device)
+        return noise[part].to(images.device)
 
 
 def from_name(name: str, epsilon: float, step_size: float | None = None) -> PGD:

@@ -1,8 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets as tensors, augmentation of whole batches, and resumable iterators."""
+"""Data sets by name, augmentation of whole batches, and resumable orders of batches."""
 
+from . import cifar, digits, imagenet  # noqa: F401 - they register their data sets
 from .augment import augment
 from .batches import Batches, stream_generator
-from .sets import DataError, DataSet, Split, list_data, load
+from .download import download
+from .files import FileSplit
+from .loader import BatchStream, batches_in_order
+from .sets import DATA, DataError, DataSet, Source, Split, TensorSplit, list_data, load
 
-__all__ = ["Batches", "DataError", "DataSet", "Split", "augment", "list_data", "load", "stream_generator"]
+__all__ = [
+    "DATA",
+    "BatchStream",
+    "Batches",
+    "DataError",
+    "DataSet",
+    "FileSplit",
+    "Source",
+    "Split",
+    "TensorSplit",
+    "augment",
+    "batches_in_order",
+    "download",
+    "list_data",
+    "load",
+    "stream_generator",
+]

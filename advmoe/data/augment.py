@@ -10,17 +10,28 @@ from torch import Tensor
 __all__ = ["augment"]
 
 
-def augment(images: Tensor, generator: torch.Generator, padding: int = 4, flip: bool = True) -> Tensor:
+def augment(
+    images: Tensor,
+    generator: torch.Generator,
+    padding: int = 4,
+    flip: bool = True,
+    part: slice = slice(None),
+    total: int | None = None,
+) -> Tensor:
     """``images [B, C, H, W]``, each moved by up to ``padding`` pixels (zeros come in) and, if ``flip``, mirrored or not.
 
     The CIFAR recipe (RandomCrop with padding, RandomHorizontalFlip) as one gather; the memory format is kept.
+
+    Args:
+        part: of a batch of ``total`` images, which ``images`` are; the generator draws for all of them.
     """
     batch, _, height, width = images.shape
-    top, left = torch.randint(0, 2 * padding + 1, (2, batch, 1), generator=generator)
+    total = batch if total is None else total
+    top, left = torch.randint(0, 2 * padding + 1, (2, total, 1), generator=generator)[:, part]
     rows = torch.arange(height) + top  # [B, H]
     columns = torch.arange(width) + left
     if flip:
-        mirrored = torch.rand((batch, 1), generator=generator) < 0.5
+        mirrored = torch.rand((total, 1), generator=generator)[part] < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
     padded = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1)  # [B, H + 2p, W + 2p, C]
     sample = torch.arange(batch)[:, None, None]

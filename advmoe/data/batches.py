@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -47,16 +49,34 @@ class Batches:
 
     def next(self) -> tuple[Tensor, torch.Generator]:
         """The next batch's indices ``[batch_size]``, and a generator for its augmentation."""
-        if self._order is None or self._order[0] != self.epoch:
-            order = torch.randperm(self.count, generator=stream_generator(self.seed, self.name, self.epoch))
-            self._order = (self.epoch, order)
-        start = self.index * self.batch_size
-        indices = self._order[1][start : start + self.batch_size]
-        generator = stream_generator(self.seed, self.name, self.epoch, self.index)
+        position = self.epoch, self.index
+        self.advance()
+        return self.indices(*position), stream_generator(*self.key(*position))
+
+    def indices(self, epoch: int, index: int) -> Tensor:
+        """The samples ``[batch_size]`` of a place."""
+        if self._order is None or self._order[0] != epoch:
+            order = torch.randperm(self.count, generator=stream_generator(self.seed, self.name, epoch))
+            self._order = (epoch, order)
+        start = index * self.batch_size
+        return self._order[1][start : start + self.batch_size]
+
+    def key(self, epoch: int, index: int) -> tuple[int | str, ...]:
+        """Of the generator that draws how a place's images are moved and mirrored."""
+        return self.seed, self.name, epoch, index
+
+    def positions(self) -> Iterator[tuple[int, int]]:
+        """The places from here on, without end; going through them moves nothing."""
+        first = self.index
+        for epoch in itertools.count(self.epoch):
+            for index in range(first, len(self)):
+                yield epoch, index
+            first = 0
+
+    def advance(self) -> None:
         self.index += 1
         if self.index == len(self):
             self.epoch, self.index = self.epoch + 1, 0
-        return indices, generator
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "index": self.index}

@@ -1,43 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data sets: ``digits`` (in scikit-learn, nothing to download) and ``cifar10`` (the official Python batches)."""
+"""What a data set is: splits of images, how each goes into training, and the registry that reads them by name."""
 
 from __future__ import annotations
 
-import io
-import pickle
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..registry import Registry
+from .augment import augment
 from .batches import stream_generator
 
-__all__ = ["DataError", "DataSet", "Split", "list_data", "load"]
+__all__ = ["DATA", "DataError", "DataSet", "Source", "Split", "TensorSplit", "list_data", "load"]
 
 
 class DataError(ValueError):
     """A data set is missing or damaged; the message says which file, what is wrong and what to do."""
 
 
-@dataclass(frozen=True)
-class Split:
-    """images uint8 ``[n, 3, H, W]``, labels int64 ``[n]``."""
+class Split(ABC):
+    """Images with labels int64 ``[n]``, in memory or in files."""
 
-    images: Tensor
     labels: Tensor
+    workers = 0  # processes that make batches ahead of time, where nobody says how many
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Samples by index: images float32 in [0, 1], channels_last, and labels."""
-        images = self.images[index].contiguous(memory_format=torch.channels_last)
-        return images.float().div_(255), self.labels[index]
+    @abstractmethod
+    def batch(
+        self, index: Tensor, generator: torch.Generator | None = None, part: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        """Samples by index: images float32 ``[B, 3, S, S]`` in [0, 1], channels_last, and labels.
+
+        Args:
+            generator: draws how each image is moved and mirrored; None: as they are.
+            part: give these of the index alone; the generator draws for all.
+        """
+
+    @abstractmethod
+    def select(self, index: Tensor | slice) -> Split:
+        """The samples of this index, as a split."""
 
     def first(self, limit: int | None) -> Split:
         """The first ``limit`` images; all for None.
@@ -47,7 +54,29 @@ class Split:
         """
         if limit is not None and limit < 1:
             raise ValueError(f"limit: expected at least 1, got {limit}")
-        return self if limit is None else Split(self.images[:limit], self.labels[:limit])
+        return self if limit is None else self.select(slice(limit))
+
+
+@dataclass(frozen=True)
+class TensorSplit(Split):
+    """images uint8 ``[n, 3, S, S]``, labels int64 ``[n]``; ``padding``: of the random crop, in pixels; ``flip``: mirrored
+    images keep their class."""
+
+    images: Tensor
+    labels: Tensor
+    padding: int = 0
+    flip: bool = False
+
+    def batch(
+        self, index: Tensor, generator: torch.Generator | None = None, part: slice = slice(None)
+    ) -> tuple[Tensor, Tensor]:
+        images = self.images[index[part]].contiguous(memory_format=torch.channels_last).float().div_(255)
+        if generator is not None:
+            images = augment(images, generator, self.padding, self.flip, part, len(index))
+        return images, self.labels[index[part]]
+
+    def select(self, index: Tensor | slice) -> TensorSplit:
+        return TensorSplit(self.images[index], self.labels[index], self.padding, self.flip)
 
 
 @dataclass(frozen=True)
@@ -55,7 +84,7 @@ class DataSet:
     """Three splits, and what training on them usually takes.
 
     ``validation`` is held out of the training set by the seed. ``epsilon`` and ``step_size`` are the attack's radius and
-    training step that go with the data, in units of the pixel range; ``flip``: mirrored images keep their class.
+    training step that go with the data, in units of the pixel range; ``mean`` and ``std`` of each channel.
     """
 
     name: str
@@ -68,28 +97,27 @@ class DataSet:
     std: tuple[float, ...]
     epsilon: float
     step_size: float
-    flip: bool
-    padding: int  # of the random crop, in pixels
 
 
 @dataclass(frozen=True)
-class _Source:
-    """A data set as read, before it is split."""
+class Source:
+    """A data set as read, before it is split. ``mean`` and ``std``: where they are not to be taken from the images."""
 
     train: Split
     test: Split
     num_classes: int
+    image_size: int
     epsilon: float
     step_size: float
-    flip: bool
-    padding: int
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
 
-_SETS: Registry[Callable[[Path | None], _Source]] = Registry("data")
+DATA: Registry[Callable[[Path | None], Source]] = Registry("data")
 
 
 def list_data() -> list[str]:
-    return _SETS.names()
+    return DATA.names()
 
 
 def load(
@@ -112,7 +140,7 @@ def load(
         ValueError: for an unknown name, or a size that does not fit.
         DataError: if files are missing or damaged.
     """
-    source = _SETS[name](None if data_dir is None else Path(data_dir))
+    source = DATA[name](None if data_dir is None else Path(data_dir))
     for label, limit in (("train_limit", train_limit), ("test_limit", test_limit)):
         if limit is not None and limit < 1:
             raise ValueError(f"{label}: expected at least 1, got {limit}")
@@ -127,22 +155,22 @@ def load(
             f"train_limit: {name} has {available} training images beside {held_out} for validation, got {train_limit}"
         )
     # sorted: memory is then read forwards, and the order of training comes from the batches' own permutations
-    train = order[held_out : held_out + (train_limit or available)].sort().values
-    images = source.train.images[train]
-    mean, std = _mean_and_std(images)
+    train = source.train.select(order[held_out : held_out + (train_limit or available)].sort().values)
+    mean, std = source.mean, source.std
+    if mean is None or std is None:
+        assert isinstance(train, TensorSplit)
+        mean, std = _mean_and_std(train.images)
     return DataSet(
         name=name,
-        train=Split(images, source.train.labels[train]),
-        validation=Split(source.train.images[order[:held_out]], source.train.labels[order[:held_out]]),
+        train=train,
+        validation=source.train.select(order[:held_out]),
         test=source.test.first(test_limit),
         num_classes=source.num_classes,
-        image_size=images.shape[-1],
+        image_size=source.image_size,
         mean=mean,
         std=std,
         epsilon=source.epsilon,
         step_size=source.step_size,
-        flip=source.flip,
-        padding=source.padding,
     )
 
 
@@ -157,67 +185,3 @@ def _mean_and_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]
     mean = total[0] / count
     std = ((total[1] - count * mean.square()) / max(count - 1, 1)).sqrt()
     return tuple(round(v, 4) for v in (mean / 255).tolist()), tuple(round(v, 4) for v in (std / 255).tolist())
-
-
-@_SETS.register("digits")
-def _digits(folder: Path | None) -> _Source:
-    """scikit-learn's 1,797 handwritten digits of 8×8 pixels, grey in three channels; every fifth is a test image.
-
-    The classes are well apart, so that the radius 8/255 would be no test: epsilon is 0.15.
-    """
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = torch.from_numpy(np.round(bunch.images * (255 / 16)).astype(np.uint8))[:, None].repeat(1, 3, 1, 1)
-    labels = torch.from_numpy(bunch.target.astype(np.int64))
-    is_test = torch.arange(len(labels)) % 5 == 0
-    train, test = (Split(images[mask], labels[mask]) for mask in (~is_test, is_test))
-    return _Source(train, test, 10, epsilon=0.15, step_size=0.1, flip=False, padding=1)
-
-
-@_SETS.register("cifar10")
-def _cifar10(folder: Path | None) -> _Source:
-    """The official Python batches (Krizhevsky 2009) in the folder itself or in its cifar-10-batches-py."""
-    what = "the CIFAR-10 python version (cifar-10-python.tar.gz of its web page), unpacked"
-    if folder is None:
-        raise DataError(f"cifar10: no folder given; pass --data-dir with {what}")
-    if (folder / "cifar-10-batches-py").is_dir():
-        folder = folder / "cifar-10-batches-py"
-    names = [f"data_batch_{i}" for i in range(1, 6)]
-    missing = [name for name in [*names, "test_batch"] if not (folder / name).is_file()]
-    if missing:
-        raise DataError(f"cifar10: {folder} has no {', '.join(missing)}; pass --data-dir with {what}")
-    parts = [_cifar_batch(folder / name) for name in names]
-    train = Split(torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]))
-    return _Source(train, _cifar_batch(folder / "test_batch"), 10, 8 / 255, 5 / 255, flip=True, padding=4)
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Admits numpy arrays and plain containers: a batch file has no business to name anything else."""
-
-    _ALLOWED = frozenset(
-        (module, name)
-        for module in ("numpy.core.multiarray", "numpy._core.multiarray", "numpy")
-        for name in ("_reconstruct", "ndarray", "dtype", "scalar")
-    ) | {("_codecs", "encode")}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"it wants {module}.{name}, which no batch of images needs")
-        return super().find_class(module, name)
-
-
-def _cifar_batch(path: Path) -> Split:
-    fix = "unpack the archive again"
-    try:
-        content = _ArrayUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise DataError(f"cifar10: {path} cannot be read ({type(error).__name__}: {error}); {fix}") from error
-    if not isinstance(content, dict) or b"data" not in content or b"labels" not in content:
-        raise DataError(f"cifar10: {path} has no images and labels; {fix}")
-    data, labels = content[b"data"], content[b"labels"]
-    if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * 32 * 32:
-        raise DataError(f"cifar10: {path} holds no uint8 array [n, 3072]; {fix}")
-    if len(labels) != len(data) or not all(isinstance(v, int) and 0 <= v < 10 for v in labels):
-        raise DataError(f"cifar10: {path} has not one label in 0 .. 9 for each of its {len(data)} images; {fix}")
-    return Split(torch.from_numpy(data.reshape(-1, 3, 32, 32).copy()), torch.tensor(labels, dtype=torch.int64))

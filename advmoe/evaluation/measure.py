@@ -15,7 +15,7 @@ from tqdm import tqdm
 from moe_kernels import Routing
 
 from ..attacks import PGD
-from ..data import Split, stream_generator
+from ..data import Split, batches_in_order, stream_generator
 from ..models import record_routing
 from ..modes import undisturbed
 
@@ -84,10 +84,11 @@ def evaluate(
     used: dict[str, Tensor] = {}
     tallies = {name: _Tally() for name in attacks}
     starts = range(0, total, batch_size)
+    batches = zip(starts, batches_in_order(split, batch_size, pin=device.type == "cuda"), strict=True)
+    hidden = None if progress else True
     with undisturbed(model), record_routing(model) as routings:
-        for start in tqdm(starts, desc="evaluate", unit="batch", disable=None if progress else True, leave=False):
-            images, labels = split.batch(torch.arange(start, min(start + batch_size, total)))
-            images, labels = images.to(device), labels.to(device)
+        for start, batch in tqdm(batches, "evaluate", len(starts), unit="batch", disable=hidden, leave=False):
+            images, labels = (each.to(device, non_blocking=True) for each in batch)
             right = _right(model, images, labels)
             correct += int(right.sum())
             clean = {name: _chosen(r, len(images)) for name, r in routings.items()}

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backbones by name, and what training needs to know about a routed model."""
 
-from . import densenet, resnet, vgg, wide_resnet  # noqa: F401  each registers its architectures
+from . import densenet, resnet, vgg, vit, wide_resnet  # noqa: F401  each registers its architectures
 from .base import (
     MODEL_OPTIONS,
     backbone_parameters,
@@ -12,6 +12,7 @@ from .base import (
     router_parameters,
 )
 from .released import load_released
+from .upcycling import upcycle
 
 __all__ = [
     "MODEL_OPTIONS",
@@ -22,4 +23,5 @@ __all__ = [
     "record_routing",
     "register_model",
     "router_parameters",
+    "upcycle",
 ]

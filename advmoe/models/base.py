@@ -16,6 +16,7 @@ from moe_kernels import RoutedConv2d, RoutedLinear, Routing
 
 from ..registry import Registry, unknown_name
 from ..routers import RouterOptions, router_class, routers_of
+from .upcycling import routed_in_place
 
 __all__ = [
     "KINDS",
@@ -31,18 +32,20 @@ __all__ = [
     "router_parameters",
 ]
 
-KINDS = ("dense", "s_dense", "sparse", "moe")
+KINDS = ("dense", "s_dense", "sparse", "moe", "upcycled")
 LAYOUTS = ("partition", "windows")
 ROUTE_PER = ("layer", "block", "stage", "network")
 STEMS = ("cifar", "imagenet")
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 _COMMON = ("mean", "std", "stem")
+_ROUTER = ("gate", "temperature", "noise", "standardize", "top_k")
 MODEL_OPTIONS = {  # of create_model, for each kind
     "dense": _COMMON,
     "s_dense": _COMMON,
     "sparse": _COMMON,
-    "moe": (*_COMMON, "bn", "gate", "gate_after", "temperature", "noise", "standardize", "route_per", "moe_at"),
+    "moe": (*_COMMON, *_ROUTER, "bn", "gate_after", "route_per", "moe_at"),
+    "upcycled": (*_COMMON, *_ROUTER),
 }
 
 
@@ -86,6 +89,10 @@ class ModelSpec:
         """``int(ratio * channels)`` where the kind scales widths; at least 1."""
         return channels if self.kind in ("dense", "sparse") else max(1, int(self.ratio * channels))
 
+    def dense(self) -> ModelSpec:
+        """The spec of an ordinary layer of the dense network's width."""
+        return dataclasses.replace(self, kind="dense")
+
     def at_stage(self, stage: int) -> ModelSpec:
         """The spec of stage 1, 2, …: where ``moe_at`` leaves it out, its layers are ordinary, of a pathway's width."""
         if not self.routed or self.moe_at is None or stage in self.moe_at:
@@ -123,8 +130,9 @@ def create_model(
     Args:
         arch: an architecture of :func:`list_models`.
         kind: ``"dense"`` (every width as it is), ``"s_dense"`` (all widths times ratio: about one pathway), ``"sparse"``
-            (dense, with a mask over output channels that ``advmoe.sparse`` learns to keep ``ratio`` of them) or
-            ``"moe"`` (routed convolutions of num_experts experts, each as wide as s_dense's).
+            (dense, with a mask over output channels that ``advmoe.sparse`` learns to keep ``ratio`` of them), ``"moe"``
+            (routed convolutions of num_experts experts, each as wide as s_dense's) or ``"upcycled"`` (what
+            :func:`advmoe.upcycle` makes of the dense network).
         ratio: r, the width of an expert against the dense layer's; widths are ``int(r * channels)``.
         width: channels of the first stage; the architecture's own by default.
         layout: of kind moe. ``"partition"``: expert e owns rows ``e * w : (e + 1) * w`` of the weight, as in AdvMoE's
@@ -135,16 +143,21 @@ def create_model(
         router: a name of ``advmoe.routers.list_routers()``, or ``module:Class``.
         normalize: subtract ``mean`` and divide by ``std`` (options; CIFAR-10's by default) inside the model.
         options: ``mean``, ``std``; ``stem``: ``"cifar"`` (3×3) or ``"imagenet"`` (7×7 of stride 2, pooled; by default
-            from 128 pixels on). For kind moe also
+            from 128 pixels on). For kinds moe and upcycled
+
+            - ``gate``, ``temperature``, ``noise``, ``standardize``, ``top_k``: see
+              :class:`advmoe.routers.RouterOptions`; more than one choice only in vision transformers;
+
+            for kind moe also
 
             - ``bn``: ``"shared"`` by all experts (as released; the default of partition) or ``"per_expert"`` (the
               default of windows, where it belongs to the dense network's channels);
-            - ``gate``, ``temperature``, ``noise``, ``standardize``: see :class:`advmoe.routers.RouterOptions`;
             - ``gate_after``: ``"conv"``, or ``"norm"``: behind the BatchNorm, which cancels part of the gradient of a
               gate before it (ResNet and VGG);
             - ``route_per``: a router for each ``"layer"`` (the default), ``"block"``, ``"stage"``, or one behind the stem
               (``"network"``); an image-level router makes one choice for all;
-            - ``moe_at``: the stages that are routed, such as ``(3, 4)``; all by default (partition only).
+            - ``moe_at``: the stages that are routed, such as ``(3, 4)``; all by default (partition only). Of a vision
+              transformer the blocks, by default every second one.
 
     Raises:
         ValueError: for an unknown name (with the near matches), option, or a size that does not fit.
@@ -152,6 +165,10 @@ def create_model(
     build = _MODELS[arch]
     if kind not in KINDS:
         raise unknown_name("kind", kind, KINDS)
+    if kind == "upcycled" and layout != "partition":
+        raise ValueError(
+            f"layout: an upcycled model's experts have weights of their own, layout 'partition'; got {layout!r}"
+        )
     for name in options:
         if name not in MODEL_OPTIONS[kind]:
             raise unknown_name(f"option of kind {kind}", name, MODEL_OPTIONS[kind])
@@ -184,9 +201,7 @@ def create_model(
     ):
         if value not in known:
             raise unknown_name(name, value, known)
-    router_options = RouterOptions(
-        **{n: options.pop(n) for n in ("gate", "temperature", "noise", "standardize") if n in options}
-    )
+    router_options = RouterOptions(**{n: options.pop(n) for n in _ROUTER if n in options})
     if router_options.gate == "softmax" and options["route_per"] in ("block", "stage"):
         raise ValueError("gate: 'softmax' multiplies through all layers that share a choice; use it per layer or network")
     for name in ("mean", "std"):
@@ -198,10 +213,12 @@ def create_model(
             raise ValueError("moe_at: the windows of one layer are the input of the next; use layout 'partition'")
     model = build(
         ModelSpec(
-            arch, kind, num_classes, image_size, num_experts, ratio, width, layout, router, normalize,
-            router_options=router_options, **options,
+            arch, "dense" if kind == "upcycled" else kind, num_classes, image_size, num_experts, ratio, width, layout,
+            router, normalize, router_options=router_options, **options,
         )
     )  # fmt: skip
+    if kind == "upcycled":
+        return routed_in_place(model, num_experts, ratio, router, router_options)
     for name, module in routers_of(model).items():
         module.routes = name.removesuffix(".router") if "." in name else ""
     return model
@@ -261,7 +278,10 @@ class _Record:
 
     def layer(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.routings[name] = args[1] if len(args) > 1 else kwargs["routing"]
+            routing = args[1] if len(args) > 1 else kwargs["routing"]
+            follows = any(routing.expert.is_set_to(earlier.expert) for earlier in self.routings.values())
+            if not (isinstance(module, RoutedLinear) and follows):
+                self.routings[name] = routing
 
         return hook
 
@@ -271,14 +291,15 @@ class _Record:
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[dict[str, Routing]]:
-    """Every routed convolution's Routing of the model's last forward, in order, by module name.
+    """Every routed layer's Routing of the model's last forward, in order, by module name; of linear layers those whose
+    choice no layer before them has made: the first of an MLP, and no classifier.
 
-    Works with any module that holds RoutedConv2d layers.
+    Works with any module that holds RoutedConv2d or RoutedLinear layers.
     """
     record = _Record()
     handles = [model.register_forward_pre_hook(record.clear)]
     for name, module in model.named_modules():
-        if isinstance(module, RoutedConv2d):
+        if isinstance(module, RoutedConv2d | RoutedLinear):
             handles.append(module.register_forward_pre_hook(record.layer(name), with_kwargs=True))
     try:
         yield record.routings

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..sparse import Add
 from .base import ModelSpec, initialize, register_model
-from .layers import Backbone, Channels, Path, Stage, add_router, classifier, conv, norm, projection
+from .layers import Backbone, Channels, Path, Stage, add_router, classifier, conv, norm, pointwise, projection
 
 __all__ = ["BasicBlock", "Bottleneck", "ResNet"]
 
@@ -31,7 +31,7 @@ class _Block(nn.Module):
         self._add_convolutions(spec, source, width, stride)
         self.shortcut: nn.Module
         if spec.imagenet_stem and needed:
-            self.shortcut = nn.Sequential(conv(spec, source, out, 1, stride), norm(spec, out))
+            self.shortcut = pointwise(spec, source, out, stride)
         else:
             self.shortcut = projection(spec, source, out, stride, needed)
         self.add = Add()

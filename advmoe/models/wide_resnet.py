@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..sparse import Add
 from .base import ModelSpec, initialize, register_model
-from .layers import Backbone, Channels, Path, Stage, add_router, classifier, conv, norm
+from .layers import Backbone, Channels, Path, Stage, add_router, classifier, conv, every, norm, step_before
 
 __all__ = ["WideResNet"]
 
@@ -28,7 +28,8 @@ class _Block(nn.Module):
         self.bn2 = norm(spec, out)
         self.conv2 = conv(spec, out, out, 3)
         needed = stride != 1 or source.dense != out.dense or source.width != out.width
-        self.convShortcut = conv(spec, source, out, 1, stride) if needed else None
+        self.step = step_before(spec, stride)
+        self.convShortcut = conv(spec, source, out, 1, stride // self.step) if needed else None
         self.add = Add()
         self.raw_input = False
         self.out_channels = out
@@ -42,7 +43,7 @@ class _Block(nn.Module):
         if self.convShortcut is not None:
             if self.raw_input:
                 activated = x
-            x = path.convolve(self.convShortcut, activated)
+            x = path.convolve(self.convShortcut, every(activated, self.step))
             path.writer = source
         y = F.relu(path.convolve(self.conv1, activated, self.bn2))
         return self.add(path.convolve(self.conv2, y), x)

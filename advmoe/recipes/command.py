@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ..data import download
 from ..training import Interrupted, RunError
 from .catalog import Catalog, Plan
 from .results import result_table
@@ -79,6 +80,9 @@ def reproduce(
 def _run(sweep: Sweep, plans: Sequence[Plan], seeds: Sequence[int]) -> int:
     code = DONE
     wanted = [plan for plan in plans if refusal(plan) is None]
+    if sweep.options.download:
+        for name in dict.fromkeys(plan.config.data.name for plan in wanted):
+            download(name, sweep.options.data_dir)
     for number, outcome in enumerate(sweep.run(wanted, seeds), start=1):
         line = f"[{number}/{len(wanted) * len(seeds)}] {outcome.plan.recipe.name}, seed {outcome.seed}: {outcome.state}"
         if outcome.error is None:

@@ -9,7 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,14 +20,15 @@ from tqdm import tqdm
 
 from moe_kernels.backends import choose
 
-from ..attacks import PGD, NonFiniteGradientError, from_name
-from ..config import RunConfig
-from ..data import Batches, DataSet, augment, load, stream_generator
-from ..evaluation.measure import evaluate
-from ..models import router_parameters
-from ..routers import FixedRouter, NonFiniteRouterError, routers_of
+from ..attacks import PGD, NonFiniteGradientError, SharedGenerator, from_name
+from ..config import ModelConfig, RunConfig
+from ..data import Batches, BatchStream, DataSet, load, stream_generator
+from ..evaluation.measure import Evaluation, evaluate
+from ..models import router_parameters, upcycle
+from ..routers import FixedRouter, NonFiniteRouterError, RouterOptions, routers_of
 from ..sparse import masked_convolutions
 from .methods import Batch, Method, NonFiniteLossError, StepResult, build_method
+from .parallel import ALONE, ProcessLost, World, lost
 from .runs import Run, RunError, build_model, load_checkpoint, load_model
 from .watch import COLLAPSED, RouterWatch
 
@@ -53,13 +54,20 @@ class Trainer:
         BackendUnavailable: if no backend of the routed layers computes on the device.
     """
 
-    def __init__(self, config: RunConfig, run: Run, data: DataSet, quiet: bool = False) -> None:
+    def __init__(self, config: RunConfig, run: Run, data: DataSet, quiet: bool = False, world: World = ALONE) -> None:
         self.config = config
         self.run = run
         self.data = data
-        self.quiet = quiet
+        self.quiet = quiet or not world.first
+        self.world = world
+        part = world.part(config.batch_size)
+        if (part.stop - part.start) % config.optim.accumulate:
+            raise ValueError(
+                f"accumulate: expected a divisor of the {part.stop - part.start} images of each process, got "
+                f"{config.optim.accumulate}"
+            )
         self.device = device_of(config.device)
-        if config.model.kind == "moe":
+        if config.model.kind in ("moe", "upcycled"):
             choose(self.device)
         torch.manual_seed(config.seed)
         model = build_model(config.model).to(self.device)
@@ -72,12 +80,18 @@ class Trainer:
         if not len(data.validation):
             raise ValueError("validation: the best checkpoint is chosen on held-out images, of which there are none")
         if config.init is not None:
-            _load_weights(self.model, config.init)
-        self.method: Method = build_method(self.model, config.method, config.optim, attack, config.routing)
+            _load_weights(self.model, config.init, config.model)
+        world.prepare(self.model)
+        self.method: Method = build_method(self.model, config.method, config.optim, attack, config.routing, world)
         self.watch = RouterWatch(self.model)
         names = ("upper",) if self.method.batches_per_step == 1 else ("lower", "upper")
-        self.batches = [Batches(len(data.train), config.batch_size, config.seed, name) for name in names]
-        self.steps_per_epoch = len(self.batches[-1])
+        workers = data.train.workers if config.data.workers is None else config.data.workers
+        orders = [Batches(len(data.train), config.batch_size, config.seed, name) for name in names]
+        self.batches = [
+            BatchStream(data.train, order, config.data.augment, workers, self.device.type == "cuda", part)
+            for order in orders
+        ]
+        self.steps_per_epoch = len(orders[-1])
         self.epoch = 0
         self.step = 0  # within the epoch
         self.sums: dict[str, float] = {}
@@ -96,7 +110,8 @@ class Trainer:
             "device_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "epoch": self.epoch,
             "step": self.step,
-            "sums": self.sums,
+            # of all processes, each of which will take its share up again
+            "sums": {name: v / self.world.size for name, v in self.world.summed(self.sums, self.device).items()},
             "seconds": self.seconds,
             "best": self.best,
         }
@@ -118,6 +133,12 @@ class Trainer:
 
     # --- the loop -------------------------------------------------------------------------------------------------------
 
+    def save(self, name: str = "last") -> None:
+        """Writes a checkpoint; all processes must ask, and the first writes."""
+        state = self.state_dict()
+        if self.world.first:
+            self.run.save(state, name)
+
     def fit(self) -> list[dict[str, Any]]:
         """Trains to the last epoch and returns the metrics of all epochs.
 
@@ -127,17 +148,31 @@ class Trainer:
             NonFiniteLossError, NonFiniteGradientError, NonFiniteRouterError: if a loss, the gradient of an attack or a
                 router's scores are not finite; the message names the epoch and the step.
             StepError: if a step could not be made otherwise.
+            ProcessLost: if another process of the run has ended.
         """
         try:
+            if self.world.size > 1 and not self.run.checkpoint().exists():
+                self.save()  # a process may be lost at any time
             while self.epoch < self.config.epochs:
                 self._train_epoch()
                 self._require_finite_weights("end")
-                self.run.save(self.state_dict())  # an epoch's work is not lost to a Ctrl-C during its validation
+                self.save()  # an epoch's work is not lost to a Ctrl-C during its validation
                 self._finish_epoch()
         except KeyboardInterrupt as error:
             if self.run.checkpoint().exists():
                 raise Interrupted(self.run.folder) from error
             raise
+        except RuntimeError as error:
+            if self.world.size > 1 and not isinstance(error, (*_NON_FINITE, StepError)) and lost(error):
+                first = str(error).strip().splitlines()[0]
+                raise ProcessLost(
+                    f"another of the {self.world.size} processes has ended ({first}); {self._checkpointed()}; go on "
+                    f"with: torchrun … -m advmoe train --resume {self.run.folder}"
+                ) from error
+            raise
+        finally:
+            for batches in self.batches:
+                batches.close()
         return self.run.metrics()
 
     def _train_epoch(self) -> None:
@@ -149,7 +184,7 @@ class Trainer:
         bar = tqdm(
             total=self.steps_per_epoch, initial=self.step, desc=label, disable=True if self.quiet else None, leave=False
         )
-        with bar, _ctrl_c() as interrupted:
+        with bar, _ctrl_c(self.world.size > 1) as interrupted:
             while self.step < self.steps_per_epoch:
                 start = time.perf_counter()
                 self._set_rates()
@@ -163,19 +198,18 @@ class Trainer:
                     f"{self._speed():.0f} images/s",
                     refresh=False,
                 )
-                if interrupted():
+                if self.world.any(interrupted(), self.device):
                     self._require_finite_weights(f"step {self.step}")
-                    self.run.save(self.state_dict())
+                    self.save()
                     raise Interrupted(self.run.folder)
 
-    def _batch(self, batches: Batches) -> Batch:
-        position = (batches.epoch, batches.index)
-        index, generator = batches.next()
-        images, labels = self.data.train.batch(index)
-        if self.config.data.augment:
-            images = augment(images, generator, self.data.padding, self.data.flip)
-        attack = stream_generator(self.config.seed, "attack", batches.name, *position)
-        return Batch(images.to(self.device), labels.to(self.device), attack)
+    def _batch(self, batches: BatchStream) -> Batch:
+        order = batches.order
+        attack: Any = stream_generator(self.config.seed, "attack", order.name, order.epoch, order.index)
+        if self.world.size > 1:
+            attack = SharedGenerator(attack, self.world.part(order.batch_size).start, order.batch_size)
+        images, labels = (each.to(self.device, non_blocking=True) for each in batches.next())
+        return Batch(images, labels, attack)
 
     def _set_rates(self) -> None:
         """Cosine from the full rate to 0 over all steps of the method's phase (the released code steps it once an epoch,
@@ -243,13 +277,9 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         self.method.settle()
-        held_out = self.data.validation
         attack = self.config.validation_attack
-        seed = self.config.seed
-        try:
-            result = evaluate(self.model, held_out, {attack: self.validation_attack}, self.config.batch_size, seed=seed)
-        except _NON_FINITE as error:
-            raise self._named(error, "validation") from error
+        result = self.world.told(self._validate() if self.world.first else None)
+        self.sums = self.world.summed(self.sums, self.device)
         robust = result.attacks[attack]
         line: dict[str, Any] = {
             "epoch": self.epoch + 1,
@@ -282,20 +312,33 @@ class Trainer:
         self.best = score if improved else self.best
         self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, {}, 0.0
         state = self.state_dict()
+        if not self.world.first:
+            return
         if improved:
             self.run.save(state, "best")
         # metrics first: a line too many is cut back when the run is resumed from the older checkpoint
         self.run.add_metrics(line)
         self.run.save(state)
 
+    def _validate(self) -> Evaluation:
+        c = self.config
+        attacks = {c.validation_attack: self.validation_attack}
+        try:
+            return evaluate(self.model, self.data.validation, attacks, c.batch_size, seed=c.seed)
+        except _NON_FINITE as error:
+            raise self._named(error, "validation") from error
 
-def _load_weights(model: nn.Module, source: str) -> None:
-    """Begins with another run's weights.
+
+def _load_weights(model: nn.Module, source: str, into: ModelConfig) -> None:
+    """Begins with another run's weights; of kind upcycled with what becomes of a dense network's.
 
     Raises:
         RunError: if they are not there or do not fit.
     """
     other, config = load_model(source)
+    if routers_of(model) and not routers_of(other) and into.kind == "upcycled":
+        options = {f.name: getattr(into, f.name) for f in dataclasses.fields(RouterOptions)}
+        other = upcycle(other, into.num_experts, into.ratio, into.router, **options)
     given = other.state_dict()
     if masked_convolutions(model) and not masked_convolutions(other):
         # a network without masks: all its channels are there
@@ -344,7 +387,7 @@ def resolve(config: RunConfig, data: DataSet) -> RunConfig:
         step_size=data.step_size if config.attack.step_size is None else config.attack.step_size,
     )
     routing = config.routing
-    if config.model.kind == "moe" and routing.share_epochs is None:
+    if config.model.kind in ("moe", "upcycled") and routing.share_epochs is None:
         shared = config.epochs * 3 // 4 if _can_share(dataclasses.replace(config, model=model)) else 0
         routing = dataclasses.replace(routing, share_epochs=shared)
     threads = torch.get_num_threads() if config.threads is None else config.threads
@@ -364,15 +407,19 @@ def _doubts(config: RunConfig, model: nn.Module) -> Iterator[str]:
 def _can_share(config: RunConfig) -> bool:
     """Whether a run may begin with one shared expert: experts that can be copies, routers that are to be trained, and
     weights that nobody has trained apart before."""
-    copies = config.model.layout == "partition" and config.model.gate != "softmax"
+    one_gate = config.model.gate == "softmax" and config.model.top_k == 1
+    copies = config.model.layout == "partition" and not one_gate
     if not copies or config.method.part != "all" or config.init is not None:
         return False
     with torch.device("meta"):
         return bool(router_parameters(build_model(config.model)))
 
 
-def train(config: RunConfig, folder: str | Path, quiet: bool = False) -> Run:
+def train(config: RunConfig, folder: str | Path, quiet: bool = False, world: World = ALONE) -> Run:
     """Trains from the start into a new run folder.
+
+    Args:
+        world: the processes that train together (:func:`advmoe.training.parallel.joined`).
 
     A fault before the first checkpoint leaves no run there, only its log; after Ctrl-C it can be resumed.
 
@@ -385,26 +432,33 @@ def train(config: RunConfig, folder: str | Path, quiet: bool = False) -> Run:
     data = load_data(config)
     config = resolve(config, data)
     run = Run(folder)
-    trainer = Trainer(config, run, data, quiet)
-    run.create(config)
-    with run.log(logger):
+    trainer = Trainer(config, run, data, quiet, world)
+    if world.first:
+        run.create(config)
+    with _logged(run, world):
         for note in _doubts(config, trainer.model):
             logger.warning(note)
         try:
             trainer.fit()
         except Exception:
-            if not run.checkpoint().exists():  # no run yet: other settings may try the same folder
+            if world.first and not run.checkpoint().exists():  # no run yet: other settings may try the same folder
                 with suppress(OSError):
                     run.config_path.unlink()
             raise
     return run
 
 
-def resume(folder: str | Path, quiet: bool = False, data_dir: str | None = None) -> Run:
+def _logged(run: Run, world: World) -> AbstractContextManager[Any]:
+    """The first process's messages go to the run's log; what the others say is the same."""
+    return run.log(logger) if world.first else nullcontext()
+
+
+def resume(folder: str | Path, quiet: bool = False, data_dir: str | None = None, world: World = ALONE) -> Run:
     """Continues a run to the weights that it would have had unbroken, bit for bit on the same machine and threads.
 
     Args:
         data_dir: where the data is now, if not where it was; kept in the run's config.
+        world: the processes that train together; as many as the run had, if it is to end with the same weights.
 
     Raises:
         RunError: if there is no run. Otherwise as :func:`train`.
@@ -414,21 +468,22 @@ def resume(folder: str | Path, quiet: bool = False, data_dir: str | None = None)
     if data_dir is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, folder=data_dir))
     data = load_data(config)
-    if data_dir is not None:
+    if data_dir is not None and world.first:
         config.save(run.config_path)  # for what comes after this command too
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     begun = run.checkpoint().exists()
     # a checkpoint holds the weights; those that the run began with may be gone by now
-    trainer = Trainer(dataclasses.replace(config, init=None) if begun else config, run, data, quiet)
+    trainer = Trainer(dataclasses.replace(config, init=None) if begun else config, run, data, quiet, world)
     if begun:
         state = load_checkpoint(run.checkpoint())
         try:
             trainer.load_state_dict(state)
         except (KeyError, RuntimeError, ValueError) as error:
             raise RunError(f"{run.checkpoint()} does not fit {run.config_path}: {error}") from error
-    run.cut_metrics(trainer.epoch)
-    with run.log(logger):
+    if world.first:
+        run.cut_metrics(trainer.epoch)
+    with _logged(run, world):
         trainer.fit()
     return run
 
@@ -440,8 +495,11 @@ def load_data(config: RunConfig) -> DataSet:
 
 
 @contextmanager
-def _ctrl_c() -> Iterator[Any]:
+def _ctrl_c(end: bool = False) -> Iterator[Any]:
     """Lets a step finish: the first Ctrl-C is noted and asked for, the second raises as ever.
+
+    Args:
+        end: take SIGTERM, by which torchrun ends its processes, for a first Ctrl-C too.
 
     Where the process was started to ignore it, as a shell script's background jobs are, it goes on doing so.
     """
@@ -449,7 +507,7 @@ def _ctrl_c() -> Iterator[Any]:
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal seen
-        if seen:
+        if seen and number == signal.SIGINT:
             raise KeyboardInterrupt
         seen = True
 
@@ -457,11 +515,12 @@ def _ctrl_c() -> Iterator[Any]:
         yield lambda: False
         return
     try:
-        before = signal.signal(signal.SIGINT, note)
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, *((signal.SIGTERM,) if end else ()))}
     except ValueError:  # not in the main thread: whoever runs us handles signals
         yield lambda: False
         return
     try:
         yield lambda: seen
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

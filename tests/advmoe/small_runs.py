@@ -112,7 +112,7 @@ CIFAR10_FILES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 def write_cifar10(parent: Path) -> None:
     """CIFAR-10's layout in ``parent`` with 20 images a file, written as the official files are: bytes as keys."""
     folder = parent / "cifar-10-batches-py"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     for name in CIFAR10_FILES:
         data = generator.integers(0, 256, (20, 3072), dtype=np.uint8)

@@ -28,7 +28,7 @@ def test_digits() -> None:
     data = load("digits")
     assert (len(data.train), len(data.validation), len(data.test)) == (1294, 143, 360)
     assert data.train.images.shape[1:] == (3, 8, 8) and data.image_size == 8 and data.num_classes == 10
-    assert data.epsilon == 0.15 and not data.flip
+    assert data.epsilon == 0.15 and not data.train.flip
     everything = {i.numpy().tobytes() for s in (data.train, data.validation, data.test) for i in s.images}
     assert len(everything) == 1797  # no image is in two splits
     images, labels = data.train.batch(torch.arange(4))
@@ -50,7 +50,7 @@ def test_validation_is_held_out_by_the_seed(archive: Path) -> None:
 def test_cifar10_reads_the_official_layout(archive: Path) -> None:
     for folder in (archive, archive / "cifar-10-batches-py"):
         data = load("cifar10", folder, train_limit=50, test_limit=7)
-        assert (len(data.train), len(data.test), data.image_size, data.padding) == (50, 7, 32, 4)
+        assert (len(data.train), len(data.test), data.image_size, data.train.padding) == (50, 7, 32, 4)
     raw = pickle.loads((archive / "cifar-10-batches-py" / "test_batch").read_bytes())
     assert torch.equal(data.test.images[3], torch.from_numpy(raw[b"data"][3].reshape(3, 32, 32)))
     assert data.epsilon == pytest.approx(8 / 255)
@@ -61,6 +61,29 @@ def test_cifar10_missing(tmp_path: Path) -> None:
         load("cifar10")
     with pytest.raises(DataError, match=r"has no data_batch_1, .*test_batch; pass --data-dir"):
         load("cifar10", tmp_path)
+
+
+def test_cifar100_has_its_fine_labels(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for name, count in (("train", 200), ("test", 100)):
+        data = generator.integers(0, 256, (count, 3072), dtype=np.uint8)
+        fine = [(7 * i) % 100 for i in range(count)]
+        content = {b"data": data, b"fine_labels": fine, b"coarse_labels": [f // 5 for f in fine]}
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+    for where in (tmp_path, folder):
+        dataset = load("cifar100", where, validation=20)
+        assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (180, 20, 100)
+    assert dataset.num_classes == 100 and dataset.test.labels.tolist() == [(7 * i) % 100 for i in range(100)]
+    (folder / "test").write_bytes(pickle.dumps({b"data": data, b"fine_labels": [100] * 100}))
+    with pytest.raises(DataError, match=r"cifar100: .*test has not one label in 0 .. 99 for each of its 100 images"):
+        load("cifar100", tmp_path)
+    (folder / "train").unlink()
+    with pytest.raises(
+        DataError, match=r"cifar-100-python has no train; pass --data-dir with the CIFAR-100 python version"
+    ):
+        load("cifar100", tmp_path)
 
 
 class Malice:
@@ -154,7 +177,7 @@ def test_limits_and_names(archive: Path) -> None:
     assert len(load("digits", validation=0).train) == 1437
     with pytest.raises(ValueError, match=r"data: .*did you mean cifar10"):
         load("cifar")
-    assert list_data() == ["digits", "cifar10"]
+    assert list_data() == ["cifar10", "cifar100", "digits", "tiny_imagenet", "imagenet"]
 
 
 @pytest.mark.parametrize("flip", [True, False])

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from advmoe.attacks import PGD, AttackResult, NonFiniteGradientError
-from advmoe.data import Split, stream_generator
+from advmoe.data import TensorSplit, stream_generator
 from advmoe.evaluation import evaluate
 from advmoe.models import create_model, record_routing
 from moe_kernels import RoutedConv2d, Routing
 
 
-def split(count: int = 10, size: int = 8) -> Split:
+def split(count: int = 10, size: int = 8) -> TensorSplit:
     g = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 3, size, size), generator=g, dtype=torch.uint8)
-    return Split(images, torch.randint(0, 2, (count,), generator=g))
+    return TensorSplit(images, torch.randint(0, 2, (count,), generator=g))
 
 
 class Brightness(nn.Module):
@@ -178,7 +178,7 @@ class Brighten(PGD):
 @pytest.mark.parametrize("expand", [False, True])
 def test_another_order_of_the_same_experts_is_no_flip(expand: bool) -> None:
     images = torch.tensor([26, 26, 51, 51], dtype=torch.uint8)[:, None, None, None].expand(4, 3, 2, 2).contiguous()
-    data = Split(images, torch.zeros(4, dtype=torch.int64))
+    data = TensorSplit(images, torch.zeros(4, dtype=torch.int64))
     outcome = evaluate(TopTwo(expand), data, {"brighten": Brighten(0.1, 0.1, 1)}).attacks["brighten"]
     assert outcome.flip_rate == 0.5  # 1 to 2 is none, 2 to 3 is one
 

@@ -200,8 +200,8 @@ def test_balance_is_part_of_each_loss_that_trains_routers(name: str, temperature
             plain = torch.stack(each).mean()
     balance = balances(other, seen, "entropy")
     if isinstance(method, AdvMoE):
-        losses, key = method._router_phase(b).losses, "router_loss"
-        rest = method._backbone_phase(dataclasses.replace(b, generator=stream_generator("same"))).losses
+        losses, key = method._router_phase([b]).losses, "router_loss"
+        rest = method._backbone_phase([dataclasses.replace(b, generator=stream_generator("same"))]).losses
         assert set(rest) == {"loss"}  # the upper level trains no router
         assert rest["loss"] == pytest.approx(trades_loss(clean, attacked, b.labels, 6.0).item(), rel=1e-5)
     else:

@@ -48,7 +48,7 @@ def test_router_phase_moves_the_routers_only() -> None:
     m = model()
     method = AdvMoE(m, MethodConfig(), OptimConfig(), ATTACK)
     routers, backbone = snapshot(router_parameters(m)), snapshot(backbone_parameters(m))
-    method._router_phase(batch())
+    method._router_phase([batch()])
     assert not any(torch.equal(a, b) for a, b in zip(routers, router_parameters(m), strict=True) if b.ndim == 2)
     assert same(backbone, backbone_parameters(m))
     assert all(p.requires_grad for p in m.parameters())
@@ -59,7 +59,7 @@ def test_backbone_phase_moves_the_backbone_only() -> None:
     m = model()
     method = AdvMoE(m, MethodConfig(), OptimConfig(), ATTACK)
     routers, backbone = snapshot(router_parameters(m)), snapshot(backbone_parameters(m))
-    method._backbone_phase(batch())
+    method._backbone_phase([batch()])
     assert same(routers, router_parameters(m))
     assert not any(torch.equal(a, b) for a, b in zip(backbone, backbone_parameters(m), strict=True))
     assert all(p.requires_grad for p in m.parameters())
@@ -94,7 +94,7 @@ def test_router_gradients_are_those_of_trades_through_the_network() -> None:
     adversarial = ATTACK(other, b.images, b.labels, stream_generator("same"))
     loss = trades_loss(other(b.images), other(adversarial), b.labels, 6.0)
     loss.backward()
-    result = method._router_phase(dataclasses.replace(b, generator=stream_generator("same")))
+    result = method._router_phase([dataclasses.replace(b, generator=stream_generator("same"))])
     assert result.losses["router_loss"] == pytest.approx(loss.item(), rel=1e-6)
     for p, expected in zip(router_parameters(m), router_parameters(other), strict=True):
         torch.testing.assert_close(p.grad, expected.grad)
@@ -104,9 +104,9 @@ def test_algorithm_1_goes_routers_first_on_a_batch_of_its_own(monkeypatch: pytes
     seen: list[tuple[str, float]] = []
     for name in ("_router_phase", "_backbone_phase"):
 
-        def phase(self: AdvMoE, batch: Batch, adversarial: Any = None, name: str = name) -> StepResult:
-            assert adversarial is None  # each level has an attack of its own
-            seen.append((name, batch.images.sum().item()))
+        def phase(self: AdvMoE, parts: Sequence[Batch], attacked: Any = None, name: str = name) -> StepResult:
+            assert attacked is None  # each level has an attack of its own
+            seen.append((name, sum(part.images.sum().item() for part in parts)))
             return StepResult({"loss" if name == "_backbone_phase" else "router_loss": 1.0}, 0, 0)
 
         monkeypatch.setattr(AdvMoE, name, phase)

@@ -9,6 +9,7 @@ from ...attacks import PGD
 from ...config import MethodConfig, OptimConfig, RoutingConfig
 from ...models import router_parameters
 from ...routers import routers_of
+from ..parallel import World
 from .adversarial import AT, Standard
 from .advmoe import AdvMoE
 from .base import Batch, Method, NonFiniteLossError, StepResult
@@ -43,8 +44,12 @@ def build_method(
     optim: OptimConfig,
     attack: PGD,
     routing: RoutingConfig | None = None,
+    world: World | None = None,
 ) -> Method:
     """The method named by the config.
+
+    Args:
+        world: the processes that train together; this one alone by default.
 
     Raises:
         ValueError: if the method does not go with the model, or if a setting of another method or of the routers is given
@@ -61,4 +66,4 @@ def build_method(
         raise ValueError("router_alpha: a setting of the router objective pseudo_label, without effect on another")
     if config.attack_routers and (config.name == "standard" or not routers_of(model)):
         raise ValueError("attack_routers: without effect on a method without attack or a model without routers")
-    return _METHODS[config.name](model, config, optim, attack, routing)
+    return _METHODS[config.name](model, config, optim, attack, routing, world)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...models import backbone_parameters, router_parameters
 from ...objectives import cross_entropy
 from ...routers import routers_of
-from .base import Batch, Method, StepResult, only, result, unused_frozen
+from .base import Batch, Method, StepResult, only, unused_frozen
 
 __all__ = ["AT", "Standard"]
 
@@ -22,16 +22,14 @@ class Standard(Method):
     """Cross-entropy on clean images."""
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
-        batch = batches[0]
+        def objective(part: Batch, images: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self.model(images)
+            return cross_entropy(logits, part.labels), logits
 
-        def objective() -> tuple[Tensor, Tensor]:
-            logits = self.model(batch.images)
-            return cross_entropy(logits, batch.labels), logits
-
+        parts = self._parts(batches[0])
+        clean = [part.images for part in parts]
         with unused_frozen(self.model, self.optim.freeze_unused):
-            loss, logits, extra = self._balanced(objective)
-            value = self._update(self.optimizers["all"], loss)
-        return result({"loss": value, **extra}, logits, batch.labels)
+            return self._descend(self.optimizers["all"], parts, objective, clean, balanced=True)
 
 
 class AT(Method):
@@ -56,12 +54,9 @@ class AT(Method):
         return self.config.part == "experts" or super()._routers_learn_without_gates()
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
-        batch = batches[0]
-        adversarial = self._adversarial(batch)
+        parts = self._parts(batches[0])
         with self._part(), unused_frozen(self.model, self.optim.freeze_unused):
-            loss, logits, extra = self._balanced(lambda: self._objective(batch, adversarial))
-            value = self._update(self.optimizers["all"], loss)
-        return result({"loss": value, **extra}, logits, batch.labels)
+            return self._descend(self.optimizers["all"], parts, self._objective, balanced=True)
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         if self.config.part == "all":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...models import backbone_parameters, router_parameters
 from ...objectives import router_pseudo_label_loss
 from ...routers import record_scores
-from .base import Batch, Method, StepResult, only, result, unused_frozen
+from .base import Batch, Method, StepResult, only, unused_frozen
 
 __all__ = ["AdvMoE"]
 
@@ -49,8 +49,8 @@ class AdvMoE(Method):
         }
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
-        lower, upper = batches[0], batches[-1]
-        shared = self._adversarial(upper) if self.config.share_attack else None
+        lower, upper = self._parts(batches[0]), self._parts(batches[-1])
+        shared = [self._adversarial(part) for part in upper] if self.config.share_attack else None
         phases: list[Callable[[], StepResult]] = [lambda: self._backbone_phase(upper, shared)]
         if self.position % self.config.router_every == 0 and not self.sharing:
             place = 0 if self.config.order == "router_first" else 1
@@ -60,15 +60,10 @@ class AdvMoE(Method):
         trained = next(each for each in results if "loss" in each.losses)  # the backbone's batch is what is counted
         return StepResult(losses, trained.correct, trained.count)
 
-    def _router_phase(self, batch: Batch, adversarial: Tensor | None = None) -> StepResult:
-        attacked = self._adversarial(batch) if adversarial is None else adversarial
+    def _router_phase(self, parts: Sequence[Batch], attacked: Sequence[Tensor] | None = None) -> StepResult:
+        objective = self._objective if self.config.router_objective == "trades" else self._pseudo_label
         with self._routers_alone():
-            if self.config.router_objective == "trades":
-                loss, logits, extra = self._balanced(lambda: self._objective(batch, attacked))
-            else:
-                loss, logits, extra = self._balanced(lambda: self._pseudo_label(batch, attacked))
-            value = self._update(self.optimizers["router"], loss, "router_loss")
-        return result({"router_loss": value, **extra}, logits, batch.labels)
+            return self._descend(self.optimizers["router"], parts, objective, attacked, balanced=True, name="router_loss")
 
     def _routers_alone(self) -> AbstractContextManager[None]:
         """The lower level's step backpropagates to the routers' parameters and to no other's."""
@@ -85,9 +80,6 @@ class AdvMoE(Method):
             ]
         return torch.stack(losses).mean(), attacked if self.accuracy == "ra" else logits
 
-    def _backbone_phase(self, batch: Batch, adversarial: Tensor | None = None) -> StepResult:
-        attacked = self._adversarial(batch) if adversarial is None else adversarial
+    def _backbone_phase(self, parts: Sequence[Batch], attacked: Sequence[Tensor] | None = None) -> StepResult:
         with only(self.model, backbone_parameters(self.model)), unused_frozen(self.model, self.optim.freeze_unused):
-            loss, logits = self._objective(batch, attacked)
-            value = self._update(self.optimizers["backbone"], loss)
-        return result({"loss": value}, logits, batch.labels)
+            return self._descend(self.optimizers["backbone"], parts, self._objective, attacked)

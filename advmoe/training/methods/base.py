@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 
 from moe_kernels import ExpertSlices, RoutedBatchNorm2d, RoutedConv2d, RoutedLinear
 
-from ...attacks import PGD
+from ...attacks import PGD, SharedGenerator
 from ...config import MethodConfig, OptimConfig, RoutingConfig
 from ...models import backbone_parameters, router_parameters
 from ...modes import undisturbed
 from ...objectives import balance_loss, cross_entropy, kl_divergence, trades_loss
 from ...routers import Router, observe_routers, record_scores, routers_of
+from ..parallel import ALONE, Reduced, World
 
 __all__ = [
     "Batch",
@@ -29,7 +31,6 @@ __all__ = [
     "NonFiniteLossError",
     "StepResult",
     "only",
-    "result",
     "tie_experts",
     "unused_frozen",
 ]
@@ -45,7 +46,24 @@ class Batch:
 
     images: Tensor
     labels: Tensor
-    generator: torch.Generator
+    generator: torch.Generator | SharedGenerator
+
+    def parts(self, count: int) -> list[Batch]:
+        """Equal parts, one after the other; their attacks draw from the one generator in turn.
+
+        Raises:
+            ValueError: if the images do not divide.
+        """
+        if count == 1:
+            return [self]
+        size, rest = divmod(len(self.labels), count)
+        if rest:
+            raise ValueError(f"accumulate: expected a divisor of the batch's {len(self.labels)} images, got {count}")
+        generator = self.generator
+        if isinstance(generator, SharedGenerator):
+            generator = SharedGenerator(generator.generator, generator.start // count, generator.total // count)
+        pairs = zip(self.images.split(size), self.labels.split(size), strict=True)
+        return [Batch(images, labels, generator) for images, labels in pairs]
 
 
 @dataclass(frozen=True)
@@ -76,6 +94,7 @@ class Method(ABC):
         optim: OptimConfig,
         attack: PGD,
         routing: RoutingConfig | None = None,
+        world: World | None = None,
     ) -> None:
         self.model = model
         self.config = config
@@ -83,6 +102,7 @@ class Method(ABC):
         self.attack = attack
         self.routing = RoutingConfig() if routing is None else routing
         self.position = 0  # steps made since the run's start; the engine keeps it
+        self.reduced = Reduced(model, ALONE if world is None else world)
         if config.objective == "cross_entropy" and config.name != "standard":
             self.accuracy = "ra"
         asked = dataclasses.replace(self.routing, share_epochs=self.routing.share_epochs or None)
@@ -92,7 +112,10 @@ class Method(ABC):
         if self.routing.balance != "none" and not router_parameters(model):
             raise ValueError("balance: without effect on routers that have no parameters")
         self.share_epochs = self.routing.share_epochs or 0
-        if self.share_epochs and any(r.options.gate == "softmax" for r in routers_of(model).values()):
+        # those of several experts are 1 in sum
+        if self.share_epochs and any(
+            r.options.gate == "softmax" and r.options.top_k == 1 for r in routers_of(model).values()
+        ):
             raise ValueError("share_epochs: a shared expert has no gate, and those of 'softmax' would change the network")
         unreached = {r.options.gate for r in routers_of(model).values()} == {"none"} and bool(router_parameters(model))
         if unreached and not self._routers_learn_without_gates():
@@ -158,6 +181,17 @@ class Method(ABC):
     # --- parts of a step ------------------------------------------------------------------------------------------------
 
     def _adversarial(self, batch: Batch) -> Tensor:
+        with self._autocast():
+            return self._attacked(batch)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Forwards in the precision that is set; routers and losses are float32 all the same."""
+        if self.optim.precision == "float32":
+            return nullcontext()
+        device = next(self.model.parameters()).device.type
+        return torch.autocast(device, getattr(torch, self.optim.precision))
+
+    def _attacked(self, batch: Batch) -> Tensor:
         model = self.model
         if not self.config.attack_routers or self.sharing:
             return self.attack.run(model, batch.images, batch.labels, batch.generator).images
@@ -194,34 +228,69 @@ class Method(ABC):
         losses: list[Tensor] = []
 
         def observe(router: Router, scores: Tensor, routing: Any) -> None:
-            losses.append(balance_loss(scores, self.routing.balance))
+            losses.append(balance_loss(self.reduced.world.gathered(scores), self.routing.balance))
 
         with observe_routers(self.model, observe):
             loss, logits = objective()
         balance = torch.stack(losses).mean()
         return loss + self.routing.balance_weight * balance, logits, {"balance": balance.item()}
 
-    def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor, name: str = "loss") -> float:
-        """One step down the loss.
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """What one forward gets; the gradients of all are summed before a step."""
+        return batch.parts(self.optim.accumulate)
+
+    def _descend(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parts: Sequence[Batch],
+        objective: Callable[[Batch, Tensor], tuple[Tensor, Tensor]],
+        attacked: Sequence[Tensor] | None = None,
+        balanced: bool = False,
+        name: str = "loss",
+    ) -> StepResult:
+        """One step of an optimiser down the mean of an objective over the parts of a batch.
+
+        Args:
+            objective: of a part and its attacked images, to the loss and the logits whose accuracy is counted.
+            attacked: the attacked images of each part; found here by default.
+            balanced: adds the routers' balancing loss.
+            name: of the loss.
 
         Raises:
             NonFiniteLossError: if the loss or its gradient is NaN or infinite.
         """
-        value = loss.item()
-        if not math.isfinite(value):
-            raise NonFiniteLossError(f"{name} is {value}")
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        losses: dict[str, float] = {}
+        correct = count = 0
+        for i, part in enumerate(parts):
+            images = self._adversarial(part) if attacked is None else attacked[i]
+            forward = functools.partial(self._forward, part, images, objective, balanced)
+            loss, logits, extra = self.reduced(forward, last=i == len(parts) - 1)
+            for key, value in {name: loss.item(), **extra}.items():
+                losses[key] = losses.get(key, 0.0) + value / len(parts)
+            if not math.isfinite(losses[name]):
+                raise NonFiniteLossError(f"{name} is {losses[name]}")
+            (loss / len(parts) if len(parts) > 1 else loss).backward()
+            correct += int((logits.detach().argmax(1) == part.labels).sum())
+            count += len(part.labels)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         largest = torch.nn.utils.get_total_norm(gradients, math.inf).item()
         if not math.isfinite(largest):
-            raise NonFiniteLossError(f"the gradient of {name} ({value:.4g}) has the entry {largest}")
+            raise NonFiniteLossError(f"the gradient of {name} ({losses[name]:.4g}) has the entry {largest}")
         optimizer.step()
-        return value
+        return StepResult(losses, correct, count)
 
-
-def result(losses: dict[str, float], logits: Tensor, labels: Tensor) -> StepResult:
-    return StepResult(losses, int((logits.detach().argmax(1) == labels).sum()), len(labels))
+    def _forward(
+        self,
+        part: Batch,
+        attacked: Tensor,
+        objective: Callable[[Batch, Tensor], tuple[Tensor, Tensor]],
+        balanced: bool,
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        with self._autocast():
+            if balanced:
+                return self._balanced(lambda: objective(part, attacked))
+            return *objective(part, attacked), {}
 
 
 @contextmanager
@@ -274,12 +343,14 @@ def unused_frozen(model: nn.Module, wanted: bool) -> Iterator[None]:
     used: dict[nn.Module, Tensor] = {}
     layers: dict[nn.Module, ExpertSlices] = {}
     for module in model.modules():
-        if isinstance(module, RoutedConv2d):
+        if isinstance(module, RoutedConv2d | RoutedLinear) and not module.out_slices.is_whole:
             layers[module] = module.out_slices
         elif isinstance(module, RoutedBatchNorm2d):
             layers[module] = module.slices
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not module.training:  # an attack's forward
+            return
         routing = args[1] if len(args) > 1 else kwargs["routing"]
         count = torch.bincount(routing.expert.reshape(-1), minlength=routing.num_experts)
         used[module] = used[module] + count if module in used else count

@@ -18,7 +18,7 @@ from ...sparse import (
     store_masks,
     update_alive,
 )
-from .base import Batch, Method, StepResult, only, result
+from .base import Batch, Method, StepResult, only
 
 __all__ = ["ATSparse"]
 
@@ -82,8 +82,5 @@ class ATSparse(Method):
         self.image_size = batch.images.shape[-1]
         if self.phase == "mask":
             update_alive(self.model, self.image_size)
-        adversarial = self._adversarial(batch)
         with only(self.model, self.scores if self.phase == "mask" else self.weights):
-            loss, logits = self._objective(batch, adversarial)
-            value = self._update(self.optimizers[self.phase], loss)
-        return result({"loss": value}, logits, batch.labels)
+            return self._descend(self.optimizers[self.phase], self._parts(batch), self._objective)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps of a method by one process, or by several that share each batch: ``python parallel_steps.py CASE OUT``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from small_runs import ATTACK
+from torch import Tensor, nn
+
+from advmoe.attacks import SharedGenerator
+from advmoe.config import MethodConfig, OptimConfig, RoutingConfig
+from advmoe.data import stream_generator
+from advmoe.models import create_model
+from advmoe.routers import Router
+from advmoe.training.methods import Batch, build_method
+from advmoe.training.parallel import World, joined
+
+STEPS, BATCH = 20, 16
+
+
+@dataclass(frozen=True)
+class Case:
+    method: MethodConfig
+    dtype: torch.dtype = torch.float64
+    options: dict[str, Any] = field(default_factory=dict)  # of the model
+    bright: bool = False
+    balance: str = "none"
+    share_epochs: int = 0
+    accumulate: int = 1
+
+
+CASES = {
+    "standard": Case(MethodConfig("standard"), torch.float32),
+    "standard per_expert": Case(MethodConfig("standard"), torch.float32, {"bn": "per_expert"}),
+    "at": Case(MethodConfig("at")),
+    "at per_expert balanced": Case(MethodConfig("at"), options={"bn": "per_expert"}, balance="switch"),
+    "at windows": Case(MethodConfig("at"), options={"layout": "windows"}),
+    "at sparse": Case(MethodConfig("at_sparse", mask_epochs=1), options={"kind": "sparse"}),
+    "advmoe": Case(MethodConfig("advmoe")),
+    "advmoe shared": Case(MethodConfig("advmoe"), share_epochs=1),
+    "advmoe one expert unused": Case(MethodConfig("advmoe"), bright=True),
+    "at one expert unused per_expert": Case(MethodConfig("at"), options={"bn": "per_expert"}, bright=True),
+}
+
+
+class Brightness(Router):
+    """Bright images to one expert, dark ones to the other."""
+
+    level = "image"
+
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+        self.scale = nn.Parameter(torch.tensor(5.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bright = x.mean((1, 2, 3)) * self.scale
+        return torch.stack([bright, -bright], 1)
+
+
+def network(case: Case) -> nn.Module:
+    torch.manual_seed(0)
+    options = {"kind": "moe", **case.options}
+    if case.bright:
+        options |= {"router": "image", "standardize": False}
+    if options["kind"] == "sparse":
+        options.pop("router", None)
+    model = create_model("resnet18", num_classes=10, image_size=8, width=4, **options)
+    if case.bright:
+        model.router = Brightness()
+    return model.to(case.dtype)
+
+
+def shared_batch(case: Case, step: int, level: int, world: World) -> Batch:
+    """This process's part; the first half of the images is bright, the second dark."""
+    generator = stream_generator("images", step, level)
+    images = torch.rand(BATCH, 3, 8, 8, generator=generator, dtype=torch.float64)
+    if case.bright:
+        images[: BATCH // 2] = 0.7 + 0.3 * images[: BATCH // 2]
+        images[BATCH // 2 :] *= 0.3
+    labels = torch.randint(0, 10, (BATCH,), generator=generator)
+    part = world.part(BATCH)
+    attack: Any = stream_generator("attack", step, level)
+    if world.size > 1:
+        attack = SharedGenerator(attack, part.start, BATCH)
+    return Batch(images[part].to(case.dtype), labels[part], attack)
+
+
+def run(name: str, world: World) -> dict[str, Any]:
+    """The state after all steps, and the losses of the last, as this process has them."""
+    case = CASES[name]
+    model = network(case)
+    world.prepare(model)
+    routing = RoutingConfig(balance=case.balance, share_epochs=case.share_epochs)
+    optim = OptimConfig(lr=0.02, accumulate=case.accumulate)
+    method = build_method(model, case.method, optim, ATTACK, routing, world)
+    losses: dict[str, float] = {}
+    for step in range(STEPS):
+        epoch = step // (STEPS // 2)
+        method.enter_epoch(epoch)
+        if step % (STEPS // 2) == 0:
+            method.begin_epoch(epoch)
+        model.train()
+        method.position = step
+        losses = method.step([shared_batch(case, step, k, world) for k in range(method.batches_per_step)]).losses
+    method.settle()
+    return {"state": model.state_dict(), "losses": losses}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with joined() as world:
+        results = {name: run(name, world) for name in CASES}
+        torch.save(results, f"{sys.argv[1]}/{world.rank}.pt")
