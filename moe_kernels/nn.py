@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import backends, checks, norm, ops, planning
+from .collectives import all_reduce
 from .functional import apply_geometry
 from .geometry import Conv2dGeometry, pair
 from .routing import Routing
@@ -528,11 +529,7 @@ class RoutedBatchNorm2d(nn.Module):
 
     def _of_all(self, value: Tensor) -> Tensor:
         """Summed over all processes, where they are one batch (:func:`moe_kernels.sync.synchronize_batch_norms`)."""
-        if not self.synchronized:
-            return value
-        from torch.distributed.nn.functional import all_reduce
-
-        return all_reduce(value, group=self.process_group)
+        return all_reduce(value, self.process_group) if self.synchronized else value
 
     def _refuse_single_values(self, x: Tensor, expert: Tensor) -> Tensor:
         """The number of values of each channel of the whole side.

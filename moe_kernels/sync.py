@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .collectives import all_reduce
 from .nn import RoutedBatchNorm2d
 
 __all__ = ["SyncedBatchNorm", "synchronize_batch_norms"]
@@ -40,9 +40,9 @@ class SyncedBatchNorm(_BatchNorm):
                 f"input: expected more than one value per channel of all processes together, got {count:.0f}"
             )
         shape = [1, -1, *[1] * (x.dim() - 2)]
-        mean = all_reduce(x.sum(dims), group=self.process_group) / count
+        mean = all_reduce(x.sum(dims), self.process_group) / count
         centred = x - mean.view(shape)
-        var = all_reduce(centred.square().sum(dims), group=self.process_group) / count
+        var = all_reduce(centred.square().sum(dims), self.process_group) / count
         if self.training and self.track_running_stats:
             self._track(mean.detach(), var.detach() * (count / (count - 1)))
         y = centred * torch.rsqrt(var + self.eps).view(shape)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
+from moe_kernels.collectives import all_reduce
 from moe_kernels.sync import synchronize_batch_norms
 
 __all__ = ["ALONE", "ProcessLost", "Reduced", "World", "joined", "lost"]
@@ -85,7 +86,7 @@ class World:
         if self.size == 1:
             return rows
         around = (self.rank * len(rows), (self.size - 1 - self.rank) * len(rows))
-        return all_reduce(F.pad(rows, (*[0] * (2 * rows.dim() - 2), *around)), group=self.norms)
+        return all_reduce(F.pad(rows, (*[0] * (2 * rows.dim() - 2), *around)), self.norms)
 
     def prepare(self, model: nn.Module) -> None:
         """Makes the model one of several: its BatchNorms see the batches of all."""
@@ -154,12 +155,14 @@ class Reduced:
             return compute()
         wanted = tuple(id(p) for p in self.model.parameters() if p.requires_grad)
         if wanted not in self._reducers:
-            self._reducers[wanted] = DistributedDataParallel(
-                _Through(self.model),
-                # experts, routers or masks that a step leaves out have no gradient anywhere, or in some processes only
-                find_unused_parameters=True,
-                broadcast_buffers=False,
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has another name, 2.11 has not
+                self._reducers[wanted] = DistributedDataParallel(
+                    _Through(self.model),
+                    # what a step leaves out, such as an expert, has no gradient anywhere, or in some processes only
+                    find_unused_parameters=True,
+                    broadcast_buffers=False,
+                )
         reducer = self._reducers[wanted]
         reducer.require_backward_grad_sync = last
         return reducer(compute)

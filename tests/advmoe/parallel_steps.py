@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from small_runs import ATTACK
+from small_runs import ATTACK, SMALL, small_architecture
 from torch import Tensor, nn
 
 from advmoe.attacks import SharedGenerator
@@ -34,8 +34,10 @@ class Case:
 
 
 CASES = {
-    "standard": Case(MethodConfig("standard"), torch.float32),
-    "standard per_expert": Case(MethodConfig("standard"), torch.float32, {"bn": "per_expert"}),
+    # in float32 with choices that are no matter of rounding
+    "standard": Case(MethodConfig("standard"), torch.float32, bright=True),
+    "standard per_expert": Case(MethodConfig("standard"), torch.float32, {"bn": "per_expert"}, bright=True),
+    "standard, any choices": Case(MethodConfig("standard")),
     "at": Case(MethodConfig("at")),
     "at per_expert balanced": Case(MethodConfig("at"), options={"bn": "per_expert"}, balance="switch"),
     "at windows": Case(MethodConfig("at"), options={"layout": "windows"}),
@@ -68,7 +70,8 @@ def network(case: Case) -> nn.Module:
         options |= {"router": "image", "standardize": False}
     if options["kind"] == "sparse":
         options.pop("router", None)
-    model = create_model("resnet18", num_classes=10, image_size=8, width=4, **options)
+    with small_architecture():
+        model = create_model(SMALL, num_classes=10, image_size=8, width=4, **options)
     if case.bright:
         model.router = Brightness()
     return model.to(case.dtype)

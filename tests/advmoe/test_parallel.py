@@ -90,7 +90,7 @@ def advmoe(*words: str, count: int = 2, **more: Any) -> subprocess.Popen[str]:
 
 def test_the_command_under_torchrun(tmp_path: Path) -> None:
     """One log, one run folder, images counted once; what one process computes with the joined batch but for rounding."""
-    words = ["--method", "standard", "--epochs", "2", *COMMON]
+    words = ["--method", "standard", "--kind", "s_dense", "--epochs", "2", "--lr", "0.01", *COMMON]
     two = advmoe(*words, "--out", str(tmp_path / "two"))
     out, err = two.communicate(timeout=300)
     assert two.returncode == 0, err
@@ -110,7 +110,7 @@ def children(pid: int) -> list[int]:
     return sorted(int(each) for each in listed.split())
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_a_lost_process_ends_the_run_resumably(tmp_path: Path, victim: int) -> None:
     run = tmp_path / "run"
     process = advmoe("--method", "at", "--share-epochs", "0", "--epochs", "300", *COMMON, "--out", str(run))
