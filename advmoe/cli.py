@@ -362,7 +362,9 @@ def _train(o: argparse.Namespace) -> None:
             validation_attack=o.validation_attack,
         )
         with joined() as world:
-            world.told(_fetch(o) if world.first else None)  # the others wait
+            if world.first:
+                _fetch(o)
+            world.told(None)  # the others wait
             run = train(config, o.out, world=world)
     if world.first:
         print(f"done: {run.folder} (config.yaml, metrics.jsonl, best.pt, last.pt); next: advmoe evaluate {run.folder}")
@@ -425,7 +427,7 @@ def _profile(o: argparse.Namespace) -> None:
     if o.routers:
         _print_routers(dataclasses.replace(config, **common))
         return
-    model = build_model(dataclasses.replace(config, **common)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = build_model(dataclasses.replace(config, **common)).to(memory_format=torch.channels_last)
     cost = profile(model, o.image_size)
     if o.layers:
         rows = [[c.name, f"{c.macs / 1e6:.3f}", "router" if c.router else "pathway"] for c in cost.layers]
@@ -439,7 +441,7 @@ def _profile(o: argparse.Namespace) -> None:
     kinds = [kind for kind in ("dense", "s_dense") if kind != config.kind]  # all channels, and those of one pathway
     for kind in kinds:
         plain = ModelConfig(config.arch, kind, ratio=config.ratio, width=config.width, stem=config.stem, **common)
-        others.append(build_model(plain).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+        others.append(build_model(plain).to(memory_format=torch.channels_last))
     rows = []
     for batch in o.batch_size:
         mine, *rest = (each.median_ms for each in measure_latency([model, *others], o.image_size, batch, o.repeats))

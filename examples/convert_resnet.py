@@ -47,7 +47,7 @@ class MyResNet(nn.Module):
 
 def train(model: nn.Module, data: DataSet, epochs: int, batch_size: int) -> float:
     """Cross-entropy, SGD with a cosine; returns the seconds that it took."""
-    model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
     order = Batches(len(data.train), batch_size, 0, "train")
     batches = BatchStream(data.train, order, augment=True)

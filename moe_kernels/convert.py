@@ -114,11 +114,11 @@ def convert(
         narrow(model, ratio)
     made = {conv: _routed(conv, num_experts, make) for conv in chosen.values()}
     if model in made:
-        return made[model]  # type: ignore[index]
+        return made[model]
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):  # named_children() leaves out what is there twice
             if child in made:
-                setattr(parent, name, made[child])  # type: ignore[index]
+                setattr(parent, name, made[child])
     return model
 
 
@@ -172,6 +172,6 @@ def _routed(conv: nn.Conv2d, num_experts: int, make: RouterFactory) -> SelfRoute
             layer.bias.requires_grad_(bias.requires_grad)
     layer.weight.requires_grad_(weight.requires_grad)
     if weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
-        layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        layer.to(memory_format=torch.channels_last)
     router = make(conv.in_channels, num_experts).to(weight.device, weight.dtype)
     return SelfRoutedConv2d(layer, router).train(conv.training)

@@ -103,7 +103,7 @@ class _Graph:
         return []
 
     def _call_module(self, node: torch.fx.Node) -> Label:
-        module = self.model.get_submodule(node.target)
+        module = self.model.get_submodule(str(node.target))
         inputs = self._tensors(node)
         source = inputs[0] if inputs else []
         if isinstance(module, _KEEPING_MODULES):

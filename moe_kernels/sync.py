@@ -81,5 +81,5 @@ def synchronize_batch_norms(model: nn.Module, process_group: Any = None) -> nn.M
                 own = type(module)
                 # in front of torch's forward and behind one that a subclass has
                 module.__class__ = type(f"Synced{own.__name__}", (own, SyncedBatchNorm), {})
-            module.process_group = process_group  # type: ignore[assignment]
+            module.process_group = process_group
     return model

@@ -9,6 +9,7 @@ import os
 import zipfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,11 +77,11 @@ def _imagenet(folder: Path | None) -> Source:
     if absent:
         raise DataError(f"{name}: {folder} has no folder {' and no '.join(absent)}; pass --data-dir with {what}")
     classes = sorted(each.name for each in os.scandir(folder / "train") if each.is_dir())
-    splits = [
+    train, val = (
         _split(name, folder, [(f"{each}/{c}", i) for i, c in enumerate(classes)], 224, resize=256)
         for each in ("train", "val")
-    ]
-    return Source(*splits, len(classes), 224, RADIUS, STEP, MEAN, STD)
+    )
+    return Source(train, val, len(classes), 224, RADIUS, STEP, MEAN, STD)
 
 
 def _tiny_root(folder: Path) -> Path:
@@ -133,7 +134,8 @@ def _remembered(root: Path, *splits: FileSplit) -> list[Tensor]:
     temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            np.savez(file, fingerprint=np.array(mark), **{f"images{i}": x.numpy() for i, x in enumerate(images)})
+            arrays: dict[str, Any] = {f"images{i}": x.numpy() for i, x in enumerate(images)}
+            np.savez(file, fingerprint=np.array(mark), **arrays)
         temporary.replace(cache)
     except OSError as error:
         logger.info("%s is not kept for the next time: %s", cache, error.strerror)

@@ -139,6 +139,7 @@ def _each(function: Callable[[Any], Any], requests: Iterable[Any], workers: int,
         prefetch_factor=_AHEAD if workers else None,
         pin_memory=pin,
         worker_init_fn=_leave_ctrl_c,
+        generator=torch.Generator(),  # of seeds for its processes, which need none; torch's own is the run's
         multiprocessing_context="fork" if workers else None,  # the function need not be pickled
     )
     for made in loader:

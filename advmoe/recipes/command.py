@@ -80,7 +80,7 @@ def reproduce(
 def _run(sweep: Sweep, plans: Sequence[Plan], seeds: Sequence[int]) -> int:
     code = DONE
     wanted = [plan for plan in plans if refusal(plan) is None]
-    if sweep.options.download:
+    if sweep.options.download and sweep.options.data_dir is not None:
         for name in dict.fromkeys(plan.config.data.name for plan in wanted):
             download(name, sweep.options.data_dir)
     for number, outcome in enumerate(sweep.run(wanted, seeds), start=1):

@@ -32,6 +32,7 @@ from advmoe.config import (
 from advmoe.routers import NonFiniteRouterError, routers_of
 from advmoe.training import Run, engine, load_model
 from advmoe.training.methods import AT, Batch, Method, Standard, StepResult
+from advmoe.training.parallel import World
 
 
 def options_of(arguments: list[str]) -> argparse.Namespace:
@@ -95,7 +96,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """The settings of each run that the command would have made."""
     configs: list[RunConfig] = []
 
-    def take(config: RunConfig, out: Path) -> Run:
+    def take(config: RunConfig, out: Path, world: World) -> Run:
         configs.append(config)
         return Run(out)
 

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("triton")
 
 from advmoe.models import create_model
+from advmoe.models.layers import Shortcut
 from bench.roofline import (
     DEVICES,
     DIRECTIONS,
@@ -123,11 +124,8 @@ def test_resnet18_has_these_layers() -> None:
     )
     listed = {(s.in_channels, s.out_channels, s.kernel, s.stride): s for s in NETWORKS["ResNet-18"]}
     assert routed == {key: layer.times for key, layer in listed.items() if layer.routed}
-    plain = {
-        (m.in_channels, m.out_channels, m.kernel_size[0], m.stride[0])
-        for name, m in model.named_modules()
-        if "shortcut" in name and isinstance(m, torch.nn.Conv2d)
-    }
+    shortcuts = [m for m in model.modules() if isinstance(m, Shortcut)]
+    plain = {(m[0].in_channels, m[0].out_channels, m[0].kernel_size[0], m.step * m[0].stride[0]) for m in shortcuts}
     assert {key for key, layer in listed.items() if not layer.routed} < plain
 
 
