@@ -39,7 +39,7 @@ from .profiling import backbone_costs, measure_latency, profile
 from .recipes import SCALES, SweepOptions, reproduce
 from .routers import NonFiniteRouterError, list_routers, routers_of
 from .tables import percent, table
-from .training import Interrupted, NonFiniteLossError, StepError, resume, train
+from .training import Interrupted, NonFiniteLossError, Run, StepError, resume, train
 from .training.evaluation import evaluate_run, write_record
 from .training.parallel import ProcessLost, joined
 from .training.runs import build_model
@@ -334,7 +334,7 @@ def _train(o: argparse.Namespace) -> None:
         others = [name for name in o.given if name not in ("--resume", "--data-dir")]
         if others:
             raise ValueError(f"train: --resume takes all settings from the run; got {', '.join(others)} too")
-        with joined() as world:
+        with joined(Run(o.resume).config().device) as world:
             run = resume(o.resume, data_dir=o.data_dir, world=world)
     else:
         if o.out is None:
@@ -361,10 +361,10 @@ def _train(o: argparse.Namespace) -> None:
             threads=o.threads,
             validation_attack=o.validation_attack,
         )
-        with joined() as world:
+        with joined(o.device) as world:
             if world.first:
                 _fetch(o)
-            world.told(None)  # the others wait
+            world.told()
             run = train(config, o.out, world=world)
     if world.first:
         print(f"done: {run.folder} (config.yaml, metrics.jsonl, best.pt, last.pt); next: advmoe evaluate {run.folder}")

@@ -28,7 +28,8 @@ from .machine import describe
 
 @dataclass(frozen=True)
 class RowTime:
-    """Seconds. ``around``: what an epoch takes besides its steps, validation above all; ``epochs``: of each phase."""
+    """Seconds. ``around``: what an epoch takes besides its steps: validation, checkpoints, and its share of the start,
+    which a longer run has only once; ``epochs``: of each phase."""
 
     recipe: str
     epochs: tuple[int, ...]

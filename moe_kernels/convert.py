@@ -98,7 +98,7 @@ def convert(
     Raises:
         ValueError: if nothing is chosen, or if something is that cannot be converted: a subclass of nn.Conv2d, one with
             hooks or parametrizations, or one without its weights yet (lazy); and as :func:`narrow`. The model is as it
-            was then.
+            was then (if ``router`` itself raises, it may have been narrowed).
     """
     make = LightRouter if router == "light" else router
     if isinstance(make, str):

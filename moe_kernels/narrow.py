@@ -23,7 +23,7 @@ __all__ = ["narrow"]
 _KEEPING_MODULES = (
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Mish,
     nn.Softplus, nn.Identity, nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
-    nn.AdaptiveMaxPool2d, nn.Upsample, nn.ZeroPad2d, nn.Flatten,
+    nn.AdaptiveMaxPool2d, nn.Upsample, nn.ZeroPad2d,
 )  # fmt: skip
 _KEEPING_FUNCTIONS = {
     torch.relu, F.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.hardswish, F.hardsigmoid, torch.sigmoid,
@@ -76,6 +76,7 @@ class _Graph:
     model: nn.Module
     uses: dict[nn.Module, _Use] = field(default_factory=dict)
     labels: dict[torch.fx.Node, Label | None] = field(default_factory=dict)
+    flat: set[torch.fx.Node] = field(default_factory=set)  # [B, features], the pixels of a channel side by side
 
     def walk(self, graph: torch.fx.Graph) -> None:
         for node in graph.nodes:
@@ -107,15 +108,30 @@ class _Graph:
         inputs = self._tensors(node)
         source = inputs[0] if inputs else []
         if isinstance(module, _KEEPING_MODULES):
-            return source
-        if isinstance(module, nn.Conv2d):
+            return self._kept(node)
+        if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
+            return self._flattened(node)
+        if type(module) not in (nn.Conv2d, nn.BatchNorm2d, nn.Linear) or not _plain(module):
+            return self._unknown(node)
+        if isinstance(module, nn.Conv2d) and (not source or _size(source) == module.in_channels):
             return self._convolution(module, source)
         if isinstance(module, nn.BatchNorm2d) and _size(source) == module.num_features:
             return self._use(module, source, source)
-        if isinstance(module, nn.Linear) and source and module.in_features % _size(source) == 0:
-            self._use(module, source, [])
-            return []
+        behind = node.all_input_nodes[0] in self.flat if node.all_input_nodes else False
+        if isinstance(module, nn.Linear) and source and behind and module.in_features % _size(source) == 0:
+            return self._use(module, source, [])
         return self._unknown(node)
+
+    def _kept(self, node: torch.fx.Node) -> Label:
+        """The channels of what went in."""
+        first = node.all_input_nodes[0]
+        if first in self.flat:
+            self.flat.add(node)
+        return self.labels[first] or []
+
+    def _flattened(self, node: torch.fx.Node) -> Label:
+        self.flat.add(node)
+        return self.labels[node.all_input_nodes[0]] or []
 
     def _convolution(self, conv: nn.Conv2d, source: Label) -> Label:
         if not source:  # images, or what an operation made that is not understood
@@ -123,7 +139,7 @@ class _Graph:
         if conv.groups == 1:
             known = self.uses.get(conv)
             return self._use(conv, source, known.out if known else [_Group(conv.out_channels, fixed=False)])
-        if conv.groups == conv.in_channels == conv.out_channels and len(source) == 1:
+        if conv.groups == conv.in_channels == conv.out_channels:
             return self._use(conv, source, source)
         self._fix([source])
         return [_Group(conv.out_channels, fixed=True)]
@@ -136,28 +152,26 @@ class _Graph:
         return out
 
     def _join(self, a: Label, b: Label) -> Label:
-        if [g.size for g in a] == [g.size for g in b]:
-            for one, other in zip(a, b, strict=True):
-                one.merge(other)
-        else:
+        if [g.size for g in a] != [g.size for g in b]:
             self._fix([a, b])
+            return []
+        for one, other in zip(a, b, strict=True):
+            one.merge(other)
         return a
 
     def _call_function(self, node: torch.fx.Node) -> Label | None:
         inputs = self._tensors(node)
         if node.target in _KEEPING_FUNCTIONS:
-            return inputs[0]
+            return self._kept(node)
         if node.target in _JOINING:
-            return self._sum(inputs)
-        if node.target in (torch.cat, torch.concat) and all(inputs):
-            if (node.args[1:] or (node.kwargs.get("dim"),))[0] == 1:
-                return [group for label in inputs for group in label]
-            return self._unknown(node)
+            return self._sum(node, inputs)
+        if node.target in (torch.cat, torch.concat):
+            return self._concatenated(node)
         if node.target is torch.flatten and node.args[1:] in ((1,), (1, -1)):
-            return inputs[0]
+            return self._flattened(node)
         if node.target is torch.mean:
-            return self._mean(node, inputs)
-        if node.target is getattr:  # x.shape, of which a later view may be made
+            return self._mean(node)
+        if node.target is getattr and node.args[1] in ("shape", "dtype", "device", "ndim"):
             return None
         if node.target is operator.getitem:
             return self._item(node)
@@ -166,28 +180,41 @@ class _Graph:
     def _call_method(self, node: torch.fx.Node) -> Label | None:
         inputs = self._tensors(node)
         if node.target in _KEEPING_METHODS:
-            return inputs[0]
+            return self._kept(node)
         if node.target in _JOINING_METHODS:
-            return self._sum(inputs)
+            return self._sum(node, inputs)
         if node.target == "size":
             return None
         if node.target == "flatten" and node.args[1:] in ((1,), (1, -1)):
-            return inputs[0]
+            return self._flattened(node)
         if node.target in ("view", "reshape") and len(node.args) == 3 and node.args[2] == -1:
-            return inputs[0]
+            return self._flattened(node)
         if node.target == "mean":
-            return self._mean(node, inputs)
+            return self._mean(node)
         return self._unknown(node)
 
-    def _sum(self, inputs: list[Label]) -> Label:
-        if len(inputs) == 1:  # with a number
-            return inputs[0]
+    def _sum(self, node: torch.fx.Node, inputs: list[Label]) -> Label:
+        if len(inputs) == 1:  # with a number, or with itself
+            return self._kept(node)
+        if any(n in self.flat for n in node.all_input_nodes):
+            return self._unknown(node)
         return self._join(*inputs[:2])
 
-    def _mean(self, node: torch.fx.Node, inputs: list[Label]) -> Label:
+    def _concatenated(self, node: torch.fx.Node) -> Label:
+        listed = node.args[0] if node.args else None
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+        nodes = list(listed) if isinstance(listed, (list, tuple)) else []
+        labels = [self.labels[n] for n in nodes if isinstance(n, torch.fx.Node)]
+        if dim != 1 or not nodes or not all(labels) or any(n in self.flat for n in nodes):
+            return self._unknown(node)
+        return [group for label in labels for group in label or []]
+
+    def _mean(self, node: torch.fx.Node) -> Label:
         dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        spatial = isinstance(dims, (list, tuple)) and set(dims) in ({2, 3}, {-1, -2})
-        return inputs[0] if spatial else self._unknown(node)
+        if not (isinstance(dims, (list, tuple)) and set(dims) in ({2, 3}, {-1, -2})):
+            return self._unknown(node)
+        keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+        return self._kept(node) if keepdim else self._flattened(node)
 
     def _item(self, node: torch.fx.Node) -> Label | None:
         source = self.labels[node.args[0]]  # type: ignore[index]
@@ -198,6 +225,12 @@ class _Graph:
         if isinstance(index, tuple) and len(index) == 4 and index[:2] == (whole, whole):
             return source
         return self._unknown(node)
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether its parameters are its own, and nothing is done around its forward: weight norm by hooks, say."""
+    hooked = module._forward_pre_hooks or module._forward_hooks
+    return not hooked and all(name in module._parameters for name in ("weight", "bias"))
 
 
 def _size(label: Label) -> int:

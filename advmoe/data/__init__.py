@@ -4,12 +4,13 @@
 from . import cifar, digits, imagenet  # noqa: F401 - they register their data sets
 from .augment import augment
 from .batches import Batches, stream_generator
-from .download import download
+from .download import ARCHIVES, download
 from .files import FileSplit
 from .loader import BatchStream, batches_in_order
 from .sets import DATA, DataError, DataSet, Source, Split, TensorSplit, list_data, load
 
 __all__ = [
+    "ARCHIVES",
     "DATA",
     "BatchStream",
     "Batches",

@@ -15,7 +15,7 @@ def augment(
     generator: torch.Generator,
     padding: int = 4,
     flip: bool = True,
-    part: slice = slice(None),
+    part: Tensor | slice = slice(None),
     total: int | None = None,
 ) -> Tensor:
     """``images [B, C, H, W]``, each moved by up to ``padding`` pixels (zeros come in) and, if ``flip``, mirrored or not.

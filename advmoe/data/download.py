@@ -27,12 +27,14 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Archive:
-    """title: what it is called; folder: what it unpacks to; md5: as its publishers print it, or as torchvision has it."""
+    """title: what it is called; folder: what it unpacks to; md5: as its publishers print it, or as torchvision has it;
+    content: what there is in the folder."""
 
     title: str
     url: str
     folder: str
     md5: str
+    content: tuple[str, ...]
 
 
 _KRIZHEVSKY = "https://www.cs.toronto.edu/~kriz"
@@ -42,18 +44,21 @@ ARCHIVES = {
         f"{_KRIZHEVSKY}/cifar-10-python.tar.gz",
         "cifar-10-batches-py",
         "c58f30108f718f92721af3b95e74349a",
+        (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"),
     ),
     "cifar100": Archive(
         "the CIFAR-100 python version",
         f"{_KRIZHEVSKY}/cifar-100-python.tar.gz",
         "cifar-100-python",
         "eb9058c3a382ffc7106e4002c42a8d85",
+        ("train", "test"),
     ),
     "tiny_imagenet": Archive(
         "Tiny-ImageNet",
         "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
         "tiny-imagenet-200",
         "90528d7ca1a48142e341f4ef8d21d0de",
+        ("wnids.txt", "train", "val"),
     ),
 }
 
@@ -75,7 +80,7 @@ def download(name: str, folder: str | Path) -> Path:
     was begun is removed on any fault.
 
     Returns:
-        the folder that the archive unpacks to.
+        the data's own folder.
 
     Raises:
         ValueError: for a data set that cannot be fetched.
@@ -85,10 +90,13 @@ def download(name: str, folder: str | Path) -> Path:
     if name not in ARCHIVES:
         raise ValueError(f"download: only {', '.join(ARCHIVES)} can be fetched, got {name!r}")
     archive = ARCHIVES[name]
-    target = folder / archive.folder
-    if target.is_dir():
-        logger.info("%s is there already", target)
-        return target
+    for target in (folder, folder / archive.folder):
+        if all((target / each).exists() for each in archive.content):
+            logger.info("%s is there already", target)
+            return target
+    if target.exists():
+        absent = next(each for each in archive.content if not (target / each).exists())
+        raise DataError(f"{name}: {target} is there and has no {absent}; remove it to fetch it anew")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary:

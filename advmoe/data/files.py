@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,24 +49,26 @@ class FileSplit(Split):
         return max(1, len(os.sched_getaffinity(0)) - 1) if hasattr(os, "sched_getaffinity") else 1
 
     def batch(
-        self, index: Tensor, generator: torch.Generator | None = None, part: slice = slice(None)
+        self, index: Tensor, generator: torch.Generator | None = None, part: Tensor | slice = slice(None)
     ) -> tuple[Tensor, Tensor]:
         pixels, labels = self.pixels(index, generator, part), self.labels[index[part]]
         images = pixels.permute(0, 3, 1, 2).float()  # [B, S, S, 3] in memory is channels_last
         return images.div_(255), labels
 
-    def pixels(self, index: Tensor, generator: torch.Generator | None = None, part: slice = slice(None)) -> Tensor:
+    def pixels(
+        self, index: Tensor, generator: torch.Generator | None = None, part: Tensor | slice = slice(None)
+    ) -> Tensor:
         """uint8 ``[B, S, S, 3]``; arguments as :meth:`batch`'s.
 
         Raises:
             DataError: if a file cannot be decoded, or has another size than it must have.
         """
-        where: Sequence[Sequence[float]] = [(0.5, 0.5, 0.0)] * len(index)
+        where = torch.full((len(index), 3), 0.5)
         if generator is not None:
-            where = torch.rand((len(index), 3), generator=generator).tolist()
+            where = torch.rand((len(index), 3), generator=generator)
         files = self.files[index[part].numpy()].tolist()
         out = np.empty((len(files), self.size, self.size, 3), np.uint8)
-        for i, (file, (across, down, mirror)) in enumerate(zip(files, where[part], strict=True)):
+        for i, (file, (across, down, mirror)) in enumerate(zip(files, where[part].tolist(), strict=True)):
             out[i] = self._cut(self.root / file, across, down, self.flip and generator is not None and mirror < 0.5)
         return torch.from_numpy(out)
 

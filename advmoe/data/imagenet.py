@@ -150,6 +150,12 @@ def _fingerprint(root: Path, splits: tuple[FileSplit, ...]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for split in splits:
         for file, label in zip(split.files.tolist(), split.labels.tolist(), strict=True):
-            status = (root / file).stat()
+            try:
+                status = (root / file).stat()
+            except OSError as error:
+                where = root / file
+                raise DataError(
+                    f"{split.name}: {where} cannot be read ({error.strerror}); unpack the archive again"
+                ) from error
             digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0{label}\n".encode())
     return digest.hexdigest()

@@ -40,7 +40,7 @@ class BatchStream:
         augment: bool,
         workers: int = 0,
         pin: bool = False,
-        part: slice = slice(None),
+        part: Tensor | slice = slice(None),
     ) -> None:
         self.split, self.order, self.augment = split, order, augment
         self.workers, self.pin, self.part = workers, pin, part
@@ -54,7 +54,11 @@ class BatchStream:
         """
         if self._batches is None:
             self._batches = _made(self.split, self._requests(), self.workers, self.pin, self.part)
-        batch = next(self._batches)
+        try:
+            batch = next(self._batches)
+        except DataError:
+            self.close()  # nothing comes behind it
+            raise
         self.order.advance()
         return batch
 
@@ -107,7 +111,7 @@ def decoded(split: FileSplit, workers: int | None = None) -> Tensor:
 
 
 def _made(
-    split: Split, requests: Iterable[Request], workers: int, pin: bool, part: slice = slice(None)
+    split: Split, requests: Iterable[Request], workers: int, pin: bool, part: Tensor | slice = slice(None)
 ) -> Iterator[tuple[Tensor, Tensor]]:
     def make(request: Request) -> tuple[Tensor, Tensor]:
         index, key = request

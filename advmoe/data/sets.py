@@ -33,7 +33,7 @@ class Split(ABC):
 
     @abstractmethod
     def batch(
-        self, index: Tensor, generator: torch.Generator | None = None, part: slice = slice(None)
+        self, index: Tensor, generator: torch.Generator | None = None, part: Tensor | slice = slice(None)
     ) -> tuple[Tensor, Tensor]:
         """Samples by index: images float32 ``[B, 3, S, S]`` in [0, 1], channels_last, and labels.
 
@@ -68,7 +68,7 @@ class TensorSplit(Split):
     flip: bool = False
 
     def batch(
-        self, index: Tensor, generator: torch.Generator | None = None, part: slice = slice(None)
+        self, index: Tensor, generator: torch.Generator | None = None, part: Tensor | slice = slice(None)
     ) -> tuple[Tensor, Tensor]:
         images = self.images[index[part]].contiguous(memory_format=torch.channels_last).float().div_(255)
         if generator is not None:
@@ -158,7 +158,8 @@ def load(
     train = source.train.select(order[held_out : held_out + (train_limit or available)].sort().values)
     mean, std = source.mean, source.std
     if mean is None or std is None:
-        assert isinstance(train, TensorSplit)
+        if not isinstance(train, TensorSplit):
+            raise ValueError(f"data: {name} is not in memory, and says no mean and std")
         mean, std = _mean_and_std(train.images)
     return DataSet(
         name=name,

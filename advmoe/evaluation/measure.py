@@ -62,12 +62,14 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
     progress: bool = False,
+    workers: int | None = None,
 ) -> Evaluation:
     """Accuracy in eval mode on the clean images and under each attack on the model's prediction; modes are restored.
 
     Args:
         limit: the first so many images only.
         seed: of the attacks' random starts; the result is a function of it, the model and the images.
+        workers: processes that decode images ahead; the split's own choice by default.
 
     Raises:
         ValueError: if there are no images, or ``limit`` or ``batch_size`` is below 1.
@@ -84,7 +86,7 @@ def evaluate(
     used: dict[str, Tensor] = {}
     tallies = {name: _Tally() for name in attacks}
     starts = range(0, total, batch_size)
-    batches = zip(starts, batches_in_order(split, batch_size, pin=device.type == "cuda"), strict=True)
+    batches = zip(starts, batches_in_order(split, batch_size, workers, device.type == "cuda"), strict=True)
     hidden = None if progress else True
     with undisturbed(model), record_routing(model) as routings:
         for start, batch in tqdm(batches, "evaluate", len(starts), unit="batch", disable=hidden, leave=False):

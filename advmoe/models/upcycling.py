@@ -44,7 +44,11 @@ def routed_in_place(model: nn.Module, num_experts: int, ratio: float, router: st
     """As :func:`upcycle`; what becomes of ``model`` is nobody's concern."""
     if router_class(router).level != "layer":
         raise ValueError(f"router: each layer of an upcycled model has its own, of level layer; got {router!r}")
-    own = getattr(model, "upcycled", None)
+    if not 0 < ratio <= 1:
+        raise ValueError(f"ratio: expected 0 < ratio <= 1, got {ratio}")
+    if num_experts < 1:
+        raise ValueError(f"num_experts: expected at least 1, got {num_experts}")
+    own = getattr(model, "_upcycled", None)
     if own is not None:
         result: nn.Module = own(num_experts, ratio, router, options)
     else:

@@ -130,6 +130,10 @@ class VisionTransformer(Backbone):
         for name, value, only in (("route_per", spec.route_per, ("layer", "network")), ("bn", spec.bn, ("shared",))):
             if spec.routed and value not in only and not (name == "bn" and spec.windows):
                 raise ValueError(f"{name}: expected {' or '.join(only)} for {spec.arch}, got {value!r}")
+        if spec.router_options.top_k > 1 and spec.route_per != "layer":
+            raise ValueError(
+                f"top_k: a choice for all tokens of an image takes one expert, got {spec.router_options.top_k}"
+            )
         self.patch_embed = PatchEmbed(patch, features)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, features))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (spec.image_size // patch) ** 2, features))
@@ -154,8 +158,10 @@ class VisionTransformer(Backbone):
         for parameter in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(parameter, std=0.02)
 
-    def upcycled(self, num_experts: int, ratio: float, router: str, options: RouterOptions) -> VisionTransformer:
+    def _upcycled(self, num_experts: int, ratio: float, router: str, options: RouterOptions) -> VisionTransformer:
         """The same with experts: copies of each MLP's hidden features of the largest norms, in and out."""
+        if self.spec.kind != "dense":
+            raise ValueError(f"dense_model: expected one of kind dense, got {self.spec.kind!r}")
         spec = dataclasses.replace(
             self.spec, kind="moe", layout="partition", num_experts=num_experts, ratio=ratio, router=router,
             router_options=options, route_per="layer",

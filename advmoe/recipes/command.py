@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ..data import download
+from ..data import ARCHIVES, download
 from ..training import Interrupted, RunError
 from .catalog import Catalog, Plan
 from .results import result_table
@@ -81,7 +81,8 @@ def _run(sweep: Sweep, plans: Sequence[Plan], seeds: Sequence[int]) -> int:
     code = DONE
     wanted = [plan for plan in plans if refusal(plan) is None]
     if sweep.options.download and sweep.options.data_dir is not None:
-        for name in dict.fromkeys(plan.config.data.name for plan in wanted):
+        names = dict.fromkeys(plan.config.data.name for plan in wanted)
+        for name in [name for name in names if name in ARCHIVES]:  # a run says what of the others is missing
             download(name, sweep.options.data_dir)
     for number, outcome in enumerate(sweep.run(wanted, seeds), start=1):
         line = f"[{number}/{len(wanted) * len(seeds)}] {outcome.plan.recipe.name}, seed {outcome.seed}: {outcome.state}"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -60,12 +61,7 @@ class Trainer:
         self.data = data
         self.quiet = quiet or not world.first
         self.world = world
-        part = world.part(config.batch_size)
-        if (part.stop - part.start) % config.optim.accumulate:
-            raise ValueError(
-                f"accumulate: expected a divisor of the {part.stop - part.start} images of each process, got "
-                f"{config.optim.accumulate}"
-            )
+        part = world.part(config.batch_size, config.optim.accumulate)
         self.device = device_of(config.device)
         if config.model.kind in ("moe", "upcycled"):
             choose(self.device)
@@ -85,7 +81,10 @@ class Trainer:
         self.method: Method = build_method(self.model, config.method, config.optim, attack, config.routing, world)
         self.watch = RouterWatch(self.model)
         names = ("upper",) if self.method.batches_per_step == 1 else ("lower", "upper")
-        workers = data.train.workers if config.data.workers is None else config.data.workers
+        workers = config.data.workers
+        if workers is None:  # the cores are for all streams of all processes on this machine
+            streams = len(names) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            workers = min(data.train.workers, max(1, data.train.workers // streams))
         orders = [Batches(len(data.train), config.batch_size, config.seed, name) for name in names]
         self.batches = [
             BatchStream(data.train, order, config.data.augment, workers, self.device.type == "cuda", part)
@@ -110,8 +109,7 @@ class Trainer:
             "device_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "epoch": self.epoch,
             "step": self.step,
-            # of all processes, each of which will take its share up again
-            "sums": {name: v / self.world.size for name, v in self.world.summed(self.sums, self.device).items()},
+            "sums": self.world.summed(self.sums, self.device),
             "seconds": self.seconds,
             "best": self.best,
         }
@@ -129,7 +127,8 @@ class Trainer:
         if self.device.type == "cuda" and state["device_rng"] is not None:
             torch.cuda.set_rng_state(state["device_rng"], self.device)
         self.epoch, self.step = state["epoch"], state["step"]
-        self.sums, self.seconds, self.best = dict(state["sums"]), state["seconds"], state["best"]
+        self.seconds, self.best = state["seconds"], state["best"]
+        self.sums = {name: value / self.world.size for name, value in state["sums"].items()}  # those of all processes
 
     # --- the loop -------------------------------------------------------------------------------------------------------
 
@@ -207,7 +206,8 @@ class Trainer:
         order = batches.order
         attack: Any = stream_generator(self.config.seed, "attack", order.name, order.epoch, order.index)
         if self.world.size > 1:
-            attack = SharedGenerator(attack, self.world.part(order.batch_size).start, order.batch_size)
+            share = order.batch_size // self.world.size
+            attack = SharedGenerator(attack, self.world.rank * share, order.batch_size)
         images, labels = (each.to(self.device, non_blocking=True) for each in batches.next())
         return Batch(images, labels, attack)
 
@@ -234,6 +234,8 @@ class Trainer:
 
     def _cause(self, error: RuntimeError, batches: list[Batch]) -> RuntimeError:
         """The fault of a router, where it is one that shows in the scores of the batch's clean images."""
+        if self.world.size > 1:  # a forward more than the others make
+            return error
         try:
             for batch in batches:
                 self.watch.require_finite(batch.images)
@@ -279,6 +281,8 @@ class Trainer:
         self.method.settle()
         attack = self.config.validation_attack
         result = self.world.told(self._validate() if self.world.first else None)
+        if self.world.size > 1:  # of which validation may have drawn
+            torch.set_rng_state(self.world.told(torch.get_rng_state()))
         self.sums = self.world.summed(self.sums, self.device)
         robust = result.attacks[attack]
         line: dict[str, Any] = {
@@ -324,7 +328,7 @@ class Trainer:
         c = self.config
         attacks = {c.validation_attack: self.validation_attack}
         try:
-            return evaluate(self.model, self.data.validation, attacks, c.batch_size, seed=c.seed)
+            return evaluate(self.model, self.data.validation, attacks, c.batch_size, seed=c.seed, workers=c.data.workers)
         except _NON_FINITE as error:
             raise self._named(error, "validation") from error
 
@@ -429,12 +433,13 @@ def train(config: RunConfig, folder: str | Path, quiet: bool = False, world: Wor
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    data = load_data(config)
+    data = load_data(config, world)
     config = resolve(config, data)
     run = Run(folder)
     trainer = Trainer(config, run, data, quiet, world)
     if world.first:
         run.create(config)
+    world.told()
     with _logged(run, world):
         for note in _doubts(config, trainer.model):
             logger.warning(note)
@@ -467,7 +472,7 @@ def resume(folder: str | Path, quiet: bool = False, data_dir: str | None = None,
     config = run.config()
     if data_dir is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, folder=data_dir))
-    data = load_data(config)
+    data = load_data(config, world)
     if data_dir is not None and world.first:
         config.save(run.config_path)  # for what comes after this command too
     if config.threads is not None:
@@ -488,10 +493,15 @@ def resume(folder: str | Path, quiet: bool = False, data_dir: str | None = None,
     return run
 
 
-def load_data(config: RunConfig) -> DataSet:
-    """The data set that a run is trained on."""
+def load_data(config: RunConfig, world: World = ALONE) -> DataSet:
+    """The data set that a run is trained on; the first process reads it first, and may leave something for the others."""
     d = config.data
-    return load(d.name, d.folder, d.train_limit, d.test_limit, d.validation, config.seed)
+    if not world.first:
+        world.told()
+    data = load(d.name, d.folder, d.train_limit, d.test_limit, d.validation, config.seed)
+    if world.first:
+        world.told()
+    return data
 
 
 @contextmanager

@@ -28,6 +28,11 @@ __all__ = ["ALONE", "ProcessLost", "Reduced", "World", "joined", "lost"]
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed out|broken pipe|remote process|socket", re.IGNORECASE)
 
 
+# The others wait while the first validates or downloads. That a process is gone shows at once: its connections close, and
+# torchrun ends the rest.
+_PATIENCE = timedelta(days=1)
+
+
 class ProcessLost(RuntimeError):
     """Another process of the run has ended, and this one cannot go on without it."""
 
@@ -38,7 +43,6 @@ class World:
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
     norms: Any = None
 
     @property
@@ -46,16 +50,19 @@ class World:
         """Whether this process writes and reports."""
         return self.rank == 0
 
-    def part(self, count: int) -> slice:
-        """This process's part of so many samples.
+    def part(self, count: int, parts: int = 1) -> Tensor:
+        """This process's places among so many samples: its share of each of ``parts`` parts, one after the other.
 
         Raises:
             ValueError: if they do not divide.
         """
-        each, rest = divmod(count, self.size)
-        if rest:
+        if count % self.size:
             raise ValueError(f"batch_size: expected a multiple of the {self.size} processes, got {count}")
-        return slice(self.rank * each, (self.rank + 1) * each)
+        if count % (self.size * parts):
+            raise ValueError(
+                f"accumulate: expected a divisor of the {count // self.size} images of each process, got {parts}"
+            )
+        return torch.arange(count).view(parts, self.size, -1)[:, self.rank].flatten()
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether it is so in any process; all of them must ask."""
@@ -73,12 +80,27 @@ class World:
         dist.all_reduce(total)
         return dict(zip(values, total.tolist(), strict=True))
 
-    def told(self, value: Any) -> Any:
-        """What the first process has."""
+    def total(self, counts: Tensor) -> Tensor:
+        """Summed over all processes; all of them must ask."""
+        if self.size > 1:
+            dist.all_reduce(counts)
+        return counts
+
+    def told(self, value: Any = None) -> Any:
+        """What the first process has; the others wait for it.
+
+        Raises:
+            ProcessLost: if it has ended.
+        """
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        try:
+            dist.broadcast_object_list(box, src=0)
+        except RuntimeError as error:
+            if not lost(error):
+                raise
+            raise ProcessLost(f"the first of the {self.size} processes has ended") from error
         return box[0]
 
     def gathered(self, rows: Tensor) -> Tensor:
@@ -98,27 +120,31 @@ ALONE = World()
 
 
 @contextmanager
-def joined(timeout: timedelta = timedelta(minutes=10)) -> Iterator[World]:
-    """The processes that torchrun has started, with gloo or, where torch sees CUDA, nccl; alone without it.
+def joined(device: str = "auto") -> Iterator[World]:
+    """The processes that torchrun has started, with gloo or, on CUDA devices, nccl; alone without it.
 
     Args:
-        timeout: after which a process that does not answer is lost.
+        device: what they train on, as a run's config has it.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+    own = not dist.is_initialized()
+    if own:
+        cuda = torch.cuda.is_available() and not device.startswith("cpu")
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE)
+    logger = logging.getLogger("advmoe")
+    level = logger.level
     if dist.get_rank():  # the first reports for all
-        logging.getLogger("advmoe").setLevel(logging.ERROR)
+        logger.setLevel(logging.ERROR)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), local_rank, dist.new_group(timeout=timeout))
+        yield World(dist.get_rank(), dist.get_world_size(), dist.new_group(timeout=_PATIENCE))
     finally:
-        dist.destroy_process_group()
+        logger.setLevel(level)
+        if own:
+            dist.destroy_process_group()
 
 
 def lost(error: BaseException) -> bool:

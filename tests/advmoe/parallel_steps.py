@@ -31,6 +31,7 @@ class Case:
     balance: str = "none"
     share_epochs: int = 0
     accumulate: int = 1
+    freeze_unused: bool = False
 
 
 CASES = {
@@ -45,6 +46,9 @@ CASES = {
     "advmoe": Case(MethodConfig("advmoe")),
     "advmoe shared": Case(MethodConfig("advmoe"), share_epochs=1),
     "advmoe one expert unused": Case(MethodConfig("advmoe"), bright=True),
+    "at in parts": Case(MethodConfig("at"), accumulate=2),
+    "advmoe in parts, one attack": Case(MethodConfig("advmoe", share_attack=True), accumulate=2),
+    "advmoe unused frozen": Case(MethodConfig("advmoe"), bright=True, freeze_unused=True),
     "at one expert unused per_expert": Case(MethodConfig("at"), options={"bn": "per_expert"}, bright=True),
 }
 
@@ -85,10 +89,11 @@ def shared_batch(case: Case, step: int, level: int, world: World) -> Batch:
         images[: BATCH // 2] = 0.7 + 0.3 * images[: BATCH // 2]
         images[BATCH // 2 :] *= 0.3
     labels = torch.randint(0, 10, (BATCH,), generator=generator)
-    part = world.part(BATCH)
+    part = world.part(BATCH, case.accumulate)
     attack: Any = stream_generator("attack", step, level)
     if world.size > 1:
-        attack = SharedGenerator(attack, part.start, BATCH)
+        share = BATCH // world.size
+        attack = SharedGenerator(attack, world.rank * share, BATCH)
     return Batch(images[part].to(case.dtype), labels[part], attack)
 
 
@@ -98,7 +103,7 @@ def run(name: str, world: World) -> dict[str, Any]:
     model = network(case)
     world.prepare(model)
     routing = RoutingConfig(balance=case.balance, share_epochs=case.share_epochs)
-    optim = OptimConfig(lr=0.02, accumulate=case.accumulate)
+    optim = OptimConfig(lr=0.02, accumulate=case.accumulate, freeze_unused=case.freeze_unused)
     method = build_method(model, case.method, optim, ATTACK, routing, world)
     losses: dict[str, float] = {}
     for step in range(STEPS):

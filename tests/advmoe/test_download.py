@@ -32,9 +32,9 @@ def served() -> Iterator[dict[str, bytes | int]]:
                 self.send_error(answer)
                 return
             self.send_response(200)
-            self.send_header("Content-Length", str(len(answer) + (7 if "short" in self.path else 0)))
+            self.send_header("Content-Length", str(len(answer)))
             self.end_headers()
-            self.wfile.write(answer)
+            self.wfile.write(answer[:-100] if "short" in self.path else answer)
 
         def log_message(self, *args: object) -> None:
             pass
@@ -71,7 +71,7 @@ def _offer(
     served[f"/{file}"] = content
     right = hashlib.md5(content).hexdigest() if isinstance(content, bytes) else ""
     url = f"http://127.0.0.1:{served['port']}/{file}"
-    archive = Archive("the CIFAR-10 python version", url, "cifar-10-batches-py", md5 or right)
+    archive = Archive("the CIFAR-10 python version", url, "cifar-10-batches-py", md5 or right, ("test_batch",))
     monkeypatch.setitem(ARCHIVES, "cifar10", archive)
 
 
@@ -86,7 +86,10 @@ def test_fetched_checked_and_unpacked(
     assert len(load("cifar10", target.parent).train) == 90
     assert [each.name for each in target.parent.iterdir()] == ["cifar-10-batches-py"]
     served.clear()  # it is there: nothing is asked for
-    assert download("cifar10", target.parent) == target
+    assert download("cifar10", target.parent) == target == download("cifar10", target)
+    (target / "test_batch").unlink()
+    with pytest.raises(DataError, match="is there and has no test_batch; remove it to fetch it anew"):
+        download("cifar10", target.parent)
 
 
 @pytest.mark.parametrize(
@@ -120,9 +123,10 @@ def test_nothing_is_left_of_a_fault(
         content = _packed(folder, ".tar.gz")
     name = "short.tar.gz" if fault == "short" else "cifar.tar.gz"
     answer = 404 if fault == "404" else content
-    _offer(monkeypatch, served, answer, name, {"checksum": "0" * 32, "short": "1" * 32}.get(fault))
+    _offer(monkeypatch, served, answer, name, {"checksum": "0" * 32}.get(fault))
     if fault == "refused":
-        monkeypatch.setitem(ARCHIVES, "cifar10", Archive("the CIFAR-10 python version", "http://127.0.0.1:1/a", "a", ""))
+        nowhere = Archive("the CIFAR-10 python version", "http://127.0.0.1:1/a", "a", "", ("test_batch",))
+        monkeypatch.setitem(ARCHIVES, "cifar10", nowhere)
     target = tmp_path / "target"
     with pytest.raises(DataError, match=message):
         download("cifar10", target)

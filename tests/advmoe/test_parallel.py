@@ -53,7 +53,7 @@ def test_two_processes_are_one_with_the_joined_batch(by_two: list[dict[str, Any]
     first, second = (each[name] for each in by_two)
     assert set(first["state"]) == set(alone["state"])
     for key, value in alone["state"].items():
-        assert torch.equal(first["state"][key], second["state"][key]) or tolerance == 1e-5, key
+        assert torch.equal(first["state"][key], second["state"][key]), key
         if value.is_floating_point():
             scale = value.abs().max().clamp_min(1).item()
             assert (first["state"][key] - value).abs().max().item() <= tolerance * scale, key
@@ -125,7 +125,7 @@ def test_a_lost_process_ends_the_run_resumably(tmp_path: Path, victim: int) -> N
     epochs = len(Run(run).metrics())
     assert epochs >= 1
     if victim == 1:  # of the two the first reports
-        assert ("another of the 2 processes has ended" in err and "train --resume" in err) or "interrupted" in err
+        assert "another of the 2 processes has ended" in err and "train --resume" in err
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("epochs: 300", f"epochs: {epochs + 1}", 1))
     again = advmoe("--resume", str(run))

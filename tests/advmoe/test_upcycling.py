@@ -158,6 +158,10 @@ def test_refusals() -> None:
         upcycle(ours("resnet18"), 2, router="image")
     with pytest.raises(ValueError, match="top_k: convolutions take one expert each, got 2"):
         upcycle(ours("resnet18"), 2, top_k=2, gate="softmax")
+    with pytest.raises(ValueError, match="ratio: expected 0 < ratio <= 1, got 2"):
+        upcycle(create_model("deit_tiny", "dense", image_size=8, width=16), 2, 2)
+    with pytest.raises(ValueError, match="dense_model: expected one of kind dense, got 's_dense'"):
+        upcycle(create_model("deit_tiny", "s_dense", image_size=8, width=16), 2)
     with pytest.raises(ValueError, match="layout: an upcycled model's experts have weights of their own"):
         create_model("resnet18", "upcycled", layout="windows")
     with pytest.raises(ValueError, match=r"option of kind upcycled: .*got 'bn'"):

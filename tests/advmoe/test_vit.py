@@ -171,6 +171,11 @@ def test_routers_and_what_is_recorded(router: str) -> None:
             {"arch": "resnet18", "top_k": 2, "gate": "softmax"},
             "top_k: the layers of resnet18 take one expert each, got 2",
         ),
+        (
+            {"top_k": 2, "gate": "softmax", "router": "image"},
+            "top_k: a choice for all tokens of an image takes one expert",
+        ),
+        ({"top_k": 2, "gate": "softmax", "route_per": "network"}, "top_k: a choice for all tokens of an image"),
         ({"moe_at": (13,)}, "moe_at: expected stages from 1 to 12"),
     ],
 )

@@ -157,6 +157,49 @@ def test_graphs(forward: Callable[[Any, Tensor], Tensor], widths: dict[str, int]
     assert model(images()).shape == (2, 5)
 
 
+def doubled(m: Any, x: Tensor) -> Tensor:
+    y = m.stem(x)
+    return m.head(m.wide(torch.cat([y, y], 1)).mean((2, 3)))
+
+
+def attended(m: Any, x: Tensor) -> Tensor:
+    y = m.stem(x)
+    return m.head(m.wide(torch.cat([torch.sigmoid(m.one(y)) * y, y], 1)).mean((2, 3)))
+
+
+def by_pixel(m: Any, x: Tensor) -> Tensor:
+    return m.head(m.wide(m.stem(x).repeat(1, 2, 1, 1)).flatten(2).mean(2))
+
+
+def last_dim(m: Any, x: Tensor) -> Tensor:
+    return m.head(m.stem(x)).mean((1, 2))
+
+
+def data_of(m: Any, x: Tensor) -> Tensor:
+    return m.head(m.wide(torch.cat([m.stem(x).data, m.stem(x)], 1)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("forward", [doubled, attended, by_pixel, last_dim, data_of])
+@pytest.mark.parametrize("normed", [False, True])
+def test_whatever_it_does_the_network_still_runs(forward: Callable[[Any, Tensor], Tensor], normed: bool) -> None:
+    torch.manual_seed(0)
+    stem = nn.Conv2d(3, 8, 3, padding=1)
+    if normed:
+        stem = nn.utils.weight_norm(stem)
+    model = Net(
+        forward, stem=stem, one=nn.Conv2d(8, 1, 1), wide=nn.Conv2d(16, 8, 1), head=nn.Linear(8, 5),
+        other=nn.Conv2d(3, 4, 1),
+    )  # fmt: skip
+    shape = model(images()).shape
+    try:
+        narrow(model, 0.5)
+    except ValueError as error:
+        assert "no channels of the model can be left out" in str(error)
+    assert model(images()).shape == shape
+    if normed:
+        assert model.stem.out_channels == 8
+
+
 def test_a_layer_called_twice() -> None:
     model = Net(
         lambda m, x: m.head(m.twice(m.twice(m.stem(x))).mean((2, 3))),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...models import backbone_parameters, router_parameters
 from ...objectives import cross_entropy
 from ...routers import routers_of
-from .base import Batch, Method, StepResult, only, unused_frozen
+from .base import Batch, Method, StepResult, only
 
 __all__ = ["AT", "Standard"]
 
@@ -28,7 +28,7 @@ class Standard(Method):
 
         parts = self._parts(batches[0])
         clean = [part.images for part in parts]
-        with unused_frozen(self.model, self.optim.freeze_unused):
+        with self._idle_frozen():
             return self._descend(self.optimizers["all"], parts, objective, clean, balanced=True)
 
 
@@ -55,7 +55,7 @@ class AT(Method):
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
         parts = self._parts(batches[0])
-        with self._part(), unused_frozen(self.model, self.optim.freeze_unused):
+        with self._part(), self._idle_frozen():
             return self._descend(self.optimizers["all"], parts, self._objective, balanced=True)
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...models import backbone_parameters, router_parameters
 from ...objectives import router_pseudo_label_loss
 from ...routers import record_scores
-from .base import Batch, Method, StepResult, only, unused_frozen
+from .base import Batch, Method, StepResult, only
 
 __all__ = ["AdvMoE"]
 
@@ -81,5 +81,5 @@ class AdvMoE(Method):
         return torch.stack(losses).mean(), attacked if self.accuracy == "ra" else logits
 
     def _backbone_phase(self, parts: Sequence[Batch], attacked: Sequence[Tensor] | None = None) -> StepResult:
-        with only(self.model, backbone_parameters(self.model)), unused_frozen(self.model, self.optim.freeze_unused):
+        with only(self.model, backbone_parameters(self.model)), self._idle_frozen():
             return self._descend(self.optimizers["backbone"], parts, self._objective, attacked)

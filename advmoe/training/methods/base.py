@@ -235,6 +235,9 @@ class Method(ABC):
         balance = torch.stack(losses).mean()
         return loss + self.routing.balance_weight * balance, logits, {"balance": balance.item()}
 
+    def _idle_frozen(self) -> AbstractContextManager[None]:
+        return unused_frozen(self.model, self.optim.freeze_unused, self.reduced.world)
+
     def _parts(self, batch: Batch) -> list[Batch]:
         """What one forward gets; the gradients of all are summed before a step."""
         return batch.parts(self.optim.accumulate)
@@ -332,8 +335,12 @@ def tie_experts(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = 
                     value[start : start + slices.width] = first
 
 
+def _device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
 @contextmanager
-def unused_frozen(model: nn.Module, wanted: bool) -> Iterator[None]:
+def unused_frozen(model: nn.Module, wanted: bool, world: World = ALONE) -> Iterator[None]:
     """Keeps the slices of experts that no sample of the step chose as they are, BatchNorms of their own included: without
     it weight decay and momentum still move them. Of windows the channels that no chosen expert has; their momentum is
     left to go on afterwards."""
@@ -363,8 +370,12 @@ def unused_frozen(model: nn.Module, wanted: bool) -> Iterator[None]:
         for handle in handles:
             handle.remove()
     with torch.no_grad():
-        for module, count in used.items():
-            slices = layers[module]
+        for module, slices in layers.items():
+            # by all processes together; each asks for each layer
+            count = used.get(module, torch.zeros(slices.num_experts, dtype=torch.int64, device=_device(module)))
+            count = world.total(count)
+            if not int(count.sum()):
+                continue
             idle = torch.ones(slices.total, dtype=torch.bool, device=count.device)
             for expert in count.nonzero().squeeze(1).tolist():
                 idle[slices.starts[expert] : slices.starts[expert] + slices.width] = False
