@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A ResNet of one's own, converted to four experts a layer and trained, beside itself as it was.
+"""A ResNet of one's own, converted to four experts a layer from the start or after a while, beside itself as it was.
 
 python examples/convert_resnet.py --data tiny_imagenet --data-dir DIR --epochs 10
 """
@@ -7,6 +7,7 @@ python examples/convert_resnet.py --data tiny_imagenet --data-dir DIR --epochs 1
 from __future__ import annotations
 
 import argparse
+import math
 import time
 
 import torch
@@ -45,22 +46,20 @@ class MyResNet(nn.Module):
         return self.head(self.blocks(self.stem(x - 0.5)).mean((2, 3)))
 
 
-def train(model: nn.Module, data: DataSet, epochs: int, batch_size: int) -> float:
-    """Cross-entropy, SGD with a cosine; returns the seconds that it took."""
+def train(model: nn.Module, data: DataSet, first: int, last: int, epochs: int, batch_size: int) -> None:
+    """Cross-entropy for epochs ``first`` to ``last`` of a run of ``epochs``: SGD, its rate a cosine over all."""
     model.to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
     order = Batches(len(data.train), batch_size, 0, "train")
-    batches = BatchStream(data.train, order, augment=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(order))
-    start = time.perf_counter()
-    for _ in range(epochs * len(order)):
+    order.epoch = first
+    batches, steps = BatchStream(data.train, order, augment=True), epochs * len(order)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    for step in range(first * len(order), last * len(order)):
+        optimizer.param_groups[0]["lr"] = 0.025 * (1 + math.cos(math.pi * step / steps))
         images, labels = batches.next()
         loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
-    return time.perf_counter() - start
 
 
 @torch.no_grad()
@@ -74,28 +73,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits")
     parser.add_argument("--data-dir")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     o = parser.parse_args()
     data = load(o.data, o.data_dir, seed=o.seed)
 
-    torch.manual_seed(o.seed)
-    dense = MyResNet(data.num_classes, o.width)
-
-    torch.manual_seed(o.seed)
-    routed = MyResNet(data.num_classes, o.width)
-    convert(routed, num_experts=4)  # the same cost, four times the weights
-
-    torch.manual_seed(o.seed)
-    narrow = MyResNet(data.num_classes, 2 * o.width)
-    convert(narrow, num_experts=4, ratio=0.5)  # pathways of width o.width out of a network of twice that
-
-    for name, model in (("as it was", dense), ("4 experts", routed), ("twice as wide, 4 experts of half", narrow)):
-        seconds = train(model, data, o.epochs, o.batch_size)
+    def run(name: str, width: int, num_experts: int | None, ratio: float | None, at: int) -> None:
+        """Trains as a dense network until epoch ``at``, then as a routed one."""
+        torch.manual_seed(o.seed)
+        model = MyResNet(data.num_classes, width)
+        start = time.perf_counter()
+        train(model, data, 0, at, o.epochs, o.batch_size)
+        if num_experts is not None:
+            convert(model, num_experts, ratio)
+            train(model, data, at, o.epochs, o.epochs, o.batch_size)
+        seconds = time.perf_counter() - start
         layers = sum(isinstance(m, SelfRoutedConv2d) for m in model.modules())
         print(f"{name}: {layers} routed layers, test accuracy {accuracy(model, data):.1%}, trained in {seconds:.0f} s")
+
+    late = o.epochs * 3 // 4
+    run("as it was", o.width, None, None, o.epochs)
+    run("4 experts from the start", o.width, 4, None, 0)
+    run("4 experts for the last quarter", o.width, 4, None, late)
+    run("twice as wide, 4 experts of half for the last quarter", 2 * o.width, 4, 0.5, late)
 
 
 if __name__ == "__main__":

@@ -35,9 +35,6 @@ def test_train_digits_trains_attacks_and_reports() -> None:
 def test_a_resnet_of_ones_own_is_converted_and_learns() -> None:
     out = run("convert_resnet.py", "--epochs", "4", "--width", "8")
     found = re.findall(r"^(.*): (\d+) routed layers, test accuracy ([\d.]+)%", out, re.M)
-    assert [(name, int(layers)) for name, layers, _ in found] == [
-        ("as it was", 0),
-        ("4 experts", 11),
-        ("twice as wide, 4 experts of half", 11),
-    ]
-    assert all(float(accuracy) > 50 for _, _, accuracy in found), out
+    assert [int(layers) for _, layers, _ in found] == [0, 11, 11, 11], out
+    accuracies = {name: float(accuracy) for name, _, accuracy in found}
+    assert accuracies["as it was"] > 80 and accuracies["4 experts for the last quarter"] > 60, out
