@@ -427,7 +427,7 @@ def _profile(o: argparse.Namespace) -> None:
     if o.routers:
         _print_routers(dataclasses.replace(config, **common))
         return
-    model = build_model(dataclasses.replace(config, **common)).to(memory_format=torch.channels_last)
+    model = build_model(dataclasses.replace(config, **common)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     cost = profile(model, o.image_size)
     if o.layers:
         rows = [[c.name, f"{c.macs / 1e6:.3f}", "router" if c.router else "pathway"] for c in cost.layers]
@@ -441,7 +441,7 @@ def _profile(o: argparse.Namespace) -> None:
     kinds = [kind for kind in ("dense", "s_dense") if kind != config.kind]  # all channels, and those of one pathway
     for kind in kinds:
         plain = ModelConfig(config.arch, kind, ratio=config.ratio, width=config.width, stem=config.stem, **common)
-        others.append(build_model(plain).to(memory_format=torch.channels_last))
+        others.append(build_model(plain).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
     rows = []
     for batch in o.batch_size:
         mine, *rest = (each.median_ms for each in measure_latency([model, *others], o.image_size, batch, o.repeats))

@@ -78,7 +78,7 @@ def run(folder: Path, fast: bool = False, seed: int = 0) -> str:
         attack = from_name(attack_name, resolved.attack.epsilon)
         outcome = evaluate(model, test, {attack_name: attack}, seed=seed)
         results.append((outcome.sa, outcome.attacks[attack_name], profile(model, data.image_size)))
-        models[kind] = model.to(memory_format=torch.channels_last)
+        models[kind] = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     batch = 128
     timed = measure_latency(list(models.values()), data.image_size, batch, repeats=10 if fast else 30)
     latency = {kind: t.median_ms for kind, t in zip(models, timed, strict=True)}

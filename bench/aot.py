@@ -268,7 +268,7 @@ def compile_model(architecture: str, arch: str, batch: int) -> tuple[int, float]
     """Kernels that a training step (bfloat16 by autocast) and an inference of an MoE of ``arch`` start, and the seconds
     that compiling them one after the other takes."""
     backend = type(backends._BACKENDS["triton"])
-    model = create_model(arch, kind="moe", image_size=32).to(memory_format=torch.channels_last)
+    model = create_model(arch, kind="moe", image_size=32).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.zeros(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     with (
         mock.patch.object(backend, "unsupported", lambda self, device: None),

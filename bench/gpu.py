@@ -388,7 +388,7 @@ def make_model(arch: str, kind: str, scope: Scope, device: torch.device) -> nn.M
         width=scope.width,
         image_size=scope.image_size,
     )
-    model = model.to(device).to(memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if kind.startswith("moe"):
         _balance(model.eval(), _images(scope, 256 if device.type == "cuda" else 8, torch.float32, device))
     return model.train()

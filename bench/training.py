@@ -57,7 +57,7 @@ class _AllGradients(AdvMoE):
 
 def make(contender: Contender, model: ModelConfig) -> Method:
     torch.manual_seed(0)
-    network = build_model(replace(model, kind=contender.kind)).to(memory_format=torch.channels_last)
+    network = build_model(replace(model, kind=contender.kind)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     attack = PGD(8 / 255, 5 / 255, 2, loss="kl")
     if contender.all_gradients:
         return _AllGradients(network, contender.method, OptimConfig(), attack)

@@ -48,7 +48,7 @@ class MyResNet(nn.Module):
 
 def train(model: nn.Module, data: DataSet, first: int, last: int, epochs: int, batch_size: int) -> None:
     """Cross-entropy for epochs ``first`` to ``last`` of a run of ``epochs``: SGD, its rate a cosine over all."""
-    model.to(memory_format=torch.channels_last).train()
+    model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     order = Batches(len(data.train), batch_size, 0, "train")
     order.epoch = first
     batches, steps = BatchStream(data.train, order, augment=True), epochs * len(order)

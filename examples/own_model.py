@@ -42,7 +42,7 @@ class SmallNet(nn.Module):
 def main() -> None:
     torch.manual_seed(0)
     data = load("digits")
-    model = SmallNet().to(memory_format=torch.channels_last)
+    model = SmallNet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     batches = Batches(len(data.train), 64, 0, "train")
     losses = []

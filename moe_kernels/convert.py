@@ -172,6 +172,6 @@ def _routed(conv: nn.Conv2d, num_experts: int, make: RouterFactory) -> SelfRoute
             layer.bias.requires_grad_(bias.requires_grad)
     layer.weight.requires_grad_(weight.requires_grad)
     if weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
-        layer.to(memory_format=torch.channels_last)
+        layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     router = make(conv.in_channels, num_experts).to(weight.device, weight.dtype)
     return SelfRoutedConv2d(layer, router).train(conv.training)

@@ -304,7 +304,7 @@ def wanted(ctx: Any, index: int) -> bool:
         return True
     try:
         node = ctx.next_functions[index][0]
-        if index == 0 and isinstance(node, torch._C._functions.AccumulateGrad):
+        if index == 0 and isinstance(node, torch._C._functions.AccumulateGrad):  # type: ignore[attr-defined]
             return True  # an image that requires grad is nearly always asked for, and the refusal costs 25 µs
         return torch._C._will_engine_execute_node(node)
     except (AttributeError, IndexError, RuntimeError, TypeError):

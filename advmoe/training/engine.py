@@ -67,7 +67,7 @@ class Trainer:
             choose(self.device)
         torch.manual_seed(config.seed)
         model = build_model(config.model).to(self.device)
-        self.model: nn.Module = model.to(memory_format=torch.channels_last)
+        self.model: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         a = config.attack
         assert a.epsilon is not None and a.step_size is not None and a.loss is not None
         attack = PGD(a.epsilon, a.step_size, a.steps, loss=a.loss, random_start=a.random_start)
