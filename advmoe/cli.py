@@ -434,7 +434,7 @@ def _profile(o: argparse.Namespace) -> None:
         print(table(["layer", "MMAC", "part"], rows), end="\n\n")
     print(
         f"{o.arch} {o.kind}: {cost.params / 1e6:.2f} M parameters, {cost.gflops:.4f} GFLOPs an image (a "
-        f"multiply-accumulate as 1; convolutions and linear layers): pathway {cost.pathway_gflops:.4f}, "
+        f"multiply-accumulate as 1; convolutions, linear layers, attention): pathway {cost.pathway_gflops:.4f}, "
         f"routers {cost.router_gflops:.4f}"
     )
     others = []
@@ -465,7 +465,7 @@ def _print_costs(o: argparse.Namespace) -> None:
     ]
     print(table(["arch", "image", "r", "Dense", "S-Dense", "pathway", "pathway + routers"], rows))
     print(
-        f"GFLOPs an image (a multiply-accumulate as 1; convolutions and linear layers), {o.num_classes} classes, layout "
+        f"GFLOPs an image (a multiply-accumulate as 1; convolutions, linear layers, attention), {o.num_classes} classes, layout "
         f"{o.layout}, routers {o.router}; a pathway's cost does not depend on the number of experts, {o.experts} here"
     )
 

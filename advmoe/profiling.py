@@ -89,7 +89,7 @@ def profile(model: nn.Module, image_size: int = 32, channels: int = 3) -> Profil
 
 @dataclass(frozen=True)
 class BackboneCost:
-    """Billions of multiply-accumulates for one image (a multiply-accumulate as 1; convolutions and linear layers): the
+    """Billions of multiply-accumulates for one image (a multiply-accumulate as 1; convolutions, linear layers, attention): the
     dense network, the one with all widths times r, a pathway of the MoE, and its routers."""
 
     arch: str
