@@ -465,7 +465,8 @@ def _print_costs(o: argparse.Namespace) -> None:
     ]
     print(table(["arch", "image", "r", "Dense", "S-Dense", "pathway", "pathway + routers"], rows))
     print(
-        f"GFLOPs an image (a multiply-accumulate as 1; convolutions, linear layers, attention), {o.num_classes} classes, layout "
+        "GFLOPs an image (a multiply-accumulate as 1; convolutions, linear layers, attention), "
+        f"{o.num_classes} classes, layout "
         f"{o.layout}, routers {o.router}; a pathway's cost does not depend on the number of experts, {o.experts} here"
     )
 

@@ -89,8 +89,8 @@ def profile(model: nn.Module, image_size: int = 32, channels: int = 3) -> Profil
 
 @dataclass(frozen=True)
 class BackboneCost:
-    """Billions of multiply-accumulates for one image (a multiply-accumulate as 1; convolutions, linear layers, attention): the
-    dense network, the one with all widths times r, a pathway of the MoE, and its routers."""
+    """Billions of multiply-accumulates for one image (a multiply-accumulate as 1; convolutions, linear layers and
+    attention): the dense network, the one with all widths times r, a pathway of the MoE, and its routers."""
 
     arch: str
     image_size: int
