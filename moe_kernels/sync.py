@@ -21,6 +21,11 @@ class SyncedBatchNorm(_BatchNorm):
 
     torch's own SyncBatchNorm is for GPUs alone. Sums and the squares of deviations are reduced one after the other, as
     precise as a BatchNorm of the joined batch; gradients flow back through both.
+
+    Shapes: as of the BatchNorm that it was; the processes may have different numbers of samples.
+
+    Raises:
+        ValueError: if all processes together have one value per channel.
     """
 
     process_group: Any = None
@@ -71,6 +76,9 @@ def synchronize_batch_norms(model: nn.Module, process_group: Any = None) -> nn.M
 
     Returns:
         the model.
+
+    Raises:
+        ValueError: of the model's forwards, in training: if a channel has one value in all processes together.
     """
     for module in model.modules():
         if isinstance(module, RoutedBatchNorm2d):
