@@ -7,6 +7,8 @@ import dataclasses
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,3 +120,12 @@ def write_cifar10(parent: Path) -> None:
         data = generator.integers(0, 256, (20, 3072), dtype=np.uint8)
         content = {b"data": data, b"labels": [i % 10 for i in range(20)], b"batch_label": name.encode()}
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+
+
+def unpacked(name: str, folder: Path) -> Path:
+    """The folder, with a real data set in its official layout, where there is one beside the repository."""
+    script = Path(__file__).parents[3] / "shared" / "data" / "unpack.py"
+    if not script.exists():
+        pytest.skip("there is no ../shared/data/unpack.py beside the repository")
+    subprocess.run([sys.executable, str(script), str(folder), "--only", name], check=True)
+    return folder

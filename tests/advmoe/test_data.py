@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_runs import write_cifar10
+from small_runs import unpacked, write_cifar10
 
 from advmoe.data import Batches, DataError, augment, list_data, load, stream_generator
 
@@ -156,11 +154,7 @@ def test_the_real_cifar10() -> None:
 
 @pytest.mark.nightly
 def test_the_real_cifar10_unpacked(tmp_path: Path) -> None:
-    script = Path(__file__).parents[3] / "shared" / "data" / "unpack.py"
-    if not script.exists():
-        pytest.skip("there is no ../shared/data/unpack.py beside the repository")
-    subprocess.run([sys.executable, str(script), str(tmp_path), "--only", "cifar10"], check=True)
-    check_the_real_cifar10(tmp_path)
+    check_the_real_cifar10(unpacked("cifar10", tmp_path))
 
 
 def test_limits_and_names(archive: Path) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_runs import unpacked
 
 from advmoe import cli
 from advmoe.data import Batches, BatchStream, DataError, FileSplit, TensorSplit, batches_in_order, load, stream_generator
@@ -257,11 +256,7 @@ def test_trained_and_evaluated_from_files(imagenet: Path, tmp_path: Path) -> Non
 
 @pytest.mark.nightly
 def test_twenty_classes_of_the_real_tiny_imagenet(tmp_path: Path) -> None:
-    script = Path(__file__).parents[3] / "shared" / "data" / "unpack.py"
-    if not script.exists():
-        pytest.skip("there is no ../shared/data/unpack.py beside the repository")
-    subprocess.run([sys.executable, str(script), str(tmp_path), "--only", "tiny_imagenet"], check=True)
-    data = load("tiny_imagenet", tmp_path)
+    data = load("tiny_imagenet", unpacked("tiny_imagenet", tmp_path))
     assert (len(data.train), len(data.validation), len(data.test)) == (9_500, 500, 1_000)
     assert torch.equal(torch.bincount(data.test.labels), torch.full((20,), 50))
     assert data.mean == pytest.approx((0.4802, 0.4481, 0.3975), abs=0.03)  # of all 200 classes
