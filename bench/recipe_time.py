@@ -12,12 +12,15 @@ import dataclasses
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from advmoe.config import RunConfig
-from advmoe.recipes import SCALES, Catalog, EvaluationSettings, Sweep, SweepOptions
+from advmoe.recipes import SCALES, Catalog, EvaluationSettings, Plan, Sweep, SweepOptions
 from advmoe.tables import table
 from advmoe.training import train
 from advmoe.training.engine import load_data, resolve
@@ -52,6 +55,22 @@ def shortened(config: RunConfig) -> tuple[RunConfig, tuple[int, ...]]:
     return dataclasses.replace(config, method=method, routing=routing, epochs=len(epochs)), epochs
 
 
+def in_order(catalog: Catalog, names: Sequence[str], scale: str) -> list[Plan]:
+    """The runs of these recipes, each once and behind the one whose weights it begins with."""
+    plans: dict[str, Plan] = {}
+
+    def add(name: str) -> None:
+        plan = catalog.plan(catalog.plan(name, scale).run, scale)
+        if plan.run not in plans:
+            if plan.config.init is not None:
+                add(plan.config.init)
+            plans[plan.run] = plan
+
+    for name in names:
+        add(name)
+    return list(plans.values())
+
+
 def measure(name: str, config: RunConfig, evaluation: EvaluationSettings, folder: Path) -> RowTime:
     short, epochs = shortened(resolve(config, load_data(config)))
     start = time.perf_counter()
@@ -69,10 +88,16 @@ def row(t: RowTime) -> list[str]:
     return [t.recipe, phases, f"{t.around:.0f} s", f"{t.evaluation:.0f} s", f"{t.total / 60:.0f} min"]
 
 
+def keep(file: Path, t: RowTime, scale: str, machine: dict[str, Any]) -> None:
+    record = json.loads(file.read_text()) if file.exists() else {}
+    record[t.recipe] = {**dataclasses.asdict(t), "scale": scale, "machine": machine}
+    file.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "recipe", nargs="+", help="as of advmoe reproduce; a recipe that begins with another's weights is none"
+        "recipe", nargs="+", help="as of advmoe reproduce; one that begins with another's weights is timed behind that"
     )
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--data-dir", required=True)
@@ -82,21 +107,18 @@ def main() -> None:
     catalog = Catalog()
     recipes = [recipe for name in o.recipe for recipe in catalog.select(name)]
     times: list[RowTime] = []
+    if o.threads is not None:
+        torch.set_num_threads(o.threads)
+    machine = describe()
     with tempfile.TemporaryDirectory() as folder:
         sweep = Sweep(catalog, o.scale, SweepOptions(Path(folder), o.data_dir, o.threads))
-        for recipe in recipes:
-            plan = catalog.plan(recipe.name, o.scale)
-            if plan.config.init is not None:
-                parser.error(f"{recipe.name} begins with the weights of {plan.config.init}")
-            times.append(measure(recipe.name, sweep.config(plan, 0), plan.evaluation, sweep.folder(recipe.name, 0)))
+        for plan in in_order(catalog, [recipe.name for recipe in recipes], o.scale):
+            times.append(measure(plan.run, sweep.config(plan, 0), plan.evaluation, sweep.folder(plan.run, 0)))
             print(" | ".join(row(times[-1])), flush=True)
+            if o.json is not None:
+                keep(o.json, times[-1], o.scale, machine)
     print("\n" + table(["recipe", "epochs", "around each", "evaluation", "row"], [row(t) for t in times]))
-    machine: dict[str, Any] = describe()
     print(f"\n{o.scale} scale, {machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}")
-    if o.json is not None:
-        record = json.loads(o.json.read_text()) if o.json.exists() else {}
-        record |= {t.recipe: {**dataclasses.asdict(t), "scale": o.scale, "machine": machine} for t in times}
-        o.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from .narrow import narrow
+from .narrow import extras, narrow
 from .nn import RoutedConv2d
 from .routing import Routing
 
@@ -140,12 +139,7 @@ def _chosen(model: nn.Module, where: Where | None) -> dict[str, nn.Conv2d]:
 def _refusal(conv: nn.Conv2d) -> str | None:
     if type(conv) is not nn.Conv2d:
         return f"it is a {type(conv).__name__}, and what that does beyond nn.Conv2d would be lost"
-    if parametrize.is_parametrized(conv) or not isinstance(conv.weight, nn.Parameter):
-        return "its weight is computed from something else"
-    hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
-    if any(hooks):
-        return "it has hooks, which would be lost"
-    return None
+    return extras(conv)
 
 
 def _routed(conv: nn.Conv2d, num_experts: int, make: RouterFactory) -> SelfRoutedConv2d:

@@ -11,6 +11,7 @@ import tempfile
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,21 +113,10 @@ def download(name: str, folder: str | Path) -> Path:
 
 def _fetch(name: str, archive: Archive, file: Path) -> None:
     digest = hashlib.md5(usedforsecurity=False)
-    try:
-        with urllib.request.urlopen(archive.url, timeout=TIMEOUT) as answer, file.open("wb") as out:
-            length = answer.headers.get("Content-Length")
-            total = int(length) if length and length.isdecimal() else None
-            with tqdm(total=total, unit="B", unit_scale=True, desc=file.name, disable=None, leave=False) as bar:
-                while chunk := answer.read(_CHUNK):
-                    out.write(chunk)
-                    digest.update(chunk)
-                    bar.update(len(chunk))
-    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
-        reason = getattr(error, "reason", None) or error
-        raise DataError(
-            f"{name}: {archive.url} cannot be fetched ({reason}); without a network, get {archive.title} elsewhere, "
-            f"unpack it, and pass --data-dir with the folder that holds {archive.folder}"
-        ) from error
+    with file.open("wb") as out:
+        for chunk in _received(name, archive, file.name):
+            out.write(chunk)
+            digest.update(chunk)
     if digest.hexdigest() != archive.md5:
         raise DataError(
             f"{name}: what {archive.url} gave has the MD5 checksum {digest.hexdigest()}, expected {archive.md5}; try "
@@ -134,11 +124,34 @@ def _fetch(name: str, archive: Archive, file: Path) -> None:
         )
 
 
+def _received(name: str, archive: Archive, title: str) -> Iterator[bytes]:
+    """What comes over the network; a fault of the disk, which is its caller's, is none of the network's."""
+    try:
+        with urllib.request.urlopen(archive.url, timeout=TIMEOUT) as answer:
+            length = answer.headers.get("Content-Length")
+            total = int(length) if length and length.isdecimal() else None
+            with tqdm(total=total, unit="B", unit_scale=True, desc=title, disable=None, leave=False) as bar:
+                while chunk := answer.read(_CHUNK):
+                    yield chunk
+                    bar.update(len(chunk))
+    except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+        reason = getattr(error, "reason", None) or error
+        raise DataError(
+            f"{name}: {archive.url} cannot be fetched ({reason}); without a network, get {archive.title} elsewhere, "
+            f"unpack it, and pass --data-dir with the folder that holds {archive.folder}"
+        ) from error
+
+
 def _unpack(name: str, archive: Archive, file: Path, content: Path) -> None:
     try:
         if file.suffix == ".zip":
             with zipfile.ZipFile(file) as packed:
                 packed.extractall(content)  # leaves out what would lie outside
+        elif not hasattr(tarfile, "data_filter"):
+            raise DataError(
+                f"{name}: this Python cannot unpack {file.name} safely (3.10.12, 3.11.4 and later can); unpack "
+                f"{archive.url} yourself and pass --data-dir with the folder that holds {archive.folder}"
+            )
         else:
             with tarfile.open(file) as packed_tar:
                 packed_tar.extractall(content, filter="data")

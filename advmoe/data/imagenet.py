@@ -67,8 +67,9 @@ def _tiny_imagenet(folder: Path | None) -> Source:
 @DATA.register("imagenet")
 def _imagenet(folder: Path | None) -> Source:
     """ImageNet (ILSVRC 2012): ``train/<class>/*`` and ``val/<class>/*``; classes are in the order of their names.
-    Images are decoded when they are needed: the shorter side to 256 pixels, a square of 224 out of it. (AdvMoE's released
-    code makes both sides 256 first, which distorts.)"""
+    Test images (val) are of each class in turn, so that the first ones are of as many classes. Images are decoded when
+    they are needed: the shorter side to 256 pixels, a square of 224 out of it. (AdvMoE's released code makes both sides 256
+    first, which distorts.)"""
     name = "imagenet"
     what = "the folder that holds train and val, each with a folder of images for each class"
     if folder is None:
@@ -81,7 +82,15 @@ def _imagenet(folder: Path | None) -> Source:
         _split(name, folder, [(f"{each}/{c}", i) for i, c in enumerate(classes)], 224, resize=256)
         for each in ("train", "val")
     )
-    return Source(train, val, len(classes), 224, RADIUS, STEP, MEAN, STD)
+    return Source(train, val.select(_in_turn(val.labels)), len(classes), 224, RADIUS, STEP, MEAN, STD)
+
+
+def _in_turn(labels: Tensor) -> Tensor:
+    """Places of labels that are sorted: the first of each class, then the second of each, so that the first images of a
+    test set are of as many classes as there can be."""
+    counts = labels.bincount()
+    within = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels]
+    return (within * len(counts) + labels).argsort()
 
 
 def _tiny_root(folder: Path) -> Path:

@@ -76,8 +76,7 @@ class World:
         """Over all processes; each must have the same keys."""
         if self.size == 1 or not values:
             return values
-        total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-        dist.all_reduce(total)
+        total = self.total(torch.tensor(list(values.values()), dtype=torch.float64, device=device))
         return dict(zip(values, total.tolist(), strict=True))
 
     def total(self, counts: Tensor) -> Tensor:

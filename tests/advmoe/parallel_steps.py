@@ -32,6 +32,14 @@ class Case:
     share_epochs: int = 0
     accumulate: int = 1
     freeze_unused: bool = False
+    precision: str = "float32"
+
+    @property
+    def tolerance(self) -> float:
+        """Of the weights, against one process's: 8 bits of a mantissa and an attack's signs for bfloat16."""
+        if self.precision == "bfloat16":
+            return 0.05
+        return 1e-5 if self.dtype == torch.float32 else 1e-9
 
 
 CASES = {
@@ -49,6 +57,8 @@ CASES = {
     "at in parts": Case(MethodConfig("at"), accumulate=2),
     "advmoe in parts, one attack": Case(MethodConfig("advmoe", share_attack=True), accumulate=2),
     "advmoe unused frozen": Case(MethodConfig("advmoe"), bright=True, freeze_unused=True),
+    "standard bfloat16": Case(MethodConfig("standard"), torch.float32, bright=True, precision="bfloat16"),
+    "at bfloat16": Case(MethodConfig("at"), torch.float32, bright=True, precision="bfloat16"),
     "at one expert unused per_expert": Case(MethodConfig("at"), options={"bn": "per_expert"}, bright=True),
 }
 
@@ -103,7 +113,7 @@ def run(name: str, world: World) -> dict[str, Any]:
     model = network(case)
     world.prepare(model)
     routing = RoutingConfig(balance=case.balance, share_epochs=case.share_epochs)
-    optim = OptimConfig(lr=0.02, accumulate=case.accumulate, freeze_unused=case.freeze_unused)
+    optim = OptimConfig(lr=0.02, accumulate=case.accumulate, freeze_unused=case.freeze_unused, precision=case.precision)
     method = build_method(model, case.method, optim, ATTACK, routing, world)
     losses: dict[str, float] = {}
     for step in range(STEPS):

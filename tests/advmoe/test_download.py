@@ -105,6 +105,8 @@ def test_fetched_checked_and_unpacked(
         ("no archive", r"cannot be unpacked \(ReadError"),
         ("folder", r"has no folder cifar-10-batches-py"),
         ("outside", r"cannot be unpacked \(OutsideDestinationError"),
+        ("disk full", r"target cannot be written: No space left"),
+        ("old Python", r"this Python cannot unpack cifar.tar.gz safely"),
     ],
 )
 def test_nothing_is_left_of_a_fault(
@@ -127,6 +129,15 @@ def test_nothing_is_left_of_a_fault(
     if fault == "refused":
         nowhere = Archive("the CIFAR-10 python version", "http://127.0.0.1:1/a", "a", "", ("test_batch",))
         monkeypatch.setitem(ARCHIVES, "cifar10", nowhere)
+    if fault == "disk full":
+        opened = Path.open
+
+        def full(path: Path, *mode: str) -> object:
+            return opened(Path("/dev/full") if path.suffix == ".gz" else path, *mode)
+
+        monkeypatch.setattr(Path, "open", full)
+    if fault == "old Python":
+        monkeypatch.delattr(tarfile, "data_filter")
     target = tmp_path / "target"
     with pytest.raises(DataError, match=message):
         download("cifar10", target)

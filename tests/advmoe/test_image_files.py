@@ -152,7 +152,7 @@ def test_damaged_tiny_imagenet(tiny: Path, what: str, message: str, capsys: pyte
 def test_imagenet_is_cut_from_files(imagenet: Path) -> None:
     data = load("imagenet", imagenet, validation=1)
     assert (len(data.train), len(data.validation), len(data.test)) == (11, 1, 4)
-    assert (data.num_classes, data.image_size, data.test.labels.tolist()) == (2, 224, [0, 0, 1, 1])
+    assert (data.num_classes, data.image_size, data.test.labels.tolist()) == (2, 224, [0, 1, 0, 1])
     images, labels = data.test.batch(torch.tensor([3, 0]))
     assert images.shape == (2, 3, 224, 224) and images.is_contiguous(memory_format=torch.channels_last)
     assert labels.tolist() == [1, 0] and images.min() >= 0 and images.max() <= 1
@@ -161,6 +161,14 @@ def test_imagenet_is_cut_from_files(imagenet: Path) -> None:
     left = (small.width - 224) // 2
     expected = torch.from_numpy(np.array(small.crop((left, 16, left + 224, 240)))).permute(2, 0, 1).float() / 255
     assert (images[0] - expected).abs().mean() < 0.03
+
+
+def test_the_first_test_images_are_of_all_classes(imagenet: Path) -> None:
+    (imagenet / "val" / "n05" / "n05_1.JPEG").unlink()  # classes n05, n07
+    write_image(imagenet / "val" / "n07" / "n07_2.JPEG", (300, 280), seed=1)
+    test = load("imagenet", imagenet).test
+    assert test.labels.tolist() == [0, 1, 1, 1]
+    assert [Path(file).stem for file in test.files] == ["n05_0", "n07_0", "n07_1", "n07_2"]
 
 
 def test_training_cuts_are_a_function_of_the_generator(imagenet: Path) -> None:

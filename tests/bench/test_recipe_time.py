@@ -6,8 +6,8 @@ import dataclasses
 import pytest
 
 from advmoe.config import DataConfig, MethodConfig, ModelConfig, RoutingConfig, RunConfig
-from advmoe.recipes import EvaluationSettings
-from bench.recipe_time import RowTime, measure, shortened
+from advmoe.recipes import Catalog, EvaluationSettings
+from bench.recipe_time import RowTime, in_order, measure, shortened
 
 MOE = RunConfig(epochs=8, routing=RoutingConfig(share_epochs=6))
 SPARSE = RunConfig(
@@ -33,6 +33,16 @@ def test_an_epoch_of_each_phase(config: RunConfig, phases: tuple[int, ...]) -> N
 
 def test_a_row_is_its_epochs_and_its_evaluation() -> None:
     assert RowTime("a", (6, 2), (10.0, 20.0), 1.0, 5.0).total == 6 * 11 + 2 * 21 + 5
+
+
+def test_a_run_goes_behind_the_one_it_begins_with() -> None:
+    fig3 = "fig3/cifar10/resnet18/"
+    names = [f"{fig3}theta_double_bar/r0.5", f"{fig3}router_only/r0.5", "tableA2/cifar10/resnet18/at_moe/r0.5"]
+    order = [plan.run for plan in in_order(Catalog(), names, "cpu")]
+    assert order == [
+        f"{fig3}m1_standard_moe/r0.5", f"{fig3}router_only/r0.5", f"{fig3}theta_double_bar/r0.5",
+        "table1/cifar10/resnet18/at_moe",
+    ]  # fmt: skip
 
 
 def test_measured_on_digits(tmp_path) -> None:
