@@ -68,8 +68,8 @@ def _tiny_imagenet(folder: Path | None) -> Source:
 def _imagenet(folder: Path | None) -> Source:
     """ImageNet (ILSVRC 2012): ``train/<class>/*`` and ``val/<class>/*``; classes are in the order of their names.
     Test images (val) are of each class in turn, so that the first ones are of as many classes. Images are decoded when
-    they are needed: the shorter side to 256 pixels, a square of 224 out of it. (AdvMoE's released code makes both sides 256
-    first, which distorts.)"""
+    they are needed: the shorter side to 256 pixels, a square of 224 out of it. (AdvMoE's released code makes both sides
+    256 first, which distorts.)"""
     name = "imagenet"
     what = "the folder that holds train and val, each with a folder of images for each class"
     if folder is None:

@@ -79,7 +79,7 @@ class Trainer:
             _load_weights(self.model, config.init, config.model)
         world.prepare(self.model)
         self.method: Method = build_method(self.model, config.method, config.optim, attack, config.routing, world)
-        self.watch = RouterWatch(self.model)
+        self.watch = RouterWatch(self.model, world)
         names = ("upper",) if self.method.batches_per_step == 1 else ("lower", "upper")
         workers = config.data.workers
         if workers is None:  # the cores are for all streams of all processes on this machine
@@ -152,11 +152,12 @@ class Trainer:
         try:
             if self.world.size > 1 and not self.run.checkpoint().exists():
                 self.save()  # a process may be lost at any time
-            while self.epoch < self.config.epochs:
-                self._train_epoch()
-                self._require_finite_weights("end")
-                self.save()  # an epoch's work is not lost to a Ctrl-C during its validation
-                self._finish_epoch()
+            with _sigterm_interrupts(self.world.size > 1):
+                while self.epoch < self.config.epochs:
+                    self._train_epoch()
+                    self._require_finite_weights("end")
+                    self.save()  # an epoch's work is not lost to a Ctrl-C during its validation
+                    self._finish_epoch()
         except KeyboardInterrupt as error:
             if self.run.checkpoint().exists():
                 raise Interrupted(self.run.folder) from error
@@ -502,6 +503,24 @@ def load_data(config: RunConfig, world: World = ALONE) -> DataSet:
     if world.first:
         world.told()
     return data
+
+
+@contextmanager
+def _sigterm_interrupts(really: bool) -> Iterator[None]:
+    """Takes SIGTERM, by which torchrun ends its processes when one is lost, for a Ctrl-C."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt) if really else None
+    except ValueError:  # not in the main thread: whoever runs us handles signals
+        before = None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

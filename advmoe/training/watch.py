@@ -15,6 +15,7 @@ from moe_kernels import Routing
 
 from ..modes import undisturbed
 from ..routers import FixedRouter, Router, observe_routers
+from .parallel import ALONE, World
 
 __all__ = ["COLLAPSED", "RouterWatch"]
 
@@ -26,10 +27,12 @@ _STEPS = 5  # watched steps that have to agree
 
 class RouterWatch:
     """Counts the choices of every tenth step's training forwards, and warns of each router that sent all of the samples
-    of five such steps to one expert: once, and again only after it has recovered."""
+    of five such steps to one expert: once, and again only after it has recovered. Of ``world`` all processes' samples
+    count."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, world: World = ALONE) -> None:
         self.model = model
+        self.world = world
         self._counts: dict[Router, deque[Tensor]] = {}
         self._reported: set[Router] = set()
 
@@ -52,9 +55,10 @@ class RouterWatch:
 
         with observe_routers(self.model, observe):
             yield
-        for router, count in step.items():
-            self._counts.setdefault(router, deque(maxlen=_STEPS)).append(count)
         if step:
+            counts = self.world.total(torch.cat(list(step.values())))
+            for router, count in zip(step, counts.split([len(each) for each in step.values()]), strict=True):
+                self._counts.setdefault(router, deque(maxlen=_STEPS)).append(count)
             self._report(position)
 
     def require_finite(self, images: Tensor) -> None:

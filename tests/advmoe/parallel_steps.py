@@ -38,7 +38,7 @@ class Case:
     def tolerance(self) -> float:
         """Of the weights, against one process's: 8 bits of a mantissa and an attack's signs for bfloat16."""
         if self.precision == "bfloat16":
-            return 0.05
+            return 0.02
         return 1e-5 if self.dtype == torch.float32 else 1e-9
 
 

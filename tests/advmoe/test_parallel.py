@@ -60,7 +60,7 @@ def test_two_processes_are_one_with_the_joined_batch(by_two: list[dict[str, Any]
         else:
             assert torch.equal(first["state"][key], value), key
     for key, value in alone["losses"].items():
-        assert (first["losses"][key] + second["losses"][key]) / 2 == pytest.approx(value, rel=1e-4)
+        assert (first["losses"][key] + second["losses"][key]) / 2 == pytest.approx(value, rel=max(1e-4, tolerance))
 
 
 def test_an_expert_is_really_unused_on_one_of_them() -> None:
@@ -113,7 +113,7 @@ def children(pid: int) -> list[int]:
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_a_lost_process_ends_the_run_resumably(tmp_path: Path, victim: int) -> None:
     """Resumed by as many processes it ends with the weights of an unbroken run, bit for bit."""
-    words = ["--method", "at", "--share-epochs", "0", "--epochs", "8", *COMMON]
+    words = ["--method", "at", "--share-epochs", "0", "--epochs", "3", *COMMON, "--train-limit", "256"]
     run = tmp_path / "run"
     process = advmoe(*words, "--out", str(run))
     until = time.monotonic() + 120
@@ -124,14 +124,16 @@ def test_a_lost_process_ends_the_run_resumably(tmp_path: Path, victim: int) -> N
     os.kill(workers[victim], signal.SIGKILL)
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert 1 <= len(Run(run).metrics()) < 8
-    if victim == 1:  # of the two the first reports
-        assert "another of the 2 processes has ended" in err and "train --resume" in err
-    for again in (advmoe("--resume", str(run)), advmoe(*words, "--out", str(tmp_path / "unbroken"))):
+    assert 1 <= len(Run(run).metrics()) < 3
+    if victim == 1:  # of the two the first reports, what it sees first: the other gone, or torchrun's SIGTERM
+        assert "another of the 2 processes has ended" in err or "interrupted; go on with" in err
+        assert "train --resume" in err
+    for rest in (["--resume", str(run)], [*words, "--out", str(tmp_path / "unbroken")]):
+        again = advmoe(*rest)
         _, err = again.communicate(timeout=300)
         assert again.returncode == 0, err
     broken, unbroken = (torch.load(tmp_path / name / "last.pt", weights_only=False) for name in ("run", "unbroken"))
-    assert broken["epoch"] == unbroken["epoch"] == 8
+    assert broken["epoch"] == unbroken["epoch"] == 3
     assert set(broken["model"]) == set(unbroken["model"])
     assert all(torch.equal(broken["model"][key], value) for key, value in unbroken["model"].items())
 

@@ -18,6 +18,7 @@ from advmoe.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, Ro
 from advmoe.routers import FixedRouter, NonFiniteRouterError, Router, routers_of
 from advmoe.training import Method, NonFiniteLossError, Standard, StepResult, build_method, train
 from advmoe.training.methods import Batch
+from advmoe.training.parallel import World
 from advmoe.training.runs import build_model
 from advmoe.training.watch import RouterWatch
 
@@ -99,6 +100,20 @@ def test_collapse_is_counted_over_all_watched_steps(caplog: pytest.LogCaptureFix
         with watch.watching(position):
             net([position // 10 % 3] * 4, BALANCED)
     assert not warnings_of(caplog)
+
+
+class Beside(World):
+    """The other process sends all samples of both routers to expert 1."""
+
+    def total(self, counts: Tensor) -> Tensor:
+        return counts + torch.tensor([0, 4, 0, 0, 4, 0])
+
+
+def test_collapse_is_counted_over_all_processes(caplog: pytest.LogCaptureFixture) -> None:
+    net = Net()
+    steps(RouterWatch(net, Beside(0, 2)), net, [0] * 4, [1] * 4)
+    (said,) = warnings_of(caplog)
+    assert "layer1 has collapsed: expert 1 took 100.0 %" in said
 
 
 def test_what_cannot_collapse_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
