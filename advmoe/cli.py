@@ -207,6 +207,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run folder")
     p.add_argument("--limit", type=int, metavar="N", help="the first N test images")
+    p.add_argument("--out", type=Path, metavar="FILE", help="the JSON file to write; in the run's folder by default")
     p.add_argument("--batch-size", type=int, default=128, help="images at once")
     p.add_argument("--epsilon", type=float, help="the run's training radius, or the data's, by default")
     p.add_argument("--threads", type=_positive, help="CPU threads; torch's own choice by default")
@@ -397,9 +398,10 @@ def _evaluate(o: argparse.Namespace) -> None:
         f"{result.images} test images, {done.data.num_classes} classes; {done.cost.gflops:.4f} GFLOPs an image (a "
         "multiply-accumulate as 1)"
     )
-    if done.path is not None:
-        write_record(done.path, done.record)
-        print(f"written to {done.path}")
+    path = o.out or done.path
+    if path is not None:
+        write_record(path, done.record)
+        print(f"written to {path}")
 
 
 def _export(o: argparse.Namespace) -> None:

@@ -35,7 +35,10 @@ def imported(name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
+        hint = ""
+        if isinstance(error, ModuleNotFoundError) and error.name == module:
+            hint = f"; run it where {module}.py is, or name its folder in PYTHONPATH"
+        raise ValueError(f"{name} cannot be loaded: {type(error).__name__}: {error}{hint}") from error
 
 
 class Registry(Generic[T]):

@@ -328,8 +328,7 @@ def layer_input(
     in_routing: Routing | None,
     geometry: Conv2dGeometry,
 ) -> None:
-    """The checks of each call; cheap, because they are paid at every layer."""
-    image(input)
+    """The checks of each call behind :func:`image`; cheap, because they are paid at every layer."""
     if input.shape[1] != geometry.in_width:
         raise ValueError(
             f"input: expected {geometry.in_width} channels, got {input.shape[1]} in shape {tuple(input.shape)}"
@@ -341,7 +340,7 @@ def layer_input(
         if tensor is None:
             continue
         if tensor.dtype != dtype:
-            raise TypeError(f"{name}: expected the input's dtype {dtype}, got {tensor.dtype}")
+            raise TypeError(f"{name}: expected the input's dtype {dtype}, got {tensor.dtype}; cast one of them")
         if tensor.device != device:
             raise ValueError(f"{name}: expected the input's device {device}, got {tensor.device}")
     _choice("routing", routing, geometry.num_out, input)

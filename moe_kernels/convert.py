@@ -132,7 +132,11 @@ def _chosen(model: nn.Module, where: Where | None) -> dict[str, nn.Conv2d]:
         chosen = {name: conv for name, conv in found.items() if any(fnmatchcase(name, p) for p in patterns)}
     if not chosen:
         names = ", ".join(found) or "none"
-        raise ValueError(f"where: expected to find convolutions, got none with {where!r}; the model has {names}")
+        routed = sum(isinstance(module, RoutedConv2d) for module in model.modules())
+        also = f", beside {routed} that are routed already" if routed else ""
+        if where is None:
+            raise ValueError(f"model: expected nn.Conv2d behind the first, which stays as it is; it has {names}{also}")
+        raise ValueError(f"where: expected to find convolutions, got none with {where!r}; the model has {names}{also}")
     return chosen
 
 

@@ -191,6 +191,7 @@ def apply_geometry(
     packed: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
     """:func:`routed_conv2d` with its slices and sizes made a value before; the modules' way in."""
+    checks.image(input)
     if not input.is_meta and torch.is_autocast_enabled(input.device.type):  # torch has no autocast for meta
         input, weight, bias = _autocast(input, weight, bias)
     checks.layer_input(input, weight, bias, routing, routing if in_routing is None else in_routing, geometry)

@@ -349,6 +349,8 @@ class RoutedLinear(_RoutedLayer):
         return weight[:, :, None, None]
 
     def forward(self, input: Tensor, routing: Routing, in_routing: Routing | None = None) -> Tensor:
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input: expected a tensor, got {type(input).__name__}")
         if input.dim() not in (2, 3):
             raise ValueError(f"input: expected shape [B, in] or [B, T, in], got {tuple(input.shape)}")
         weight, bias = self._parameters_now()

@@ -72,7 +72,8 @@ def evaluate(
         workers: processes that decode images ahead; the split's own choice by default.
 
     Raises:
-        ValueError: if there are no images, or ``limit`` or ``batch_size`` is below 1.
+        ValueError: if there are no images, ``limit`` or ``batch_size`` is below 1, or the model has no score for each
+            class.
         NonFiniteGradientError: if an attack's gradient is NaN or infinite.
     """
     split = split.first(limit)
@@ -109,7 +110,11 @@ def evaluate(
 
 def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(images).argmax(1) == labels
+        scores = model(images)
+    if scores.dim() != 2 or len(scores) != len(labels) or scores.shape[1] <= int(labels.max()):
+        wanted = f"[{len(labels)}, classes] with a score for class {int(labels.max())}"
+        raise ValueError(f"model: expected scores {wanted}, got shape {tuple(scores.shape)} for {tuple(images.shape)}")
+    return scores.argmax(1) == labels
 
 
 def _chosen(routing: Routing, images: int) -> Tensor:

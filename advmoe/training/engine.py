@@ -489,6 +489,8 @@ def resume(folder: str | Path, quiet: bool = False, data_dir: str | None = None,
             raise RunError(f"{run.checkpoint()} does not fit {run.config_path}: {error}") from error
     if world.first:
         run.cut_metrics(trainer.epoch)
+        if trainer.epoch >= config.epochs:
+            logger.info("%s has all of its %d epochs: nothing is trained", run.folder, config.epochs)
     with _logged(run, world):
         trainer.fit()
     return run

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import os
@@ -153,7 +154,10 @@ def load_model(source: str | Path, checkpoint: str = "best") -> tuple[nn.Module,
         run.config()
         path = run.checkpoint(checkpoint)
         if not path.exists() and checkpoint == "best" and run.checkpoint("last").exists():
-            raise RunError(f"{path}: no epoch has been validated yet; evaluate the last state with --checkpoint last")
+            why = "no epoch has been validated yet"
+            if run.metrics():
+                why = "the best is chosen behind the epochs that share experts or learn a mask, and none is there yet"
+            raise RunError(f"{path}: {why}; evaluate the last state with --checkpoint last")
         if not path.exists():
             raise RunError(f"{path}: the run has no such checkpoint yet")
     if not path.is_file():
@@ -161,6 +165,10 @@ def load_model(source: str | Path, checkpoint: str = "best") -> tuple[nn.Module,
         if function and "/" not in module:
             return _from_function(str(source)), None
         raise RunError(f"{source}: expected a run folder, a checkpoint file or module:function")
+    if path.suffix == ".py":
+        raise RunError(
+            f"{source}: expected a run folder, a checkpoint file or module:function, such as {path.stem}:model"
+        )
     config = Run(path.parent).config()
     model = build_model(config.model)
     state = load_checkpoint(path)
@@ -177,6 +185,12 @@ def _from_function(name: str) -> nn.Module:
         function = imported(name)
     except ValueError as error:
         raise RunError(str(error)) from error
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise RunError(f"{name}: expected a function that is called without arguments: {error}") from error
+    except ValueError:  # it does not say what it takes
+        pass
     model = function()
     if not isinstance(model, nn.Module):
         raise RunError(f"{name} returned {type(model).__name__}, expected an nn.Module")

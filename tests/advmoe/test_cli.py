@@ -218,14 +218,29 @@ def test_evaluate_takes_any_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine.py").write_text(
-        "import torch\ndef build():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 10))\n"
+        "import torch\n"
+        "def build(classes=10):\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, classes))\n"
+        "def few():\n    return build(5)\n"
+        "def sized(classes):\n    return build(classes)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert main(["evaluate", "mine:build", "--data", "digits", "--attack", "pgd2", "--limit", "10"]) == 0
     assert "flip rate" in capsys.readouterr().out
     assert main(["evaluate", "mine:build", "--attack", "pgd2"]) == 2
     assert "--data is needed" in capsys.readouterr().err
-    assert main(["evaluate", "mine:absent", "--data", "digits"]) == 2
+    capsys.readouterr()
+    for source, message in {
+        "mine:absent": "mine:absent cannot be loaded: AttributeError",
+        "mine:few": "model: expected scores [128, classes] with a score for class 9, got shape (128, 5)",
+        "mine:sized": "mine:sized: expected a function that is called without arguments: missing a required argument",
+        "absent_mine:build": "run it where absent_mine.py is, or name its folder in PYTHONPATH",
+        str(tmp_path / "mine.py"): "expected a run folder, a checkpoint file or module:function, such as mine:model",
+    }.items():
+        assert main(["evaluate", source, "--data", "digits"]) == 2
+        assert message in capsys.readouterr().err
+    out = tmp_path / "mine.json"
+    assert main(["evaluate", "mine:build", "--data", "digits", "--attack", "pgd1", "--out", str(out)]) == 0
+    assert f"written to {out}" in capsys.readouterr().out and json.loads(out.read_text())["data"] == "digits"
 
 
 def test_interrupted_is_3_and_resumes(
@@ -424,6 +439,29 @@ def test_help_and_unknown_options(capsys: pytest.CaptureFixture[str]) -> None:
             main(wrong)
         assert done.value.code == 2
     assert "expected a whole number of at least 1, got '0'" in capsys.readouterr().err
+
+
+COMMAND = """
+import os, sys
+from advmoe.__main__ import main
+print("torch" in sys.modules)
+sys.argv[1:] = ["--version"]
+try:
+    main()
+except SystemExit:
+    print(os.environ["OMP_WAIT_POLICY"])
+"""
+
+
+def test_waiting_threads_sleep_unless_told_otherwise() -> None:
+    """OpenMP reads it when torch is loaded, so it has to be there before."""
+    for given, found in ((None, "passive"), ("active", "active")):
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+        environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+        done = subprocess.run(
+            [sys.executable, "-c", COMMAND], capture_output=True, text=True, check=True, env=environment
+        )
+        assert done.stdout.split() == ["False", "advmoe", __version__, found]
 
 
 def test_the_module_runs_as_a_command() -> None:

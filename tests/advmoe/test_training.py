@@ -532,7 +532,10 @@ def test_a_model_comes_ready_to_be_used_and_only_from_what_was_asked_for(tmp_pat
     run = train(tiny(epochs=1), tmp_path / "run", quiet=True)
     for source in (run.folder, run.checkpoint("last")):
         assert not any(m.training for m in load_model(source)[0].modules())
-    run.checkpoint("best").unlink()  # as in a run whose first epoch has not been validated
+    run.checkpoint("best").unlink()  # as in a run whose experts are still shared
+    with pytest.raises(RunError, match=r"best\.pt: the best is chosen behind the epochs that share .*--checkpoint last"):
+        load_model(run.folder)
+    run.metrics_path.unlink()  # as in one whose first epoch has not been validated
     with pytest.raises(RunError, match=r"best\.pt: no epoch has been validated yet; .*--checkpoint last"):
         load_model(run.folder)
     load_model(run.folder, "last")

@@ -163,6 +163,12 @@ def test_saved_copied_compiled() -> None:
             {"ratio": 0.5},
             r"ratio: to have fewer channels the model must be traceable by torch.fx, and is not \(TraceError",
         ),
+        (
+            "converted",
+            {},
+            r"^model: expected nn.Conv2d behind the first, which stays as it is; it has 0, beside 6 that are",
+        ),
+        ("converted", {"where": "1*"}, r"got none with '1\*'; the model has 0, beside 6 that are routed already"),
         ("subclass", {}, r"where: 1.conv1 cannot be converted: it is a Mine, and"),
         ("lazy", {}, r"where: 1.conv1 cannot be converted: it is a LazyConv2d"),
         ("hook", {}, r"where: 1.conv1 cannot be converted: it has hooks"),
@@ -183,6 +189,8 @@ def test_refused_and_left_as_it_was(change: str | None, arguments: dict, message
     model = own_model()
     if change == "subclass":
         model[1].conv1 = Mine(8, 8, 3, padding=1)
+    elif change == "converted":
+        convert(model, 2)
     elif change == "branch":
         model.append(Branch())
     elif change == "lazy":

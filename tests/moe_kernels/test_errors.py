@@ -49,6 +49,16 @@ def _conv(*arguments: Any, **kwargs: Any) -> Callable[[], Any]:
 BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "input dimensions": (_call(input=X[0]), ValueError, r"input: expected shape \[B, C, H, W\], got \(3, 6, 6\)"),
     "input type": (_call(input=[1.0]), TypeError, r"input: expected a tensor, got list"),
+    "module's input type": (
+        lambda: RoutedConv2d(3, 8, 3, num_experts=2)(X.numpy(), ROUTING),
+        TypeError,
+        r"input: expected a tensor, got ndarray",
+    ),
+    "linear's input type": (
+        lambda: RoutedLinear(3, 8, num_experts=2)([1.0], ROUTING),
+        TypeError,
+        r"input: expected a tensor, got list",
+    ),
     "input channels": (
         _call(input=X[:, :2], in_slices=whole(3)),
         ValueError,
