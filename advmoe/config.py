@@ -119,8 +119,8 @@ class RoutingConfig:
         experts: ``apart``, or ``alike``: all experts begin as copies of the first.
         share_epochs: for the first so many epochs every sample trains the first expert, and the others are its copies:
             the shared part of learning is done once, and routing begins with alike experts. None: three quarters of the
-            epochs where routers are trained and experts can be copies of each other (layout partition), else 0;
-            docs/routing.md says why.
+            epochs where routers are trained and experts can be copies of each other (layout partition) and are,
+            unless ``init`` has trained them apart, else 0; docs/routing.md says why.
     """
 
     balance: str = "none"

@@ -92,18 +92,16 @@ def run(folder: Path, fast: bool = False, seed: int = 0) -> str:
     ]
     text = table(["method", "SA", f"RA ({attack_name})", "GFLOPs", f"latency, batch {batch}", "of Dense"], rows)
     minutes = (time.perf_counter() - start) / 60
-    notes = (
-        f"{len(test)} test images of scikit-learn's digits; {results[0][1].description}; GFLOPs an image, "
-        f"a multiply-accumulate as 1; latency: of each network once, median on {platform.machine()}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}; seed {seed}, {minutes:.1f} minutes in all"
-    )
-    notes += (
-        ".\nSA: accuracy on clean images, RA: on attacked ones. One short run each on so few small images is no "
-        "comparison of methods; docs/results.md has larger runs. Networks this narrow on 8x8 images save less time "
-        "than operations"
-    )
-    if fast:
-        notes += "; --fast: even fewer epochs and weaker attacks"
+    lines = [
+        f"{len(test)} test images of scikit-learn's digits, seed {seed}; {results[0][1].description}.",
+        "SA: accuracy on clean images, RA: on attacked ones; GFLOPs: of an image, a multiply-accumulate as 1.",
+        f"Latency: of each network once, median on {platform.machine()}, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}; networks this narrow on 8x8 images save less time than operations.",
+        "One short run each on so few small images is no comparison of methods; docs/results.md has larger runs.",
+        *(["--fast: even fewer epochs and weaker attacks."] if fast else []),
+        f"{minutes:.1f} minutes in all.",
+    ]
+    notes = "\n".join(lines)
     (folder / "table.md").write_text(f"{text}\n\n{notes}\n")
     print(f"\n{text}\n\n{notes}\nruns: {folder.resolve()}")
     return text

@@ -378,8 +378,10 @@ def _entropy(usage: list[float]) -> float:
 def resolve(config: RunConfig, data: DataSet) -> RunConfig:
     """The config with what the data decides filled in."""
     mean, std = config.model.mean or data.mean, config.model.std or data.std
+    apart = False
     if config.init is not None:
-        _, other = load_model(config.init)
+        network, other = load_model(config.init)
+        apart = config.model.kind != "upcycled" or bool(routers_of(network))
         if other is not None and config.model.mean is None and other.model.mean and other.model.std:
             mean, std = other.model.mean, other.model.std  # of what its weights have seen
     model = dataclasses.replace(
@@ -393,7 +395,8 @@ def resolve(config: RunConfig, data: DataSet) -> RunConfig:
     )
     routing = config.routing
     if config.model.kind in ("moe", "upcycled") and routing.share_epochs is None:
-        shared = config.epochs * 3 // 4 if _can_share(dataclasses.replace(config, model=model)) else 0
+        can_share = not apart and _can_share(dataclasses.replace(config, model=model))
+        shared = config.epochs * 3 // 4 if can_share else 0
         routing = dataclasses.replace(routing, share_epochs=shared)
     threads = torch.get_num_threads() if config.threads is None else config.threads
     return dataclasses.replace(config, model=model, attack=attack, routing=routing, threads=threads)
@@ -410,11 +413,10 @@ def _doubts(config: RunConfig, model: nn.Module) -> Iterator[str]:
 
 
 def _can_share(config: RunConfig) -> bool:
-    """Whether a run may begin with one shared expert: experts that can be copies, routers that are to be trained, and
-    weights that nobody has trained apart before."""
+    """Whether a run may begin with one shared expert: experts that can be copies, and routers that are to be trained."""
     one_gate = config.model.gate == "softmax" and config.model.top_k == 1
     copies = config.model.layout == "partition" and not one_gate
-    if not copies or config.method.part != "all" or config.init is not None:
+    if not copies or config.method.part != "all":
         return False
     with torch.device("meta"):
         return bool(router_parameters(build_model(config.model)))

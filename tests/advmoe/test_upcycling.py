@@ -16,13 +16,16 @@ from torch import nn
 import advmoe
 from advmoe import cli
 from advmoe.attacks import PGD
-from advmoe.config import MethodConfig, OptimConfig, RoutingConfig
+from advmoe.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, RoutingConfig, RunConfig
+from advmoe.data import load
 from advmoe.evaluation import evaluate
 from advmoe.models import backbone_parameters, create_model, record_routing, router_parameters, upcycle
 from advmoe.profiling import profile
 from advmoe.routers import Router, routers_of
+from advmoe.training import Run
+from advmoe.training.engine import resolve
 from advmoe.training.methods import build_method
-from advmoe.training.runs import load_model
+from advmoe.training.runs import build_model, load_model
 from moe_kernels import RoutedConv2d, SelfRoutedConv2d, convert
 
 OURS = {"resnet18": 8, "resnet50": 8, "wrn28_10": 10, "vgg16_bn": 4, "densenet40": 8}
@@ -190,3 +193,18 @@ def test_the_command_goes_on_from_a_dense_run(tmp_path: Path, capsys: pytest.Cap
     assert weights and all(torch.equal(own[n], others_[n]) for n in weights)
     assert cli.main(["evaluate", str(run), "--attack", "pgd1", "--limit", "16"]) == 0
     assert "GFLOPs" in capsys.readouterr().out
+
+
+def test_experts_are_shared_at_first_unless_they_were_apart(tmp_path: Path) -> None:
+    """What upcycling makes are copies, which learn as one again before they part."""
+    data = load("digits")
+    small = {"num_classes": 10, "image_size": 8}
+    for kind in ("dense", "upcycled"):
+        config = RunConfig(ModelConfig("resnet18", kind, width=4, **small), DataConfig("digits"))
+        run = Run(tmp_path / kind)
+        run.create(config)
+        run.save({"model": build_model(config.model).state_dict()}, "best")
+    for init, shared in ((None, 3), ("dense", 3), ("upcycled", 0)):
+        folder = None if init is None else str(tmp_path / init)
+        config = RunConfig(ModelConfig("resnet18", "upcycled", width=4), DataConfig("digits"), epochs=4, init=folder)
+        assert resolve(config, data).routing.share_epochs == shared
