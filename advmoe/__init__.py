@@ -6,6 +6,7 @@ Imports point one way: cli → training, evaluation → attacks, objectives → 
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,11 +20,16 @@ __all__ = ["__version__", "create_model", "upcycle"]
 def __getattr__(name: str) -> Any:
     """Loads torch when something is asked for, so that the command can set what torch reads when it is loaded."""
     if name == "__version__":
-        from moe_kernels import __version__
+        value: Any = importlib.import_module("moe_kernels").__version__
+    elif name in __all__:
+        value = getattr(importlib.import_module(".models", __name__), name)
+    elif not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        value = importlib.import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
-        return __version__
-    if name in __all__:
-        from . import models
 
-        return getattr(models, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -41,7 +41,7 @@ from .routers import NonFiniteRouterError, list_routers, routers_of
 from .tables import percent, table
 from .training import Interrupted, NonFiniteLossError, Run, StepError, resume, train
 from .training.evaluation import evaluate_run, write_record
-from .training.parallel import ProcessLost, joined
+from .training.parallel import ProcessLost, joined, resume_command
 from .training.runs import build_model
 
 __all__ = ["main"]
@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # a closed pipe shows here at the latest
         return code
     except Interrupted as error:
-        print(f"interrupted; go on with: advmoe train --resume {error.args[0]}", file=sys.stderr)
+        if int(os.environ.get("RANK", "0")) == 0:  # of several processes the first reports
+            print(f"interrupted; go on with: {resume_command(error.args[0])}", file=sys.stderr)
         return RESUMABLE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -207,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run folder")
     p.add_argument("--limit", type=int, metavar="N", help="the first N test images")
-    p.add_argument("--out", type=Path, metavar="FILE", help="the JSON file to write; in the run's folder by default")
+    p.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write; a run has one in its folder by default")
     p.add_argument("--batch-size", type=int, default=128, help="images at once")
     p.add_argument("--epsilon", type=float, help="the run's training radius, or the data's, by default")
     p.add_argument("--threads", type=_positive, help="CPU threads; torch's own choice by default")
@@ -374,6 +375,8 @@ def _train(o: argparse.Namespace) -> None:
 def _evaluate(o: argparse.Namespace) -> None:
     if o.threads is not None:
         torch.set_num_threads(o.threads)
+    if o.out is not None and (o.out.is_dir() or not o.out.parent.is_dir()):  # not only behind hours of attacks
+        raise ValueError(f"--out: expected a file in a folder that is there, got {o.out}")
     _fetch(o)
     done = evaluate_run(
         o.source, o.attack or ["pgd50x2"], checkpoint=o.checkpoint, data=o.data, data_dir=o.data_dir,

@@ -36,8 +36,9 @@ def imported(name: str) -> Any:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         hint = ""
-        if isinstance(error, ModuleNotFoundError) and error.name == module:
-            hint = f"; run it where {module}.py is, or name its folder in PYTHONPATH"
+        package = module.partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
+            hint = f"; run it where {package} is, or name its folder in PYTHONPATH"
         raise ValueError(f"{name} cannot be loaded: {type(error).__name__}: {error}{hint}") from error
 
 

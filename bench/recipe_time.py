@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m bench.recipe_time``: how long recipes take on this machine, without running them whole.
 
+``OMP_WAIT_POLICY=passive`` in the environment makes it wait as ``advmoe`` does.
+
 An epoch of each phase is trained (AT (Sparse) has three, a MoE whose experts are first shared two) and the result is
 evaluated as the recipe says; a row's time is each phase's epoch times their number, and the evaluation.
 """
@@ -56,15 +58,15 @@ def shortened(config: RunConfig) -> tuple[RunConfig, tuple[int, ...]]:
 
 
 def in_order(catalog: Catalog, names: Sequence[str], scale: str) -> list[Plan]:
-    """The runs of these recipes, each once and behind the one whose weights it begins with."""
+    """These recipes, each behind the one whose weights it begins with."""
     plans: dict[str, Plan] = {}
 
     def add(name: str) -> None:
-        plan = catalog.plan(catalog.plan(name, scale).run, scale)
-        if plan.run not in plans:
+        plan = catalog.plan(name, scale)
+        if name not in plans:
             if plan.config.init is not None:
                 add(plan.config.init)
-            plans[plan.run] = plan
+            plans[name] = plan
 
     for name in names:
         add(name)
@@ -113,7 +115,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         sweep = Sweep(catalog, o.scale, SweepOptions(Path(folder), o.data_dir, o.threads))
         for plan in in_order(catalog, [recipe.name for recipe in recipes], o.scale):
-            times.append(measure(plan.run, sweep.config(plan, 0), plan.evaluation, sweep.folder(plan.run, 0)))
+            name = plan.recipe.name
+            times.append(measure(name, sweep.config(plan, 0), plan.evaluation, sweep.folder(name, 0)))
             print(" | ".join(row(times[-1])), flush=True)
             if o.json is not None:
                 keep(o.json, times[-1], o.scale, machine)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .narrow import extras, narrow
+from .narrow import narrow, peculiarity
 from .nn import RoutedConv2d
 from .routing import Routing
 
@@ -143,7 +143,9 @@ def _chosen(model: nn.Module, where: Where | None) -> dict[str, nn.Conv2d]:
 def _refusal(conv: nn.Conv2d) -> str | None:
     if type(conv) is not nn.Conv2d:
         return f"it is a {type(conv).__name__}, and what that does beyond nn.Conv2d would be lost"
-    return extras(conv)
+    if conv._backward_hooks or conv._backward_pre_hooks:
+        return "it has hooks, which would be lost"
+    return peculiarity(conv)
 
 
 def _routed(conv: nn.Conv2d, num_experts: int, make: RouterFactory) -> SelfRoutedConv2d:

@@ -111,7 +111,7 @@ class _Graph:
             return self._kept(node)
         if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
             return self._flattened(node)
-        if type(module) not in (nn.Conv2d, nn.BatchNorm2d, nn.Linear) or extras(module) is not None:
+        if type(module) not in (nn.Conv2d, nn.BatchNorm2d, nn.Linear) or peculiarity(module) is not None:
             return self._unknown(node)
         if isinstance(module, nn.Conv2d) and (not source or _size(source) == module.in_channels):
             return self._convolution(module, source)
@@ -227,11 +227,13 @@ class _Graph:
         return self._unknown(node)
 
 
-def extras(module: nn.Module) -> str | None:
-    """What a module with a weight has besides its class's forward and parameters of its own, or None."""
+def peculiarity(module: nn.Module) -> str | None:
+    """What a module's forward does beside its class's on parameters of its own, or None."""
     if any(name not in module._parameters for name in ("weight", "bias")):
-        return "its weight is computed from something else"
-    if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)):
+        return "its weight or bias is computed from something else"
+    if "forward" in vars(module):
+        return "it has a forward of its own, which would be lost"
+    if module._forward_hooks or module._forward_pre_hooks:
         return "it has hooks, which would be lost"
     return None
 

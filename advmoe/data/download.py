@@ -98,6 +98,11 @@ def download(name: str, folder: str | Path) -> Path:
     if target.exists():
         absent = next(each for each in archive.content if not (target / each).exists())
         raise DataError(f"{name}: {target} is there and has no {absent}; remove it to fetch it anew")
+    if not archive.url.endswith(".zip") and not hasattr(tarfile, "data_filter"):
+        raise DataError(
+            f"{name}: this Python cannot unpack {archive.url} safely (3.10.12, 3.11.4 and later can); fetch and unpack "
+            f"it yourself, and pass --data-dir with the folder that holds {archive.folder}"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=folder) as temporary:
@@ -147,11 +152,6 @@ def _unpack(name: str, archive: Archive, file: Path, content: Path) -> None:
         if file.suffix == ".zip":
             with zipfile.ZipFile(file) as packed:
                 packed.extractall(content)  # leaves out what would lie outside
-        elif not hasattr(tarfile, "data_filter"):
-            raise DataError(
-                f"{name}: this Python cannot unpack {file.name} safely (3.10.12, 3.11.4 and later can); unpack "
-                f"{archive.url} yourself and pass --data-dir with the folder that holds {archive.folder}"
-            )
         else:
             with tarfile.open(file) as packed_tar:
                 packed_tar.extractall(content, filter="data")

@@ -72,8 +72,8 @@ def evaluate(
         workers: processes that decode images ahead; the split's own choice by default.
 
     Raises:
-        ValueError: if there are no images, ``limit`` or ``batch_size`` is below 1, or the model has no score for each
-            class.
+        ValueError: if there are no images, ``limit`` or ``batch_size`` is below 1, or the model has no score for a
+            class that an image is of.
         NonFiniteGradientError: if an attack's gradient is NaN or infinite.
     """
     split = split.first(limit)
@@ -111,9 +111,11 @@ def evaluate(
 def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
         scores = model(images)
-    if scores.dim() != 2 or len(scores) != len(labels) or scores.shape[1] <= int(labels.max()):
+    fits = isinstance(scores, Tensor) and scores.dim() == 2 and len(scores) == len(labels)
+    if not fits or scores.shape[1] <= int(labels.max()):
+        found = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         wanted = f"[{len(labels)}, classes] with a score for class {int(labels.max())}"
-        raise ValueError(f"model: expected scores {wanted}, got shape {tuple(scores.shape)} for {tuple(images.shape)}")
+        raise ValueError(f"model: expected scores {wanted}, got {found} for images {tuple(images.shape)}")
     return scores.argmax(1) == labels
 
 

@@ -29,7 +29,7 @@ from ..models import router_parameters, upcycle
 from ..routers import FixedRouter, NonFiniteRouterError, RouterOptions, routers_of
 from ..sparse import masked_convolutions
 from .methods import Batch, Method, NonFiniteLossError, StepResult, build_method
-from .parallel import ALONE, ProcessLost, World, lost
+from .parallel import ALONE, ProcessLost, World, lost, resume_command
 from .runs import Run, RunError, build_model, load_checkpoint, load_model
 from .watch import COLLAPSED, RouterWatch
 
@@ -152,12 +152,11 @@ class Trainer:
         try:
             if self.world.size > 1 and not self.run.checkpoint().exists():
                 self.save()  # a process may be lost at any time
-            with _sigterm_interrupts(self.world.size > 1):
-                while self.epoch < self.config.epochs:
-                    self._train_epoch()
-                    self._require_finite_weights("end")
-                    self.save()  # an epoch's work is not lost to a Ctrl-C during its validation
-                    self._finish_epoch()
+            while self.epoch < self.config.epochs:
+                self._train_epoch()
+                self._require_finite_weights("end")
+                self.save()  # an epoch's work is not lost to a Ctrl-C during its validation
+                self._finish_epoch()
         except KeyboardInterrupt as error:
             if self.run.checkpoint().exists():
                 raise Interrupted(self.run.folder) from error
@@ -167,7 +166,7 @@ class Trainer:
                 first = str(error).strip().splitlines()[0]
                 raise ProcessLost(
                     f"another of the {self.world.size} processes has ended ({first}); {self._checkpointed()}; go on "
-                    f"with: torchrun … -m advmoe train --resume {self.run.folder}"
+                    f"with: {resume_command(self.run.folder)}"
                 ) from error
             raise
         finally:
@@ -510,24 +509,6 @@ def load_data(config: RunConfig, world: World = ALONE) -> DataSet:
 
 
 @contextmanager
-def _sigterm_interrupts(really: bool) -> Iterator[None]:
-    """Takes SIGTERM, by which torchrun ends its processes when one is lost, for a Ctrl-C."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt) if really else None
-    except ValueError:  # not in the main thread: whoever runs us handles signals
-        before = None
-    try:
-        yield
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
 def _ctrl_c(end: bool = False) -> Iterator[Any]:
     """Lets a step finish: the first Ctrl-C is noted and asked for, the second raises as ever.
 
@@ -544,16 +525,17 @@ def _ctrl_c(end: bool = False) -> Iterator[Any]:
             raise KeyboardInterrupt
         seen = True
 
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        yield lambda: False
-        return
+    signals = [n for n in (signal.SIGINT, signal.SIGTERM)[: 2 if end else 1] if signal.getsignal(n) is not signal.SIG_IGN]
     try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, *((signal.SIGTERM,) if end else ()))}
+        before = {number: signal.signal(number, note) for number in signals}
     except ValueError:  # not in the main thread: whoever runs us handles signals
-        yield lambda: False
-        return
+        before = {}
     try:
         yield lambda: seen
+    except BaseException:
+        if signal.SIGTERM in before:  # there is something to be said, and torchrun may send it at any time
+            before[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -6,11 +6,13 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moe_kernels.collectives import all_reduce
 from moe_kernels.sync import synchronize_batch_norms
 
-__all__ = ["ALONE", "ProcessLost", "Reduced", "World", "joined", "lost"]
+__all__ = ["ALONE", "ProcessLost", "Reduced", "World", "joined", "lost", "resume_command"]
 
 # what gloo and nccl say when another process is gone
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed out|broken pipe|remote process|socket", re.IGNORECASE)
@@ -139,11 +141,43 @@ def joined(device: str = "auto") -> Iterator[World]:
     if dist.get_rank():  # the first reports for all
         logger.setLevel(logging.ERROR)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), dist.new_group(timeout=_PATIENCE))
+        with _sigterm_interrupts():
+            yield World(dist.get_rank(), dist.get_world_size(), dist.new_group(timeout=_PATIENCE))
     finally:
         logger.setLevel(level)
         if own:
             dist.destroy_process_group()
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Takes SIGTERM, by which torchrun ends its processes when one is lost, for a Ctrl-C. Behind an error it is ignored:
+    the process ends by itself, and says why first."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        if before is not signal.SIG_IGN:
+            signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not in the main thread: whoever runs us handles signals
+        before = signal.SIG_IGN
+    if before is signal.SIG_IGN:
+        yield
+        return
+    try:
+        yield
+    except BaseException:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
+    signal.signal(signal.SIGTERM, before)
+
+
+def resume_command(folder: object) -> str:
+    """What goes on with a run in as many processes as there are now."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    return f"{'advmoe' if alone else 'torchrun … -m advmoe'} train --resume {folder}"
 
 
 def lost(error: BaseException) -> bool:

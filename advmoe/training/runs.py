@@ -151,12 +151,16 @@ def load_model(source: str | Path, checkpoint: str = "best") -> tuple[nn.Module,
     path = Path(source)
     if path.is_dir():
         run = Run(path)
-        run.config()
+        ours = run.config()
         path = run.checkpoint(checkpoint)
         if not path.exists() and checkpoint == "best" and run.checkpoint("last").exists():
+            done, before = len(run.metrics()), ours.method.pretrain_epochs + ours.method.mask_epochs
+            before = max(before, ours.routing.share_epochs or 0)
             why = "no epoch has been validated yet"
-            if run.metrics():
-                why = "the best is chosen behind the epochs that share experts or learn a mask, and none is there yet"
+            if done:
+                why = "it is not there"
+            if 0 < done <= before:
+                why = f"the best is chosen behind the first {before} epochs, which share experts or learn a mask"
             raise RunError(f"{path}: {why}; evaluate the last state with --checkpoint last")
         if not path.exists():
             raise RunError(f"{path}: the run has no such checkpoint yet")

@@ -131,5 +131,6 @@ def run(name: str, world: World) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     with joined() as world:
-        results = {name: run(name, world) for name in CASES}
+        results: dict[str, Any] = {name: run(name, world) for name in CASES}
+        results["total"] = world.total(torch.tensor([world.rank, 2 + world.rank]))
         torch.save(results, f"{sys.argv[1]}/{world.rank}.pt")

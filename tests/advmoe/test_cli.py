@@ -222,6 +222,7 @@ def test_evaluate_takes_any_module(
         "def build(classes=10):\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, classes))\n"
         "def few():\n    return build(5)\n"
         "def sized(classes):\n    return build(classes)\n"
+        "class Pair(torch.nn.Module):\n    def forward(self, x):\n        return x, x\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert main(["evaluate", "mine:build", "--data", "digits", "--attack", "pgd2", "--limit", "10"]) == 0
@@ -232,14 +233,19 @@ def test_evaluate_takes_any_module(
     for source, message in {
         "mine:absent": "mine:absent cannot be loaded: AttributeError",
         "mine:few": "model: expected scores [128, classes] with a score for class 9, got shape (128, 5)",
+        "mine:Pair": "model: expected scores [128, classes] with a score for class 9, got tuple",
         "mine:sized": "mine:sized: expected a function that is called without arguments: missing a required argument",
-        "absent_mine:build": "run it where absent_mine.py is, or name its folder in PYTHONPATH",
+        "absent_mine:build": "run it where absent_mine is, or name its folder in PYTHONPATH",
         str(tmp_path / "mine.py"): "expected a run folder, a checkpoint file or module:function, such as mine:model",
     }.items():
         assert main(["evaluate", source, "--data", "digits"]) == 2
         assert message in capsys.readouterr().err
+    wanted = ["evaluate", "mine:build", "--data", "digits", "--attack", "pgd1", "--out"]
+    for nowhere in (tmp_path, tmp_path / "absent" / "mine.json"):
+        assert main([*wanted, str(nowhere)]) == 2
+        assert f"--out: expected a file in a folder that is there, got {nowhere}" in capsys.readouterr().err
     out = tmp_path / "mine.json"
-    assert main(["evaluate", "mine:build", "--data", "digits", "--attack", "pgd1", "--out", str(out)]) == 0
+    assert main([*wanted, str(out)]) == 0
     assert f"written to {out}" in capsys.readouterr().out and json.loads(out.read_text())["data"] == "digits"
 
 
@@ -462,6 +468,20 @@ def test_waiting_threads_sleep_unless_told_otherwise() -> None:
             [sys.executable, "-c", COMMAND], capture_output=True, text=True, check=True, env=environment
         )
         assert done.stdout.split() == ["False", "advmoe", __version__, found]
+
+
+def test_ctrl_c_while_torch_is_loaded() -> None:
+    stub = "import sys\nclass Stub:\n    def find_spec(self, name, *rest):\n        if name == 'advmoe.cli':\n" \
+           "            raise KeyboardInterrupt\nsys.meta_path.insert(0, Stub())\n" \
+           "from advmoe.__main__ import main\nsys.exit(main())\n"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", stub], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_the_package_shows_what_is_in_it() -> None:
+    code = "import advmoe\nassert 'upcycle' in dir(advmoe)\nprint(advmoe.routers.__name__, hasattr(advmoe, 'absent'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["advmoe.routers", "False"]
 
 
 def test_the_module_runs_as_a_command() -> None:

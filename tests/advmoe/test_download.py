@@ -106,7 +106,7 @@ def test_fetched_checked_and_unpacked(
         ("folder", r"has no folder cifar-10-batches-py"),
         ("outside", r"cannot be unpacked \(OutsideDestinationError"),
         ("disk full", r"target cannot be written: No space left"),
-        ("old Python", r"this Python cannot unpack cifar.tar.gz safely"),
+        ("old Python", r"this Python cannot unpack http.*cifar.tar.gz safely"),
     ],
 )
 def test_nothing_is_left_of_a_fault(
@@ -141,7 +141,7 @@ def test_nothing_is_left_of_a_fault(
     target = tmp_path / "target"
     with pytest.raises(DataError, match=message):
         download("cifar10", target)
-    assert list(target.iterdir()) == [] and not list(tmp_path.rglob("escaped"))
+    assert list(target.glob("*")) == [] and not list(tmp_path.rglob("escaped"))
 
 
 def test_what_cannot_be_fetched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

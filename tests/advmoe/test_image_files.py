@@ -164,11 +164,11 @@ def test_imagenet_is_cut_from_files(imagenet: Path) -> None:
 
 
 def test_the_first_test_images_are_of_all_classes(imagenet: Path) -> None:
-    (imagenet / "val" / "n05" / "n05_1.JPEG").unlink()  # classes n05, n07
-    write_image(imagenet / "val" / "n07" / "n07_2.JPEG", (300, 280), seed=1)
+    (imagenet / "val" / "n07" / "n07_1.JPEG").unlink()  # of the last class
+    write_image(imagenet / "val" / "n05" / "n05_2.JPEG", (300, 280), seed=1)
     test = load("imagenet", imagenet).test
-    assert test.labels.tolist() == [0, 1, 1, 1]
-    assert [Path(file).stem for file in test.files] == ["n05_0", "n07_0", "n07_1", "n07_2"]
+    assert test.labels.tolist() == [0, 1, 0, 0]
+    assert [Path(file).stem for file in test.files] == ["n05_0", "n07_0", "n05_1", "n05_2"]
 
 
 def test_training_cuts_are_a_function_of_the_generator(imagenet: Path) -> None:

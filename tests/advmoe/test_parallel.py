@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from advmoe.training import Run
-from advmoe.training.parallel import ALONE, World, lost
+from advmoe.training.engine import _ctrl_c
+from advmoe.training.parallel import ALONE, World, _sigterm_interrupts, lost, resume_command
 
 HERE = Path(__file__).parent
 
@@ -61,6 +62,32 @@ def test_two_processes_are_one_with_the_joined_batch(by_two: list[dict[str, Any]
             assert torch.equal(first["state"][key], value), key
     for key, value in alone["losses"].items():
         assert (first["losses"][key] + second["losses"][key]) / 2 == pytest.approx(value, rel=max(1e-4, tolerance))
+
+
+def test_a_sum_is_over_both(by_two: list[dict[str, Any]]) -> None:
+    assert [each["total"].tolist() for each in by_two] == [[1, 5], [1, 5]]
+
+
+def test_sigterm_is_an_interruption_and_no_matter_behind_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun sends it to what is left when a process is lost, at any time."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(KeyboardInterrupt), _sigterm_interrupts():
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # while it is said: nothing comes of it
+        signal.signal(signal.SIGTERM, before)
+        with _sigterm_interrupts():
+            pass
+        assert signal.getsignal(signal.SIGTERM) == before
+        with _sigterm_interrupts(), pytest.raises(ValueError), _ctrl_c(end=True) as interrupted:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interrupted()  # a step ends first
+            raise ValueError
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert resume_command("RUN") == "advmoe train --resume RUN"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert resume_command("RUN") == "torchrun … -m advmoe train --resume RUN"
 
 
 def test_an_expert_is_really_unused_on_one_of_them() -> None:
@@ -113,27 +140,28 @@ def children(pid: int) -> list[int]:
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_a_lost_process_ends_the_run_resumably(tmp_path: Path, victim: int) -> None:
     """Resumed by as many processes it ends with the weights of an unbroken run, bit for bit."""
-    words = ["--method", "at", "--share-epochs", "0", "--epochs", "3", *COMMON, "--train-limit", "256"]
+    words = ["--method", "at", "--share-epochs", "0", "--epochs", "4", *COMMON, "--train-limit", "256"]
     run = tmp_path / "run"
     process = advmoe(*words, "--out", str(run))
     until = time.monotonic() + 120
+    workers: list[int] = []
     while not (run / "metrics.jsonl").exists() and time.monotonic() < until and process.poll() is None:
+        workers = workers if len(workers) == 2 else children(process.pid)
         time.sleep(0.05)
-    workers = children(process.pid)
-    assert len(workers) == 2 and (run / "last.pt").exists()
     os.kill(workers[victim], signal.SIGKILL)
+    assert (run / "last.pt").exists()
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert 1 <= len(Run(run).metrics()) < 3
+    assert 1 <= len(Run(run).metrics()) < 4
     if victim == 1:  # of the two the first reports, what it sees first: the other gone, or torchrun's SIGTERM
         assert "another of the 2 processes has ended" in err or "interrupted; go on with" in err
-        assert "train --resume" in err
+        assert f"torchrun … -m advmoe train --resume {run}" in err
     for rest in (["--resume", str(run)], [*words, "--out", str(tmp_path / "unbroken")]):
         again = advmoe(*rest)
         _, err = again.communicate(timeout=300)
         assert again.returncode == 0, err
     broken, unbroken = (torch.load(tmp_path / name / "last.pt", weights_only=False) for name in ("run", "unbroken"))
-    assert broken["epoch"] == unbroken["epoch"] == 3
+    assert broken["epoch"] == unbroken["epoch"] == 4
     assert set(broken["model"]) == set(unbroken["model"])
     assert all(torch.equal(broken["model"][key], value) for key, value in unbroken["model"].items())
 

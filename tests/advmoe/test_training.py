@@ -18,7 +18,7 @@ import torch
 from small_runs import ATTACK, assert_same_run, batch, interrupt_at, model, same, snapshot, tiny
 
 from advmoe.attacks import PGD, from_name
-from advmoe.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
+from advmoe.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, RoutingConfig, RunConfig
 from advmoe.data import load, stream_generator
 from advmoe.evaluation import evaluate
 from advmoe.models import backbone_parameters, create_model, record_routing, router_parameters
@@ -532,8 +532,11 @@ def test_a_model_comes_ready_to_be_used_and_only_from_what_was_asked_for(tmp_pat
     run = train(tiny(epochs=1), tmp_path / "run", quiet=True)
     for source in (run.folder, run.checkpoint("last")):
         assert not any(m.training for m in load_model(source)[0].modules())
-    run.checkpoint("best").unlink()  # as in a run whose experts are still shared
-    with pytest.raises(RunError, match=r"best\.pt: the best is chosen behind the epochs that share .*--checkpoint last"):
+    run.checkpoint("best").unlink()
+    with pytest.raises(RunError, match=r"best\.pt: it is not there; .*--checkpoint last"):
+        load_model(run.folder)
+    dataclasses.replace(run.config(), routing=RoutingConfig(share_epochs=3), epochs=4).save(run.config_path)
+    with pytest.raises(RunError, match=r"best\.pt: the best is chosen behind the first 3 epochs, which share .*last"):
         load_model(run.folder)
     run.metrics_path.unlink()  # as in one whose first epoch has not been validated
     with pytest.raises(RunError, match=r"best\.pt: no epoch has been validated yet; .*--checkpoint last"):

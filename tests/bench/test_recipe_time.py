@@ -38,11 +38,12 @@ def test_a_row_is_its_epochs_and_its_evaluation() -> None:
 def test_a_run_goes_behind_the_one_it_begins_with() -> None:
     fig3 = "fig3/cifar10/resnet18/"
     names = [f"{fig3}theta_double_bar/r0.5", f"{fig3}router_only/r0.5", "tableA2/cifar10/resnet18/at_moe/r0.5"]
-    order = [plan.run for plan in in_order(Catalog(), names, "cpu")]
-    assert order == [
+    plans = in_order(Catalog(), [*names, "table2/cifar10/resnet18/advmoe"], "cpu")
+    assert [plan.recipe.name for plan in plans] == [
         f"{fig3}m1_standard_moe/r0.5", f"{fig3}router_only/r0.5", f"{fig3}theta_double_bar/r0.5",
-        "table1/cifar10/resnet18/at_moe",
+        "tableA2/cifar10/resnet18/at_moe/r0.5", "table2/cifar10/resnet18/advmoe",
     ]  # fmt: skip
+    assert [plan.evaluation.attack for plan in plans[-2:]] == ["pgd50x2", "autoattack"]
 
 
 def test_measured_on_digits(tmp_path) -> None:

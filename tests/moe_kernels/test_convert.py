@@ -172,7 +172,9 @@ def test_saved_copied_compiled() -> None:
         ("subclass", {}, r"where: 1.conv1 cannot be converted: it is a Mine, and"),
         ("lazy", {}, r"where: 1.conv1 cannot be converted: it is a LazyConv2d"),
         ("hook", {}, r"where: 1.conv1 cannot be converted: it has hooks"),
-        ("parametrized", {}, r"where: 1.conv1 cannot be converted: it is a ParametrizedConv2d|weight is computed"),
+        ("backward hook", {}, r"where: 1.conv1 cannot be converted: it has hooks"),
+        ("forward", {}, r"where: 1.conv1 cannot be converted: it has a forward of its own"),
+        ("parametrized", {}, r"where: 1.conv1 cannot be converted: it is a ParametrizedConv2d"),
         (None, {"router": "heavy"}, r"router: expected 'light' or a function"),
         (None, {"num_experts": 0}, r"num_experts: expected at least 1, got 0"),
         (None, {"ratio": 1.5, "where": "1.*"}, r"ratio: expected 0 < ratio <= 1, got 1.5"),
@@ -197,6 +199,10 @@ def test_refused_and_left_as_it_was(change: str | None, arguments: dict, message
         model[1].conv1 = nn.LazyConv2d(8, 3, padding=1)
     elif change == "hook":
         model[1].conv1.register_forward_hook(lambda *args: None)
+    elif change == "backward hook":
+        model[1].conv1.register_full_backward_hook(lambda *args: None)
+    elif change == "forward":
+        model[1].conv1.forward = lambda x: 2 * x
     elif change == "parametrized":
         nn.utils.parametrizations.weight_norm(model[1].conv1)
     modules = list(model.modules())
