@@ -28,6 +28,7 @@ def describe() -> dict[str, str | int]:
         "isa": CpuBackend().isa(),
         "onednn_max_isa": os.environ.get("ONEDNN_MAX_CPU_ISA", "default"),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
+        "gomp_spincount": os.environ.get("GOMP_SPINCOUNT", "default"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "moe_kernels": moe_kernels.__version__,

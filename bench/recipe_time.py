@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m bench.recipe_time``: how long recipes take on this machine, without running them whole.
 
-``OMP_WAIT_POLICY=passive`` in the environment makes it wait as ``advmoe`` does.
-
 An epoch of each phase is trained (AT (Sparse) has three, a MoE whose experts are first shared two) and the result is
 evaluated as the recipe says; a row's time is each phase's epoch times their number, and the evaluation.
 """
