@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import sys
 
-
 SPINS = 10_000  # of 300,000: about as fast alone, twice as fast beside another program (docs/performance.md)
 
 
