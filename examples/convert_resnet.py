@@ -73,12 +73,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="digits")
     parser.add_argument("--data-dir")
+    parser.add_argument("--train-limit", type=int)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     o = parser.parse_args()
-    data = load(o.data, o.data_dir, seed=o.seed)
+    data = load(o.data, o.data_dir, o.train_limit, seed=o.seed)
 
     def run(name: str, width: int, num_experts: int | None, ratio: float | None, at: int) -> None:
         """Trains as a dense network until epoch ``at``, then as a routed one."""
