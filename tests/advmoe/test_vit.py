@@ -61,6 +61,21 @@ def test_a_dense_one_has_the_names_and_shapes_of_timm(arch: str, features: int, 
     assert sum(p.numel() for p in model.parameters()) == params
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize(("arch", "features", "heads"), [("deit_tiny", 192, 3), ("vit_small", 384, 6)])
+def test_the_weights_of_timm_give_what_they_give_there(arch: str, features: int, heads: int) -> None:
+    try:  # it wants torchvision, which not every torch has a fitting one of
+        from timm.models.vision_transformer import VisionTransformer
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"timm cannot be imported: {error}")
+    torch.manual_seed(0)
+    theirs = VisionTransformer(embed_dim=features, num_heads=heads).eval()
+    ours = create_model(arch, "dense", num_classes=1000, image_size=224, normalize=False).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.rand(2, 3, 224, 224)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
 def test_cost_against_a_hand_count() -> None:
     """DeiT-Tiny at 224 pixels: 197 tokens, attention included."""
     with torch.device("meta"):
