@@ -18,7 +18,7 @@ from moe_kernels import BackendUnavailable, __version__
 from moe_kernels.routing import GATES
 
 from . import demo
-from .attacks import NonFiniteGradientError
+from .attacks import NAMES, NonFiniteGradientError
 from .config import (
     METHODS,
     PRECISIONS,
@@ -31,6 +31,7 @@ from .config import (
     RunConfig,
 )
 from .data import download, list_data
+from .evaluation import SUSPECT
 from .export import export
 from .models import list_models, router_parameters
 from .models.base import KINDS, LAYOUTS, ROUTE_PER, STEMS
@@ -40,7 +41,7 @@ from .recipes import SCALES, SweepOptions, reproduce
 from .routers import NonFiniteRouterError, list_routers, routers_of
 from .tables import percent, table
 from .training import Interrupted, NonFiniteLossError, Run, StepError, resume, train
-from .training.evaluation import evaluate_run, write_record
+from .training.evaluation import EvaluatedRun, evaluate_run, write_record
 from .training.parallel import ProcessLost, joined, resume_command
 from .training.runs import build_model
 
@@ -201,13 +202,25 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--validation-attack", default=r.validation_attack, help="the attack of each epoch's validation")
     p.set_defaults(run=_train)
 
-    p = commands.add_parser("evaluate", help="SA and RA on the test set", **common)
+    p = commands.add_parser("evaluate", help="SA and RA on the test set, and whether RA can be believed", **common)
     p.add_argument("source", metavar="RUN", help="a run folder, a checkpoint in one, or module:function")
-    p.add_argument(
-        "--attack", action="append", help="pgd<steps>[x<restarts>][-ce|-kl|-margin]; repeatable; pgd50x2 if none"
-    )
+    p.add_argument("--attack", action="append", help=f"repeatable; pgd50x5 and autoattack if none. {NAMES}")
     p.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run folder")
     p.add_argument("--limit", type=int, metavar="N", help="the first N test images")
+    p.add_argument(
+        "--autoattack-limit",
+        type=_positive,
+        default=1000,
+        metavar="N",
+        help="at most N of them for AutoAttack, which is slow",
+    )
+    p.add_argument(
+        "--checks",
+        type=int,
+        default=128,
+        metavar="N",
+        help="images for the curve over the radius and for the signs of gradient masking; 0: neither",
+    )
     p.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write; a run has one in its folder by default")
     p.add_argument("--batch-size", type=int, default=128, help="images at once")
     p.add_argument("--epsilon", type=float, help="the run's training radius, or the data's, by default")
@@ -378,33 +391,64 @@ def _evaluate(o: argparse.Namespace) -> None:
     if o.out is not None and (o.out.is_dir() or not o.out.parent.is_dir()):  # not only behind hours of attacks
         raise ValueError(f"--out: expected a file in a folder that is there, got {o.out}")
     _fetch(o)
+    if o.checks < 0:
+        raise ValueError(f"--checks: expected at least 0, got {o.checks}")
     done = evaluate_run(
-        o.source, o.attack or ["pgd50x2"], checkpoint=o.checkpoint, data=o.data, data_dir=o.data_dir,
+        o.source, o.attack or ["pgd50x5", "autoattack"], checkpoint=o.checkpoint, data=o.data, data_dir=o.data_dir,
         test_limit=o.test_limit, limit=o.limit, epsilon=o.epsilon, batch_size=o.batch_size, seed=o.seed,
-        device=o.device, progress=True,
+        device=o.device, progress=True, autoattack_limit=o.autoattack_limit, checks=o.checks, latency=(1, 32),
     )  # fmt: skip
-    result = done.result
-    rows = [
-        [
-            n,
-            percent(result.sa),
-            percent(a.ra),
-            "-" if a.flip_rate is None else percent(a.flip_rate),
-            percent(a.zero_gradient),
-        ]
-        for n, a in result.attacks.items()
-    ]
-    print(table(["attack", "SA", "RA", "flip rate", "no gradient"], rows))
-    for outcome in result.attacks.values():
-        print(outcome.description)
-    print(
-        f"{result.images} test images, {done.data.num_classes} classes; {done.cost.gflops:.4f} GFLOPs an image (a "
-        "multiply-accumulate as 1)"
-    )
+    _print_evaluation(done)
     path = o.out or done.path
     if path is not None:
         write_record(path, done.record)
         print(f"written to {path}")
+
+
+def _print_evaluation(done: EvaluatedRun) -> None:
+    result, scrutiny = done.result, done.scrutiny
+    red = done.record["suspect"]
+    rows = [
+        [
+            name,
+            str(a.images),
+            percent(a.ra) + (" !" if red else ""),
+            "-".join(f"{100 * end:.1f}" for end in a.interval),
+            "-" if a.flip_rate is None else percent(a.flip_rate),
+            "-" if a.zero_gradient is None else percent(a.zero_gradient),
+        ]
+        for name, a in result.attacks.items()
+    ]
+    low, high = result.sa_interval
+    print(f"SA {percent(result.sa)} (95 %: {100 * low:.1f} to {100 * high:.1f}) of {result.images} test images\n")
+    print(table(["attack", "images", "RA", "95 %", "flip rate", "no gradient"], rows))
+    if red:
+        print(f"! {SUSPECT} ({', '.join(red)})")
+    for name, outcome in result.attacks.items():
+        print(f"{name}: {outcome.description}")
+        if len(outcome.stages) > 1:
+            print("  RA after " + ", ".join(f"{attack} {percent(ra)}" for attack, ra in outcome.stages.items()))
+        for warning in outcome.warnings:
+            print(f"  warning: {warning}")
+    print("\nflip rate, no gradient: of the attacked images, which are those that are right when clean")
+    if scrutiny is not None:
+        print(f"\nchecks on {scrutiny.curve.images} images")
+        for c in scrutiny.checks:
+            state = {True: "passed", False: "FAILED", None: "not asked"}[c.passed]
+            print(f"  {state:9s}  {c.name}: {c.measured}" + (f"; {c.means}" if c.passed is False else ""))
+    first = next(iter(result.attacks.values()), None)
+    classes = [
+        [str(i), "-" if sa is None else percent(sa), "-" if first is None or ra is None else percent(ra)]
+        for i, (sa, ra) in enumerate(zip(result.class_sa, first.class_ra if first else result.class_sa, strict=True))
+    ]
+    if len(classes) <= 20:
+        print(f"\n{table(['class', 'SA', f'RA {next(iter(result.attacks), None)}'], classes)}")
+    print(
+        f"\n{done.cost.gflops:.4f} GFLOPs an image (a multiply-accumulate as 1), {done.cost.params / 1e6:.2f} M "
+        "parameters; "
+        + ", ".join(f"{t.median_ms:.2f} ms for a batch of {t.batch_size}" for t in done.latency)
+        + f" (median of {done.latency[0].repeats}, {torch.get_num_threads()} threads, torch {torch.__version__})"
+    )
 
 
 def _export(o: argparse.Namespace) -> None:

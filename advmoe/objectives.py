@@ -15,6 +15,7 @@ __all__ = [
     "BALANCE_LOSSES",
     "balance_loss",
     "cross_entropy",
+    "dlr_loss",
     "kl_divergence",
     "margin_loss",
     "router_pseudo_label_loss",
@@ -61,6 +62,21 @@ def margin_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tens
     own = logits.gather(1, labels[:, None])
     others = logits.masked_fill(F.one_hot(labels, logits.shape[1]).bool(), float("-inf")).amax(1)
     each = others - own.squeeze(1)
+    return each if reduction == "none" else each.sum() if reduction == "sum" else each.mean()
+
+
+def dlr_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
+    """``-(z_y - max_{j != y} z_j) / (z_1st - z_3rd)``, the difference of logits ratio (Croce and Hein 2020): as the
+    margin positive exactly where the prediction is wrong, and the same for logits times any number. The first and the
+    third may be equal: 1e-12 is added below.
+
+    Raises:
+        ValueError: if there are fewer than three classes.
+    """
+    if logits.shape[1] < 3:
+        raise ValueError(f"dlr: expected logits of at least 3 classes, got {logits.shape[1]}")
+    first_three = _wide(logits).topk(3, dim=1).values
+    each = margin_loss(logits, labels, reduction="none") / (first_three[:, 0] - first_three[:, 2] + 1e-12)
     return each if reduction == "none" else each.sum() if reduction == "sum" else each.mean()
 
 

@@ -151,7 +151,8 @@ def measure_latency(
 ) -> list[Latency]:
     """Times the models in turn, A B A B, so that they share what else the machine does; after a warm-up.
 
-    The images are random, so that routed models use the experts that they would use. Modes are restored.
+    The images are random, so that routed models use the experts that they would use. Modes are restored. On a CUDA device
+    each timing waits for it.
 
     Raises:
         ValueError: if there is nothing to time.
@@ -161,7 +162,9 @@ def measure_latency(
             raise ValueError(f"{name}: expected at least 1, got {value}")
     generator = torch.Generator().manual_seed(0)
     images = torch.rand((batch_size, channels, image_size, image_size), generator=generator)
-    images = images.contiguous(memory_format=torch.channels_last)
+    device = next((p.device for model in models for p in model.parameters()), torch.device("cpu"))
+    images = images.contiguous(memory_format=torch.channels_last).to(device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times: list[list[float]] = [[] for _ in models]
     with contextlib.ExitStack() as stack:
         for model in models:
@@ -169,8 +172,10 @@ def measure_latency(
         with torch.inference_mode():
             for repeat in range(repeats + 3):
                 for model, mine in zip(models, times, strict=True):
+                    wait()
                     start = time.perf_counter()
                     model(images)
+                    wait()
                     if repeat >= 3:
                         mine.append((time.perf_counter() - start) * 1e3)
     results = []

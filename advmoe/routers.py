@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -42,6 +42,7 @@ __all__ = [
     "observe_routers",
     "record_scores",
     "register_router",
+    "replay_routing",
     "router_class",
     "routers_of",
 ]
@@ -109,6 +110,7 @@ class Router(nn.Module):
         self.options = RouterOptions()
         self.routes = ""  # the name of the layer it routes; "" for all
         self.only: int | None = None  # every sample to this expert, without looking at it
+        self.replayed: Routing | None = None  # the next choice, whatever comes in: see replay_routing
         self.score_norm: ScoreNorm | None = None
         self._observers: list[Observer] = []
 
@@ -123,6 +125,8 @@ class Router(nn.Module):
         Raises:
             NonFiniteRouterError: if a score is not finite (looked at on the CPU, outside a trace).
         """
+        if self.replayed is not None:
+            return self.replayed
         if self.only is not None:
             expert = torch.full((len(x),), self.only, dtype=torch.int64, device=x.device)
             return Routing(expert, num_experts=self.num_experts)
@@ -278,6 +282,7 @@ class LightRouter(Router):
         moving = self.training and (bool(self.options.noise) or self.score_norm is not None)
         return (
             self.only is None
+            and self.replayed is None
             and self.options.top_k == 1
             and not self._observers
             and not moving
@@ -446,3 +451,15 @@ def observe_routers(model: nn.Module, observer: Observer) -> Iterator[None]:
     finally:
         for router in routers:
             router._observers.remove(observer)
+
+
+@contextmanager
+def replay_routing(choices: Mapping[Router, Routing]) -> Iterator[None]:
+    """Meanwhile these routers make these choices, whatever they see, and are not observed; gates are as given."""
+    for router, routing in choices.items():
+        router.replayed = routing
+    try:
+        yield
+    finally:
+        for router in choices:
+            router.replayed = None

@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Projected gradient descent in the L-infinity ball (Madry et al. 2018)."""
+"""Projected gradient descent in an L-infinity or L2 ball (Madry et al. 2018), on the prediction or on the routing."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..modes import undisturbed
-from ..objectives import cross_entropy, kl_divergence, margin_loss
+from ..objectives import cross_entropy, dlr_loss, kl_divergence, margin_loss
+from ..registry import unknown_name
+from .balls import NORMS, Ball, SharedGenerator
+from .routing import AGAINST, RoutingView
 
-__all__ = ["PGD", "AttackResult", "NonFiniteGradientError", "SharedGenerator", "from_name"]
+__all__ = ["LOSSES", "PGD", "AttackResult", "NonFiniteGradientError"]
 
-_NAME = re.compile(r"pgd(?P<steps>\d+)(?:x(?P<restarts>\d+))?(?:-(?P<loss>ce|kl|margin))?")
+LOSSES = ("ce", "kl", "margin", "dlr")
+# a choice that has been changed by this much is left alone, so that the gradient goes to the others
+_ENOUGH = 0.1
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -33,32 +37,35 @@ class AttackResult:
 
 
 @dataclass(frozen=True)
-class SharedGenerator:
-    """Draws for a batch of ``total`` images that several processes share; this one has those from ``start`` on."""
-
-    generator: torch.Generator
-    start: int
-    total: int
-
-
-@dataclass(frozen=True)
 class PGD:
-    """L-infinity PGD: ``steps`` ascents of ``step_size * sign(gradient)``, projected onto the ball and [0, 1].
+    """PGD: ``steps`` ascents of ``step_size`` along the gradient's sign (L2: its direction), projected onto the ball and
+    [0, 1].
 
     Args:
-        epsilon: radius, in units of the pixel range [0, 1].
+        epsilon: radius, in units of the pixel range [0, 1]; for L2 of the whole image.
         step_size: in the same units.
         steps: gradient steps for each start.
         restarts: starts; from the second on only samples that are not fooled yet are attacked.
-        loss: ``"ce"`` (cross-entropy with the label), ``"margin"`` (logit margin) or ``"kl"`` (KL from the model's own
-            clean prediction, TRADES' inner maximisation; the clean logits are computed once and detached).
+        loss: ``"ce"`` (cross-entropy with the label), ``"margin"`` (logit margin), ``"dlr"`` (difference of logits ratio)
+            or ``"kl"`` (KL from the model's own clean prediction, TRADES' inner maximisation; the clean logits are
+            computed once and detached).
         random_start: True: uniform in the ball; ``"gaussian"``: 0.001 * N(0, 1), TRADES' own; False: the clean image.
             Every start is projected onto the ball and [0, 1] before the first gradient.
         mode: ``"eval"``: the model is attacked in eval mode, and every module's mode is restored; ``"keep"``: as it is.
+        norm: ``"linf"`` or ``"l2"``.
+        against: what is attacked, of :data:`advmoe.attacks.AGAINST`. ``"router"`` and ``"flip"`` ascend, instead of the
+            loss, the sum over all choices of ``min(best other score - lowest chosen score, 0.1)``, where "chosen" is
+            meant of the clean image; ``"joint"`` ascends the loss plus ``router_weight`` times the mean over the choices.
+        eot: forwards whose gradients are averaged in each step (expectation over transformation, Athalye et al. 2018),
+            for models that draw something in eval mode. A sample then counts as fooled where all of them are wrong.
+        retire: leave a sample alone from the first iterate on that fools the model, which is returned: the attack is as
+            strong and cheaper. Without it every start ends at its last iterate, as attacks in training do.
 
     Raises:
         ValueError: for a setting that is unknown or out of range, and for ``loss="kl"`` without a random start: at the
             clean image itself KL from the clean prediction has no gradient.
+
+    "Fooled" is a wrong prediction; for ``against="flip"``, that all choices of the sample have changed.
 
     A call leaves modes, ``requires_grad``, BatchNorm statistics and ``.grad`` as they were, also when it raises. It
     computes no gradient of any parameter.
@@ -71,29 +78,43 @@ class PGD:
     loss: str = "ce"
     random_start: bool | str = True
     mode: str = "eval"
+    norm: str = "linf"
+    against: str = "prediction"
+    router_weight: float = 1.0
+    eot: int = 1
+    retire: bool = False
 
     def __post_init__(self) -> None:
-        if self.loss not in ("ce", "kl", "margin"):
-            raise ValueError(f"loss: expected ce, kl or margin, got {self.loss!r}")
+        if self.loss not in LOSSES:
+            raise unknown_name("loss", self.loss, LOSSES)
         if not isinstance(self.random_start, bool) and self.random_start != "gaussian":
             raise ValueError(f"random_start: expected True, False or 'gaussian', got {self.random_start!r}")
-        if self.mode not in ("eval", "keep"):
-            raise ValueError(f"mode: expected eval or keep, got {self.mode!r}")
-        if not (0 <= self.epsilon < math.inf and 0 <= self.step_size < math.inf):
-            raise ValueError(
-                f"epsilon and step_size: expected finite numbers of at least 0, got {self.epsilon} and {self.step_size}"
-            )
+        for name, known in (("mode", ("eval", "keep")), ("norm", NORMS), ("against", tuple(AGAINST))):
+            if getattr(self, name) not in known:
+                raise unknown_name(name, getattr(self, name), known)
+        for name in ("epsilon", "step_size", "router_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)}")
         if self.loss == "kl" and self.random_start is False:
             raise ValueError(
                 "random_start: expected True or 'gaussian' with loss 'kl', which is flat at the clean image; got False"
             )
-        if self.steps < 1 or self.restarts < 1:
-            raise ValueError(f"steps and restarts: expected at least 1, got {self.steps} and {self.restarts}")
+        for name in ("steps", "restarts", "eot"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
 
     def describe(self) -> str:
         start = {True: "uniform start", False: "no random start", "gaussian": "Gaussian start"}[self.random_start]
-        text = f"PGD-{self.steps} ({self.loss}), L-inf epsilon {self.epsilon:.4g}, step {self.step_size:.4g}, {start}"
-        return text if self.restarts == 1 else f"{text}, {self.restarts} restarts"
+        what = self.loss if self.against not in ("router", "flip") else "choices"
+        norm = {"linf": "L-inf", "l2": "L2"}[self.norm]
+        parts = [f"PGD-{self.steps} ({what}), {norm} epsilon {self.epsilon:.4g}, step {self.step_size:.4g}, {start}"]
+        if self.restarts > 1:
+            parts.append(f"{self.restarts} restarts")
+        if self.eot > 1:
+            parts.append(f"each gradient the mean of {self.eot}")
+        if self.against != "prediction":
+            parts.append(f"against {AGAINST[self.against]}")
+        return ", ".join(parts)
 
     def __call__(
         self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator | SharedGenerator | None = None
@@ -116,108 +137,141 @@ class PGD:
         Args:
             generator: for the random start; the same state gives the same images.
             extra_loss: of the images, to ``[]``; added to the summed loss that the attack ascends, and asked for behind
-                the attack's own forward of these images. With one start only: later ones attack fewer images.
+                the attack's own forward of these images. With one start and without ``retire`` only: else it would get
+                fewer images.
 
         Raises:
-            ValueError: if ``extra_loss`` comes with several restarts.
+            ValueError: if ``extra_loss`` comes with several restarts or ``retire``, if the attack is against routers and
+                the model has none, or if there are too few classes for the loss.
             NonFiniteGradientError: if a gradient is NaN or infinite.
         """
-        if extra_loss is not None and self.restarts > 1:
-            raise ValueError(f"extra_loss: expected restarts=1 with it, got restarts={self.restarts}")
+        if extra_loss is not None and (self.restarts > 1 or self.retire):
+            raise ValueError(
+                f"extra_loss: expected restarts=1 and retire=False with it, got {self.restarts} and {self.retire}"
+            )
         images, labels = images.detach(), labels.detach()
-        with undisturbed(model, eval_mode=self.mode == "eval"), torch.enable_grad():
+        view = RoutingView(model, self.against)
+        with undisturbed(model, eval_mode=self.mode == "eval"), torch.enable_grad(), view:
+            view.learn(images)
             clean_logits = None
             if self.loss == "kl":
                 with torch.no_grad():
                     clean_logits = model(images)
-            best, zero = self._ascend(model, images, labels, clean_logits, generator, extra_loss)
+            target = _Target(self, view, images, labels, clean_logits)
+            rows = torch.arange(len(images), device=images.device)
+            best, zero, fooled = self._start(target, rows, generator, extra_loss)
             if self.restarts == 1:
                 return AttackResult(best, zero)
-            with torch.no_grad():
-                logits = model(best)
-            best_loss = self._each(logits, labels, clean_logits)
-            fooled = logits.argmax(1) != labels
+            best_loss = best.new_full((len(best),), math.inf, dtype=torch.float32)
+            left = (~fooled).nonzero().squeeze(1)
+            if len(left):
+                best_loss[left], fooled[left] = target.judge(best[left], left)
             for _ in range(self.restarts - 1):
                 left = (~fooled).nonzero().squeeze(1)
                 if not len(left):
                     break
-                clean_left = None if clean_logits is None else clean_logits[left]
-                found, _ = self._ascend(model, images[left], labels[left], clean_left, generator, extra_loss)
-                with torch.no_grad():
-                    logits = model(found)
-                loss = self._each(logits, labels[left], clean_left)
-                now_fooled = logits.argmax(1) != labels[left]
-                better = now_fooled | (loss > best_loss[left])
+                found, _, now = self._start(target, left, generator, extra_loss)
+                loss = best_loss.new_full((len(left),), math.inf)
+                standing = (~now).nonzero().squeeze(1)
+                if len(standing):
+                    loss[standing], now[standing] = target.judge(found[standing], left[standing])
+                better = now | (loss > best_loss[left])
                 best[left[better]] = found[better]
                 best_loss[left[better]] = loss[better]
-                fooled[left] = now_fooled
+                fooled[left] = now
             return AttackResult(best, zero)
 
-    def _each(self, logits: Tensor, labels: Tensor, clean_logits: Tensor | None) -> Tensor:
-        """The attack's loss of each sample, ``[B]``."""
-        if self.loss == "ce":
-            return cross_entropy(logits, labels, reduction="none")
-        if self.loss == "margin":
-            return margin_loss(logits, labels, reduction="none")
-        assert clean_logits is not None
-        return kl_divergence(clean_logits, logits, reduction="none")
-
-    def _ascend(
+    def _start(
         self,
-        model: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        clean_logits: Tensor | None,
+        target: _Target,
+        rows: Tensor,
         generator: torch.Generator | SharedGenerator | None,
         extra_loss: Callable[[Tensor], Tensor] | None,
-    ) -> tuple[Tensor, Tensor]:
-        low, high = (images - self.epsilon).clamp_min_(0.0), (images + self.epsilon).clamp_max_(1.0)
-        x = torch.clamp(images + self._noise(images, generator), low, high)
-        zero = torch.ones(len(images), dtype=torch.bool, device=images.device)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One start for the images ``rows [n]``: where it ended, where the gradient was zero throughout, and which
+        samples are known to be fooled: none but those that were retired."""
+        ball = Ball(self.epsilon, self.norm)
+        images = target.images[rows]
+        x = ball.start(images, self.random_start, generator)
+        found = x.clone()
+        zero = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        fell = torch.zeros_like(zero)
+        live = torch.arange(len(rows), device=rows.device)
         for _ in range(self.steps):
-            x = x.detach().requires_grad_()
-            loss = self._each(model(x), labels, clean_logits).sum()
+            grad, fooled = self._gradient(target, x, rows[live], extra_loss)
+            if self.retire and bool(fooled.any()):
+                gone = live[fooled]
+                found[gone], fell[gone], zero[gone] = x[fooled], True, False
+                live, x, grad = live[~fooled], x[~fooled], grad[~fooled]
+                if not len(live):
+                    break
+            zero[live] &= grad.abs().flatten(1).amax(1) == 0 if len(live) else zero
+            x = ball.ascend(x, grad, images[live], self.step_size)
+        found[live] = x
+        return found, zero, fell
+
+    def _gradient(
+        self, target: _Target, x: Tensor, rows: Tensor, extra_loss: Callable[[Tensor], Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Of the summed loss with respect to ``x [n, ...]``, and which samples these images fool; zeros where all are to
+        be retired."""
+        x = x.detach().requires_grad_()
+        total, fooled = torch.zeros_like(x), torch.ones(len(x), dtype=torch.bool, device=x.device)
+        for _ in range(self.eot):
+            loss, now = target.look(x, rows)
+            fooled &= now
+            if self.retire and self.eot == 1 and len(x) and bool(now.all()):
+                break
+            summed = loss.sum()
             if extra_loss is not None:
-                loss = loss + extra_loss(x)
-            (grad,) = torch.autograd.grad(loss, x)
+                summed = summed + extra_loss(x)
+            (grad,) = torch.autograd.grad(summed, x)
             flat = grad.abs().flatten(1).amax(1) if len(x) else grad.new_zeros(0)
             if not bool(torch.isfinite(flat).all()):
                 bad = int((~torch.isfinite(flat)).sum())
                 raise NonFiniteGradientError(
-                    f"the gradient of {bad} of {len(x)} samples is not finite ({self.describe()}); loss {loss.item()}"
+                    f"the gradient of {bad} of {len(x)} samples is not finite ({self.describe()}); loss {summed.item()}"
                 )
-            zero &= flat == 0
-            x = torch.clamp(x.detach() + self.step_size * grad.sign(), low, high)
-        return x.detach(), zero
-
-    def _noise(self, images: Tensor, generator: torch.Generator | SharedGenerator | None) -> Tensor:
-        if self.random_start is False:
-            return torch.zeros_like(images)
-        rows, part = len(images), slice(None)
-        if isinstance(generator, SharedGenerator):
-            rows, part = generator.total, slice(generator.start, generator.start + len(images))
-            generator = generator.generator
-        device = images.device if generator is None else generator.device  # a CPU generator serves any device
-        noise = torch.empty(
-            (rows, *images.shape[1:]), dtype=images.dtype, device=device
-        )  # contiguous: one order of numbers
-        if self.random_start == "gaussian":
-            noise.normal_(generator=generator).mul_(0.001)
-        else:
-            noise.uniform_(-self.epsilon, self.epsilon, generator=generator)
-        return noise[part].to(images.device)
+            total = grad if self.eot == 1 else total + grad / self.eot
+        return total, fooled
 
 
-def from_name(name: str, epsilon: float, step_size: float | None = None) -> PGD:
-    """An attack by its name: ``pgd<steps>[x<restarts>][-ce|-kl|-margin]``, such as ``pgd50x2`` or ``pgd20-margin``.
+@dataclass
+class _Target:
+    """What is ascended, for a batch of images, and when a sample counts as fooled."""
 
-    The step is epsilon / 4 by default (2/255 at 8/255).
+    attack: PGD
+    view: RoutingView
+    images: Tensor
+    labels: Tensor
+    clean_logits: Tensor | None
 
-    Raises:
-        ValueError: if the name does not read so.
-    """
-    match = _NAME.fullmatch(name)
-    if match is None:
-        raise ValueError(f"attack: expected pgd<steps>[x<restarts>][-ce|-kl|-margin], such as pgd50x2, got {name!r}")
-    attack = PGD(epsilon, epsilon / 4 if step_size is None else step_size, int(match["steps"]))
-    return replace(attack, restarts=int(match["restarts"] or 1), loss=match["loss"] or "ce")
+    def look(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss ``[n]`` and whether ``x``, the images ``rows``, fool the model, ``[n]``."""
+        attack, total = self.attack, len(self.images)
+        logits = self.view.logits(x, rows, total)
+        labels = self.labels[rows]
+        fooled = logits.detach().argmax(1) != labels
+        if attack.against in ("router", "flip", "joint"):
+            margins = self.view.margins(rows, total)
+            if attack.against == "flip":
+                fooled = (margins.detach() > 0).all(1)
+            pushed = margins.clamp_max(_ENOUGH)
+            if attack.against != "joint":
+                return pushed.sum(1), fooled
+            return self._loss(logits, labels, rows) + attack.router_weight * pushed.mean(1), fooled
+        return self._loss(logits, labels, rows), fooled
+
+    def judge(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`look`, without gradients and over all draws of ``eot``."""
+        with torch.no_grad():
+            looks = [self.look(x, rows) for _ in range(self.attack.eot)]
+        losses, fooled = zip(*looks, strict=True)
+        return torch.stack(losses).mean(0).float(), torch.stack(fooled).all(0)
+
+    def _loss(self, logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+        if self.attack.loss == "kl":
+            assert self.clean_logits is not None
+            return kl_divergence(self.clean_logits[rows], logits, reduction="none")
+        losses = {"ce": cross_entropy, "margin": margin_loss, "dlr": dlr_loss}
+        return losses[self.attack.loss](logits, labels, reduction="none")

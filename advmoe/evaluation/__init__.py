@@ -1,6 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation: standard and robust accuracy, and what an attack does to the routing."""
+"""Evaluation: standard and robust accuracy, what an attack does to the routing, and whether a figure can be believed."""
 
-from .measure import AttackOutcome, Evaluation, evaluate
+from .checks import SUSPECT, Check, Curve, Scrutiny, scrutinize, suspect
+from .measure import AttackOutcome, Evaluation, Measured, evaluate, measure, wilson
 
-__all__ = ["AttackOutcome", "Evaluation", "evaluate"]
+__all__ = [
+    "SUSPECT",
+    "AttackOutcome",
+    "Check",
+    "Curve",
+    "Evaluation",
+    "Measured",
+    "Scrutiny",
+    "evaluate",
+    "measure",
+    "scrutinize",
+    "suspect",
+    "wilson",
+]

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,39 +16,55 @@ from tqdm import tqdm
 
 from moe_kernels import Routing
 
-from ..attacks import PGD
+from ..attacks import PGD, Attack, AutoAttack, NonFiniteGradientError
 from ..data import Split, batches_in_order, stream_generator
 from ..models import record_routing
 from ..modes import undisturbed
 
-__all__ = ["AttackOutcome", "Evaluation", "evaluate"]
+__all__ = ["AttackOutcome", "Evaluation", "Measured", "evaluate", "measure", "wilson"]
+
+_Z95 = 1.959964  # of the standard normal distribution, two-sided 95 %
 
 
 @dataclass(frozen=True)
 class AttackOutcome:
-    """Of one attack; shares of all images.
+    """Of one attack; shares of ``images``, where nothing else is said.
 
     Args:
+        images: so many, the first ones.
         ra: robust accuracy: right on the clean and on the attacked image.
-        flip_rate: images for which any routed layer's expert changes under attack; None without routed layers.
+        interval: 95 % interval of ``ra`` by the number of images alone (Wilson's).
+        class_ra: of each class' images; None for a class without images.
+        flip_rate: of the attacked images (those that are right when clean), for which any routed layer's expert changes;
+            None without routed layers and for AutoAttack, which returns robust images unchanged.
         layer_flip_rate: the same for each layer.
-        zero_gradient: images whose gradient was exactly zero at every step of the first start. Far above 0 the attack was
-            blind, and its RA says nothing.
+        zero_gradient: of the attacked images, whose gradient was exactly zero at every step of the first start. Far above
+            0 the attack was blind, and its RA says nothing. None for AutoAttack, which has warnings instead.
+        stages: of AutoAttack: RA after each of its attacks and those before it.
+        warnings: of AutoAttack, against the figure.
     """
 
     description: str
+    images: int
     ra: float
+    interval: tuple[float, float]
+    class_ra: list[float | None]
     flip_rate: float | None
     layer_flip_rate: dict[str, float]
-    zero_gradient: float
+    zero_gradient: float | None
+    stages: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """sa: standard accuracy; usage: each routed layer's share of images for each expert, on clean images."""
+    """sa: standard accuracy, with its 95 % interval, and of each class; usage: each routed layer's share of images for
+    each expert, on clean images."""
 
     images: int
     sa: float
+    sa_interval: tuple[float, float]
+    class_sa: list[float | None]
     attacks: dict[str, AttackOutcome]
     usage: dict[str, list[float]]
 
@@ -54,61 +72,129 @@ class Evaluation:
         return dataclasses.asdict(self)
 
 
+@dataclass
+class Measured:
+    """Image by image: labels int64 ``[n]``, right bool ``[n]`` when clean, robust bool ``[m]`` for each attack on the
+    first m images."""
+
+    labels: Tensor
+    right: Tensor
+    robust: dict[str, Tensor]
+    evaluation: Evaluation
+
+
+def wilson(count: int, total: int) -> tuple[float, float]:
+    """95 % interval of a share by Wilson's score: ``count`` of ``total``."""
+    share, z2 = count / total, _Z95**2
+    middle = (share + z2 / (2 * total)) / (1 + z2 / total)
+    half = _Z95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
 def evaluate(
     model: nn.Module,
     split: Split,
-    attacks: Mapping[str, PGD],
+    attacks: Mapping[str, Attack],
     batch_size: int = 128,
     limit: int | None = None,
     seed: int = 0,
     progress: bool = False,
     workers: int | None = None,
+    limits: Mapping[str, int] | None = None,
+    state: Path | None = None,
 ) -> Evaluation:
     """Accuracy in eval mode on the clean images and under each attack on the model's prediction; modes are restored.
+
+    Only images that are right when clean are attacked: the others are not robust anyway.
 
     Args:
         limit: the first so many images only.
         seed: of the attacks' random starts; the result is a function of it, the model and the images.
         workers: processes that decode images ahead; the split's own choice by default.
+        limits: for some attacks fewer images than ``limit``.
+        state: a folder for what AutoAttack goes on from if it is interrupted; none by default.
 
     Raises:
         ValueError: if there are no images, ``limit`` or ``batch_size`` is below 1, or the model has no score for a
             class that an image is of.
-        NonFiniteGradientError: if an attack's gradient is NaN or infinite.
+        NonFiniteGradientError: if scores or an attack's gradient are NaN or infinite.
     """
+    return measure(model, split, attacks, batch_size, limit, seed, progress, workers, limits, state).evaluation
+
+
+def measure(
+    model: nn.Module,
+    split: Split,
+    attacks: Mapping[str, Attack],
+    batch_size: int = 128,
+    limit: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+    workers: int | None = None,
+    limits: Mapping[str, int] | None = None,
+    state: Path | None = None,
+) -> Measured:
+    """As :func:`evaluate`, with the outcome for each image."""
     split = split.first(limit)
     total = len(split)
     if total == 0:
         raise ValueError("split: expected at least one image, got none")
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    counts = {name: min(total, (limits or {}).get(name, total)) for name in attacks}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    correct = 0
-    used: dict[str, Tensor] = {}
     tallies = {name: _Tally() for name in attacks}
+    kept: list[Tensor] = []  # images that AutoAttack wants, which takes them all at once
+    wanted = max((counts[name] for name, attack in attacks.items() if isinstance(attack, AutoAttack)), default=0)
+    labels, right = [], []
+    used: dict[str, Tensor] = {}
+    classes = 0
     starts = range(0, total, batch_size)
     batches = zip(starts, batches_in_order(split, batch_size, workers, device.type == "cuda"), strict=True)
     hidden = None if progress else True
     with undisturbed(model), record_routing(model) as routings:
         for start, batch in tqdm(batches, "evaluate", len(starts), unit="batch", disable=hidden, leave=False):
-            images, labels = (each.to(device, non_blocking=True) for each in batch)
-            right = _right(model, images, labels)
-            correct += int(right.sum())
-            clean = {name: _chosen(r, len(images)) for name, r in routings.items()}
+            x, y = (each.to(device, non_blocking=True) for each in batch)
+            scores = _scores(model, x, y)
+            classes = scores.shape[1]
+            good = scores.argmax(1) == y
+            labels.append(y)
+            right.append(good)
+            clean = {name: _chosen(r, len(x)) for name, r in routings.items()}
             for name, routing in routings.items():
                 count = torch.bincount(routing.expert.reshape(-1), minlength=routing.num_experts)
                 used[name] = used[name] + count if name in used else count
+            if start < wanted:
+                kept.append(x[: wanted - start])
             for name, attack in attacks.items():
-                found = attack.run(model, images, labels, stream_generator(seed, "evaluate", name, start))
-                robust = right & _right(model, found.images, labels)
-                flips = {n: (_chosen(r, len(images)) != clean[n]).any(1) for n, r in routings.items()}
-                tallies[name].add(robust, flips, found.zero_gradient)
-    outcomes = {name: tallies[name].outcome(attack.describe(), total) for name, attack in attacks.items()}
+                rows = good[: max(0, counts[name] - start)].nonzero().squeeze(1)
+                if isinstance(attack, PGD) and start < counts[name]:
+                    flags = torch.zeros_like(good[: counts[name] - start])
+                    if len(rows):
+                        generator = stream_generator(seed, "evaluate", name, start)
+                        found = attack.run(model, x[rows], y[rows], generator)
+                        flags[rows] = _scores(model, found.images, y[rows]).argmax(1) == y[rows]
+                        flips = {n: (_chosen(r, len(rows)) != clean[n][rows]).any(1) for n, r in routings.items()}
+                        tallies[name].add(flips, found.zero_gradient)
+                    tallies[name].robust.append(flags)
+    all_labels, all_right = torch.cat(labels), torch.cat(right)
+    outcomes = {}
+    for name, attack in attacks.items():
+        tally, n = tallies[name], counts[name]
+        if isinstance(attack, AutoAttack):
+            file = None if state is None else state / f"{name}.state.pt"
+            images = torch.cat(kept)[:n]
+            tally.found = attack.run(model, images, all_labels[:n], seed, batch_size, file, progress)
+            tally.robust = [tally.found.robust]
+        outcomes[name] = tally.outcome(attack.describe(), all_labels[:n], classes)
+    correct = int(all_right.sum())
     usage = {name: (count.double() / count.sum()).tolist() for name, count in used.items()}
-    return Evaluation(total, correct / total, outcomes, usage)
+    by_class = _by_class(all_right, all_labels, classes)
+    evaluation = Evaluation(total, correct / total, wilson(correct, total), by_class, outcomes, usage)
+    return Measured(all_labels, all_right, {name: torch.cat(t.robust) for name, t in tallies.items()}, evaluation)
 
 
-def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def _scores(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
         scores = model(images)
     fits = isinstance(scores, Tensor) and scores.dim() == 2 and len(scores) == len(labels)
@@ -116,7 +202,11 @@ def _right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         found = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         wanted = f"[{len(labels)}, classes] with a score for class {int(labels.max())}"
         raise ValueError(f"model: expected scores {wanted}, got {found} for images {tuple(images.shape)}")
-    return scores.argmax(1) == labels
+    finite = torch.isfinite(scores).all(1)
+    if not bool(finite.all()):  # the highest of NaN is class 0, which may be right
+        bad = int((~finite).sum())
+        raise NonFiniteGradientError(f"the scores of {bad} of {len(scores)} images are not finite")
+    return scores
 
 
 def _chosen(routing: Routing, images: int) -> Tensor:
@@ -125,24 +215,42 @@ def _chosen(routing: Routing, images: int) -> Tensor:
     return routing.expert.reshape(-1, routing.top_k * routing.choices).sort(1).values.reshape(images, -1)
 
 
+def _by_class(flags: Tensor, labels: Tensor, classes: int) -> list[float | None]:
+    there = torch.bincount(labels, minlength=classes).tolist()
+    true = torch.bincount(labels[flags], minlength=classes).tolist()
+    return [t / n if n else None for t, n in zip(true, there, strict=True)]
+
+
 class _Tally:
-    """Counts of one attack over the batches."""
+    """What is counted of one attack over the batches."""
 
     def __init__(self) -> None:
-        self.robust = self.flipped = self.zero = 0
+        self.robust: list[Tensor] = []
+        self.found: Any = None  # of AutoAttack
+        self.flipped = self.zero = self.attacked = 0
         self.layers: dict[str, int] = {}
-        self.routed = False
 
-    def add(self, robust: Tensor, flips: dict[str, Tensor], zero: Tensor) -> None:
-        self.robust += int(robust.sum())
+    def add(self, flips: dict[str, Tensor], zero: Tensor) -> None:
+        self.attacked += len(zero)
         self.zero += int(zero.sum())
         for name, flip in flips.items():
             self.layers[name] = self.layers.get(name, 0) + int(flip.sum())
         if flips:
-            self.routed = True
             self.flipped += int(torch.stack(list(flips.values())).any(0).sum())
 
-    def outcome(self, description: str, total: int) -> AttackOutcome:
-        layers = {name: count / total for name, count in self.layers.items()}
-        flip_rate = self.flipped / total if self.routed else None
-        return AttackOutcome(description, self.robust / total, flip_rate, layers, self.zero / total)
+    def outcome(self, description: str, labels: Tensor, classes: int) -> AttackOutcome:
+        robust, total = torch.cat(self.robust), len(labels)
+        count, attacked = int(robust.sum()), max(1, self.attacked)
+        own = self.found is not None
+        return AttackOutcome(
+            description,
+            total,
+            count / total,
+            wilson(count, total),
+            _by_class(robust, labels, classes),
+            self.flipped / attacked if self.layers else None,
+            {name: flips / attacked for name, flips in self.layers.items()},
+            None if own else self.zero / attacked,
+            self.found.stages() if own else {},
+            list(self.found.warnings) if own else [],
+        )

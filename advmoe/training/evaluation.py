@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attacks import from_name
+from ..attacks import PGD, AutoAttack, from_name
 from ..config import RunConfig, write_text
 from ..data import DataSet, load
-from ..evaluation import Evaluation, evaluate
-from ..profiling import Profile, profile
+from ..evaluation import Evaluation, Scrutiny, evaluate, scrutinize, suspect
+from ..profiling import Latency, Profile, measure_latency, profile
 from ..sparse import compact, masked_convolutions
 from .engine import device_of
 from .runs import RunError, load_model
@@ -39,7 +41,9 @@ class EvaluatedRun:
     config: RunConfig | None
     data: DataSet
     result: Evaluation
+    scrutiny: Scrutiny | None
     cost: Profile
+    latency: list[Latency]
     record: dict[str, Any]
     path: Path | None
 
@@ -62,6 +66,9 @@ def evaluate_run(
     seed: int = 0,
     device: str = "auto",
     progress: bool = False,
+    autoattack_limit: int | None = None,
+    checks: int = 0,
+    latency: Sequence[int] = (),
 ) -> EvaluatedRun:
     """Evaluates a run folder, a checkpoint or ``module:function`` on the test images.
 
@@ -70,6 +77,12 @@ def evaluate_run(
         data, data_dir, test_limit, epsilon: the run's own by default, the radius of other data being the data's.
         limit: the first so many test images.
         seed: of the attacks, and of routers that draw: torch's generator is seeded by it.
+        autoattack_limit: for AutoAttack fewer images.
+        checks: images on which the figure is looked at with suspicion (:func:`advmoe.evaluation.scrutinize`), by the
+            first PGD on the prediction, or PGD-50 if there is none; 0: not at all.
+        latency: batch sizes to time a forward with.
+
+    AutoAttack leaves a file in a run's folder while it is at work, and goes on from it.
 
     Raises:
         ValueError: if there is no such run, data or attack (RunError, DataError among them).
@@ -89,14 +102,23 @@ def evaluate_run(
     epsilon = images.epsilon if epsilon is None else epsilon
     model = model.to(device_of(device))
     chosen = {attack: from_name(attack, epsilon) for attack in attacks}
+    shorter = (
+        {} if autoattack_limit is None else {n: autoattack_limit for n, a in chosen.items() if isinstance(a, AutoAttack)}
+    )
+    folder = _folder(source)
+    test = images.test.first(limit)
     torch.manual_seed(seed)
-    result = evaluate(model, images.test.first(limit), chosen, batch_size, seed=seed, progress=progress)
+    result = evaluate(model, test, chosen, batch_size, seed=seed, progress=progress, limits=shorter, state=folder)
+    scrutiny = None
+    if checks:
+        plain = (a for a in chosen.values() if isinstance(a, PGD) and a.against == "prediction")
+        scrutiny = scrutinize(model, test, next(plain, PGD(epsilon, epsilon / 4, 50)), checks, batch_size, seed, progress)
     # a sparse network costs what is left of it
     whole = compact(model, images.image_size) if masked_convolutions(model) else model
     cost = profile(whole, images.image_size)
+    times = [measure_latency([whole], images.image_size, size, repeats=20)[0] for size in latency]
     path = None
-    if Path(source).exists():
-        folder = Path(source) if Path(source).is_dir() else Path(source).parent
+    if folder is not None:
         checkpoint = checkpoint if Path(source).is_dir() else Path(source).stem
         parts = ["evaluation", *([] if checkpoint == "best" else [checkpoint]), *([] if own else [name])]
         path = folder / f"{'-'.join(parts)}.json"
@@ -106,8 +128,24 @@ def evaluate_run(
         "seed": seed,
         "epsilon": epsilon,
         "gflops": cost.gflops,
+        "pathway_gflops": cost.pathway_gflops,
+        "router_gflops": cost.router_gflops,
+        "params": cost.params,
+        "latency": [dataclasses.asdict(each) for each in times],
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
         **result.as_dict(),
+        "checks": [dataclasses.asdict(each) for each in scrutiny.checks] if scrutiny else [],
+        "curve": dataclasses.asdict(scrutiny.curve) if scrutiny else None,
+        "suspect": suspect(scrutiny.checks) if scrutiny else [],
     }
-    return EvaluatedRun(model, config, images, result, cost, record, path)
+    return EvaluatedRun(model, config, images, result, scrutiny, cost, times, record, path)
+
+
+def _folder(source: str | Path) -> Path | None:
+    """That of a run or checkpoint."""
+    path = Path(source)
+    if not path.exists():
+        return None
+    return path if path.is_dir() else path.parent

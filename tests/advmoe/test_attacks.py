@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from advmoe.attacks import PGD, NonFiniteGradientError, from_name
+from advmoe.attacks import PGD, Attack, AutoAttack, NonFiniteGradientError, from_name
 from advmoe.models import create_model
 from advmoe.objectives import cross_entropy
 from moe_kernels import use_backend
@@ -325,14 +325,28 @@ def test_an_empty_batch(model: nn.Module) -> None:
 
 
 def test_names() -> None:
-    assert from_name("pgd50x2", 8 / 255) == PGD(8 / 255, 2 / 255, 50, restarts=2)
-    assert from_name("pgd20-margin", 0.1) == PGD(0.1, 0.025, 20, loss="margin")
-    assert from_name("pgd5", 0.1, 0.07).step_size == 0.07
-    assert from_name("pgd7x3-kl", 0.1) == PGD(0.1, 0.025, 7, restarts=3, loss="kl")
-    assert from_name("pgd1-ce", 0.1) == PGD(0.1, 0.025, 1)
-    assert "PGD-50 (ce)" in from_name("pgd50x2", 0.1).describe() and "2 restarts" in from_name("pgd50x2", 0.1).describe()
-    for name in ("pgd", "pgd50x", "fgsm", "pgd10-l2", "PGD10", "pgd10 ", "pgd-10", ""):
-        with pytest.raises(ValueError, match="attack: expected pgd<steps>"):
+    def plain(name: str, epsilon: float = 0.1, step_size: float | None = None) -> Attack:
+        return from_name(name, epsilon, step_size, retire=False)
+
+    assert plain("pgd50x2", 8 / 255) == PGD(8 / 255, 2 / 255, 50, restarts=2)
+    assert plain("pgd20-margin") == PGD(0.1, 0.025, 20, loss="margin")
+    assert plain("pgd5", 0.1, 0.07) == PGD(0.1, 0.07, 5)
+    assert plain("pgd7x3-dlr-l2") == PGD(0.1, 0.025, 7, restarts=3, loss="dlr", norm="l2")
+    assert plain("pgd1-ce-eot4") == PGD(0.1, 0.025, 1, eot=4)
+    assert plain("trades10") == PGD(0.1, 0.025, 10, loss="kl", random_start="gaussian")
+    assert plain("fgsm") == PGD(0.1, 0.1, 1, random_start=False)
+    for against in ("experts", "router", "flip", "joint", "soft"):
+        assert plain(f"{against}20x2") == PGD(0.1, 0.025, 20, restarts=2, against=against)
+    assert from_name("pgd5", 0.1) == PGD(0.1, 0.025, 5, retire=True)
+    assert plain("autoattack") == AutoAttack(0.1)
+    assert plain("autoattack-rand") == AutoAttack(0.1, version="rand")
+    assert plain("autoattack-l2") == AutoAttack(0.1, "l2") and plain("square") == AutoAttack(0.1, attacks=("square",))
+    assert "PGD-50 (ce)" in plain("pgd50x2").describe() and "2 restarts" in plain("pgd50x2").describe()
+    assert "RA-E" in plain("experts5").describe() and "L2" in plain("pgd5-l2").describe()
+    wrong = ("pgd", "pgd50x", "pgd0", "PGD10", "pgd10 ", "pgd-10", "", "pgd10-l1", "pgd10-ce-kl", "trades10-ce",
+             "autoattack-x", "rand-l2", "router10-ce", "fgsm-ce", "-rand", "rand", "standard", "pgd10-eot0")  # fmt: skip
+    for name in wrong:
+        with pytest.raises(ValueError, match="attack: expected fgsm, or pgd<steps>"):
             from_name(name, 0.1)
 
 

@@ -23,6 +23,13 @@ def split(count: int = 10, size: int = 8) -> TensorSplit:
     return TensorSplit(images, torch.randint(0, 2, (count,), generator=g))
 
 
+def as_predicted(model: nn.Module, data: TensorSplit) -> TensorSplit:
+    """The images with the classes that the model sees in them: all are right, and attacked."""
+    images, _ = data.batch(torch.arange(len(data)))
+    with torch.no_grad():
+        return TensorSplit(data.images, model.eval()(images).argmax(1))
+
+
 class Brightness(nn.Module):
     """Class 1 where the mean is above a half; its routed layer switches expert there too."""
 
@@ -52,7 +59,7 @@ def test_counts_by_hand() -> None:
     assert result.sa == pytest.approx(right.float().mean().item())
     outcome = result.attacks["pgd"]
     assert outcome.ra == pytest.approx(robust.float().mean().item())
-    assert outcome.flip_rate == pytest.approx(flipped.float().mean().item())
+    assert outcome.flip_rate == pytest.approx(flipped[right].float().mean().item())  # what is wrong is not attacked
     assert outcome.layer_flip_rate == {"conv": outcome.flip_rate}
     assert outcome.zero_gradient == 0
     share = (means > 0.5).float().mean().item()
@@ -83,11 +90,13 @@ def test_an_image_wrong_when_clean_is_never_robust() -> None:
 def test_it_is_a_function_of_the_seed_and_leaves_the_model() -> None:
     torch.manual_seed(0)
     model = create_model("resnet18", "moe", width=8, image_size=8).train()
+    data = as_predicted(model, split())
+    model.train()
     model.bn1.eval()
     modes = [m.training for m in model.modules()]
     attack = {"pgd": PGD(0.1, 0.05, 2)}
-    first, again = (evaluate(model, split(), attack, batch_size=4, seed=0) for _ in range(2))
-    assert first == again
+    first, again = (evaluate(model, data, attack, batch_size=4, seed=0) for _ in range(2))
+    assert first == again and first.sa == 1
     assert [m.training for m in model.modules()] == modes
     assert set(first.usage) == set(first.attacks["pgd"].layer_flip_rate) and len(first.usage) == 16
 
@@ -101,6 +110,7 @@ def test_the_batch_size_changes_nothing_without_a_random_start() -> None:
 def test_the_seed_and_the_name_start_the_attack() -> None:
     torch.manual_seed(0)
     model = create_model("resnet18", "moe", width=8, image_size=8)
+    data = as_predicted(model, split())
     seen: list[Tensor] = []
 
     class Watch(nn.Module):
@@ -114,7 +124,7 @@ def test_the_seed_and_the_name_start_the_attack() -> None:
             return self.inner(x)
 
     for seed, name in ((0, "a"), (0, "a"), (1, "a"), (0, "b")):
-        evaluate(Watch(), split(), {name: PGD(0.1, 0.05, 1)}, seed=seed)
+        evaluate(Watch(), data, {name: PGD(0.1, 0.05, 1)}, seed=seed)
     assert torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[3])
 
@@ -138,7 +148,7 @@ def test_a_fault_leaves_the_model_as_it_was(training: bool) -> None:
     modes = [m.training for m in model.modules()]
     with torch.no_grad():
         model.linear.weight.fill_(float("nan"))
-    with pytest.raises(NonFiniteGradientError):
+    with pytest.raises(NonFiniteGradientError, match="the scores of 10 of 10 images are not finite"):
         evaluate(model, split(), {"pgd": PGD(0.1, 0.05, 2)})
     assert [m.training for m in model.modules()] == modes
     assert not any(m._forward_pre_hooks for m in model.modules())
@@ -147,7 +157,7 @@ def test_a_fault_leaves_the_model_as_it_was(training: bool) -> None:
 def test_usage_and_layer_flips_are_shares() -> None:
     torch.manual_seed(0)
     model = create_model("resnet18", "moe", width=8, image_size=8, num_experts=3)
-    result = evaluate(model, split(11), {"pgd": PGD(0.2, 0.1, 2)}, batch_size=4)
+    result = evaluate(model, as_predicted(model, split(11)), {"pgd": PGD(0.2, 0.1, 2)}, batch_size=4)
     outcome = result.attacks["pgd"]
     assert all(len(u) == 3 and sum(u) == pytest.approx(1) for u in result.usage.values())
     assert max(outcome.layer_flip_rate.values()) <= outcome.flip_rate <= sum(outcome.layer_flip_rate.values())
@@ -179,14 +189,15 @@ class Brighten(PGD):
 def test_another_order_of_the_same_experts_is_no_flip(expand: bool) -> None:
     images = torch.tensor([26, 26, 51, 51], dtype=torch.uint8)[:, None, None, None].expand(4, 3, 2, 2).contiguous()
     data = TensorSplit(images, torch.zeros(4, dtype=torch.int64))
-    outcome = evaluate(TopTwo(expand), data, {"brighten": Brighten(0.1, 0.1, 1)}).attacks["brighten"]
+    model = TopTwo(expand)
+    outcome = evaluate(model, as_predicted(model, data), {"brighten": Brighten(0.1, 0.1, 1)}).attacks["brighten"]
     assert outcome.flip_rate == 0.5  # 1 to 2 is none, 2 to 3 is one
 
 
 def test_flips_are_of_any_layer() -> None:
     torch.manual_seed(0)
     model = create_model("resnet18", "moe", width=8, image_size=8).eval()
-    data, attack = split(), PGD(0.2, 0.1, 3)
+    data, attack = as_predicted(model, split()), PGD(0.2, 0.1, 3)
     outcome = evaluate(model, data, {"pgd": attack}, batch_size=10, seed=3).attacks["pgd"]
     images, labels = data.batch(torch.arange(10))
     found = attack(model, images, labels, stream_generator(3, "evaluate", "pgd", 0))

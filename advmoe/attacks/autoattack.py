@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AutoAttack (Croce and Hein 2020) by its authors' package ``pyautoattack``, with the right number of classes, and
+resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..modes import undisturbed
+from ..registry import unknown_name
+from .balls import NORMS
+from .pgd import NonFiniteGradientError
+
+__all__ = ["ATTACKS", "VERSIONS", "AutoAttack", "AutoAttackResult"]
+
+VERSIONS = ("standard", "rand", "plus")
+ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
+_CLASSES = {"apgd-t": 4, "apgd-dlr": 3}  # at least, for the ratio of DLR
+_STANDING = -1
+
+
+@dataclass(frozen=True)
+class AutoAttackResult:
+    """
+    Args:
+        images: ``[n, 3, H, W]``: adversarial where an attack succeeded, the clean ones elsewhere.
+        fell_to: ``[n]``: the index in ``attacks`` of the one that a sample fell to, -1 if to none, -2 if it was wrong
+            already.
+        attacks: their names, in the order in which they came.
+        warnings: what the package has to say against the figure, each once.
+    """
+
+    images: Tensor
+    fell_to: Tensor
+    attacks: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def robust(self) -> Tensor:
+        return self.fell_to == _STANDING
+
+    def stages(self) -> dict[str, float]:
+        """Robust accuracy after each attack and those before it."""
+        index, total = self.fell_to, max(1, len(self.fell_to))
+        return {name: ((index == _STANDING) | (index > i)).sum().item() / total for i, name in enumerate(self.attacks)}
+
+
+@dataclass(frozen=True)
+class AutoAttack:
+    """
+    Args:
+        epsilon: radius, in units of the pixel range [0, 1].
+        norm: ``"linf"`` or ``"l2"``.
+        version: ``"standard"`` (APGD on cross-entropy, targeted APGD on DLR, targeted FAB, Square, 5,000 queries),
+            ``"rand"`` (for models that draw something: APGD on both losses, 20 forwards averaged) or ``"plus"``.
+        attacks: some of :data:`ATTACKS` instead, with the settings of the version ``standard``.
+        queries: of Square; 5,000 by default.
+
+    Targets are the ``min(9, classes - 1)`` most likely other classes.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+
+    epsilon: float
+    norm: str = "linf"
+    version: str = "standard"
+    attacks: tuple[str, ...] | None = None
+    queries: int = 5000
+
+    def __post_init__(self) -> None:
+        for name, known in (("norm", NORMS), ("version", VERSIONS)):
+            if getattr(self, name) not in known:
+                raise unknown_name(name, getattr(self, name), known)
+        for attack in self.attacks or ():
+            if attack not in ATTACKS:
+                raise unknown_name("attack", attack, ATTACKS)
+
+    def describe(self) -> str:
+        what = f"AutoAttack {self.version}" if self.attacks is None else ", ".join(self.attacks)
+        norm = {"linf": "L-inf", "l2": "L2"}[self.norm]
+        what += "" if self.queries == 5000 else f", {self.queries} queries"
+        return f"{what}, {norm} epsilon {self.epsilon:.4g}, pyautoattack {version_of('pyautoattack')}"
+
+    def run(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        seed: int = 0,
+        batch_size: int = 128,
+        state: Path | None = None,
+        progress: bool = False,
+    ) -> AutoAttackResult:
+        """Attacks ``images [n, 3, H, W]`` in [0, 1] with ``labels [n]``, sample by sample as the package itself does with
+        the same seed and batch size. All images at once, since an attack's batches are made of those that are left.
+
+        Args:
+            seed: of the package's random numbers; those of the process are left as they were.
+            state: a file to which each batch's outcome goes, and from which an interrupted call goes on, to the outcome
+                of an unbroken one; removed at the end. It belongs to these weights, images and settings alone.
+
+        Raises:
+            ValueError: if there are too few classes for an attack, or the file belongs to something else.
+            NonFiniteGradientError: if a score, or the gradient at the images, is NaN or infinite.
+        """
+        images, labels = images.detach().contiguous(), labels.detach()  # the package makes views of them
+        with undisturbed(model), _quiet_globals() as warnings:
+            watched = _Finite(model, self.describe())
+            classes, right = _predictions(watched, images, labels, batch_size)
+            adversary = self._adversary(watched, classes, seed, images.device)
+            names = tuple(adversary.attacks_to_run)
+            fell_to = torch.where(right, _STANDING, -2)
+            found = images.clone()
+            key = self._fingerprint(model, images, labels, seed, batch_size) if state is not None else ""
+            done = (0, 0)
+            if state is not None and state.exists():
+                done = _resume(state, key, fell_to, found)
+            for index, name in enumerate(names):
+                adversary.attacks_to_run = [name]
+                batches = self._batches(fell_to, index, batch_size)
+                hidden = None if progress else True
+                for number, rows in enumerate(tqdm(batches, name, unit="batch", disable=hidden, leave=False)):
+                    if (index, number) < done:
+                        continue
+                    self._attack(adversary, images, labels, rows, index, fell_to, found)
+                    if state is not None:
+                        _save(state, key, (index, number + 1), fell_to, found)
+        if state is not None:
+            state.unlink(missing_ok=True)
+        return AutoAttackResult(found, fell_to, names, tuple(dict.fromkeys(warnings)))
+
+    def _adversary(self, model: nn.Module, classes: int, seed: int, device: torch.device) -> Any:
+        from pyautoattack import AutoAttack as Package  # imported when it is wanted: it costs a second
+
+        norm = {"linf": "Linf", "l2": "L2"}[self.norm]
+        adversary = Package(model, norm=norm, eps=self.epsilon, seed=seed, version=self.version, device=device)
+        adversary.verbose = False
+        adversary.square.n_queries = self.queries
+        if self.attacks is not None:
+            adversary.attacks_to_run = list(self.attacks)
+        for name in adversary.attacks_to_run:
+            if classes < _CLASSES.get(name, 2):
+                raise ValueError(f"{name}: expected a model of at least {_CLASSES[name]} classes, got {classes}")
+        targets = min(9, classes - 1)
+        adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = targets
+        return adversary
+
+    @staticmethod
+    def _batches(fell_to: Tensor, index: int, batch_size: int) -> tuple[Tensor, ...]:
+        """The samples that stood when the attack of this index began, also where it has begun already."""
+        rows = ((fell_to == _STANDING) | (fell_to == index)).nonzero().squeeze(1)
+        return rows.split(batch_size) if len(rows) else ()
+
+    @staticmethod
+    def _attack(
+        adversary: Any, images: Tensor, labels: Tensor, rows: Tensor, index: int, fell_to: Tensor, found: Tensor
+    ) -> None:
+        adversarial, predicted = adversary.run_standard_evaluation(images[rows], labels[rows], batch_size=len(rows))
+        fallen = predicted != labels[rows]
+        fell_to[rows[fallen]] = index
+        found[rows[fallen]] = adversarial[fallen]
+
+    def _fingerprint(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int, batch_size: int) -> str:
+        digest = hashlib.blake2b(repr((self.describe(), self.epsilon, seed, batch_size)).encode(), digest_size=16)
+        for name, value in (*model.state_dict().items(), ("images", images), ("labels", labels)):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+class _Finite(nn.Module):
+    """The model, with an eye on its scores and on the gradient at its images."""
+
+    def __init__(self, model: nn.Module, attack: str) -> None:
+        super().__init__()
+        self.model = model
+        self.attack = attack
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            x = x.view_as(x)
+            x.register_hook(self._look)
+        logits = self.model(x)
+        self._require(logits, "the scores")
+        return logits
+
+    def _look(self, grad: Tensor) -> Tensor:
+        self._require(grad, "the gradient")
+        return grad.contiguous()  # the package makes views of it
+
+    def _require(self, values: Tensor, what: str) -> None:
+        finite = torch.isfinite(values.detach()).flatten(1).all(1)
+        if not bool(finite.all()):
+            bad = int((~finite).sum())
+            raise NonFiniteGradientError(f"{what} of {bad} of {len(finite)} samples is not finite ({self.attack})")
+
+
+@contextmanager
+def _quiet_globals() -> Iterator[list[str]]:
+    """What the package warns of; its seeds and its trace function do not stay with the process."""
+    warnings: list[str] = []
+    logger = logging.getLogger("auto-attack")
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    propagate, trace = logger.propagate, sys.gettrace()
+    states = np.random.get_state(), random.getstate()
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        with torch.random.fork_rng():
+            yield warnings
+    finally:
+        np.random.set_state(states[0])
+        random.setstate(states[1])
+        sys.settrace(trace)
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
+def _predictions(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> tuple[int, Tensor]:
+    """The number of classes, and which predictions are right."""
+    right, classes = [], 0
+    with torch.no_grad():
+        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
+            logits = model(x)
+            classes = logits.shape[1]
+            right.append(logits.argmax(1) == y)
+    return classes, torch.cat(right)
+
+
+def _save(path: Path, key: str, done: tuple[int, int], fell_to: Tensor, found: Tensor) -> None:
+    fallen = fell_to >= 0
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save({"key": key, "done": done, "fell_to": fell_to.cpu(), "found": found[fallen].cpu()}, temporary)
+    temporary.replace(path)
+
+
+def _resume(path: Path, key: str, fell_to: Tensor, found: Tensor) -> tuple[int, int]:
+    """Writes what was found before into ``fell_to`` and ``found``, and returns the place to go on from."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        same = saved["key"] == key
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: {error}; remove it to attack anew") from error
+    if not same:
+        raise ValueError(f"{path} was made with other weights, images or settings; remove it to attack anew")
+    fell_to.copy_(saved["fell_to"])
+    found[fell_to >= 0] = saved["found"].to(found)
+    index, number = saved["done"]
+    return index, number

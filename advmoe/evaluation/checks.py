@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a robustness figure can be believed: the signs of gradient masking that Athalye et al. (2018), Carlini et al.
+(2019) and Croce et al. (2022) name, and one of routed models' own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..attacks import PGD, Attack, AutoAttack
+from ..data import Split
+from ..routers import routers_of
+from .measure import Measured, measure
+
+__all__ = ["SUSPECT", "Check", "Curve", "Scrutiny", "scrutinize", "suspect"]
+
+SUSPECT = "suspect: gradient masking"
+# of the attack's radius, in the curve; the last is one at which any image can be turned grey
+RADII = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0)
+_QUERIES = 1000
+_BLIND = 0.01
+_CHANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Check:
+    """
+    Args:
+        passed: None where it could not be asked.
+        measured: what was found.
+        means: what it says if it is red.
+    """
+
+    name: str
+    passed: bool | None
+    measured: str
+    means: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """RA against the radius of the attack, in units of the pixel range."""
+
+    attack: str
+    images: int
+    epsilons: tuple[float, ...]
+    ra: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Scrutiny:
+    checks: tuple[Check, ...]
+    curve: Curve
+
+
+def suspect(checks: Sequence[Check]) -> list[str]:
+    """The names of those that are red."""
+    return [check.name for check in checks if check.passed is False]
+
+
+def scrutinize(
+    model: nn.Module,
+    split: Split,
+    attack: PGD,
+    limit: int = 128,
+    batch_size: int = 128,
+    seed: int = 0,
+    progress: bool = False,
+) -> Scrutiny:
+    """Attacks the first ``limit`` images in other ways, and compares. With RA that of ``attack`` with one start:
+
+    - ``gradient``: of less than 1 % of the attacked images the gradient is zero at every step;
+    - ``radius``: RA falls to at most 2 % at the largest radius, and nowhere rises with the radius;
+    - ``strength``: twice the steps and two starts do not give a higher RA;
+    - ``converged``: nor one lower by more than two points;
+    - ``black_box``: Square (Andriushchenko et al. 2020, 1,000 queries), which needs no gradient, is not stronger;
+    - ``surrogate``: of routed models: gradients through the softmax mixture of all experts are not stronger.
+
+    "Higher", "rises" and "stronger" mean: by more than a point, and by more than two images.
+
+    Raises:
+        NonFiniteGradientError, NonFiniteRouterError: if the model is not finite somewhere; there is no figure then.
+    """
+    base = dataclasses.replace(attack, restarts=1, retire=True)
+    whole = 0.5 if attack.norm == "linf" else 32.0  # L2 of an image: all of CIFAR-10's are nearer to grey
+    epsilons = sorted({*(factor * base.epsilon for factor in RADII), max(whole, base.epsilon)})
+    attacks: dict[str, Attack] = {"base": base}
+    for epsilon in epsilons:
+        ratio = base.step_size / base.epsilon if base.epsilon else 0.25
+        attacks[f"radius {epsilon}"] = dataclasses.replace(base, epsilon=epsilon, step_size=ratio * epsilon)
+    attacks["strong"] = dataclasses.replace(base, steps=2 * base.steps, restarts=2)
+    attacks["square"] = AutoAttack(base.epsilon, base.norm, attacks=("square",), queries=_QUERIES)
+    routed = any(router.num_experts > 1 for router in routers_of(model).values())
+    if routed:
+        attacks["soft"] = dataclasses.replace(base, against="soft")
+    found = measure(model, split, attacks, batch_size, limit, seed, progress)
+    ras = {name: outcome.ra for name, outcome in found.evaluation.attacks.items()}
+    curve = Curve(base.describe(), found.evaluation.images, tuple(epsilons), tuple(ras[f"radius {e}"] for e in epsilons))
+    checks = (
+        _gradient(found),
+        _radius(found, curve),
+        _not_beyond(found, "strength", "strong", "base", f"PGD-{2 * base.steps} of two starts", _WEAKER),
+        _converged(found, base),
+        _not_beyond(found, "black_box", "base", "square", "", _BLACK_BOX),
+        _not_beyond(found, "surrogate", "base", "soft", "", _SURROGATE)
+        if routed
+        else Check("surrogate", None, "the model has no routers of several experts", _SURROGATE),
+    )
+    return Scrutiny(checks, curve)
+
+
+_WEAKER = "a stronger attack finds less: what it follows is no gradient of the prediction"
+_BLACK_BOX = "an attack that needs no gradient finds more: the gradients lead astray"
+_SURROGATE = "the routers hide from the gradient what a mixture of the experts shows"
+_NAMES = {
+    "base": "the attack",
+    "strong": "the stronger one",
+    "square": f"Square, {_QUERIES} queries",
+    "soft": "the surrogate",
+}
+
+
+def _beyond(points: float, images: int) -> bool:
+    """Whether a difference of RA is more than one point and more than two images."""
+    return points * images > max(2.0, 0.01 * images) + 1e-6
+
+
+def _gradient(found: Measured) -> Check:
+    share = found.evaluation.attacks["base"].zero_gradient
+    assert share is not None
+    measured = f"{100 * share:.1f} % of the attacked images gave no gradient"
+    return Check("gradient", share < _BLIND, measured, "the attack had nothing to follow")
+
+
+def _radius(found: Measured, curve: Curve) -> Check:
+    rises = [b - a for a, b in zip(curve.ra, curve.ra[1:], strict=False)]
+    passed = curve.ra[-1] <= _CHANCE and not any(_beyond(rise, curve.images) for rise in rises)
+    steps = ", ".join(f"{100 * ra:.1f} % at {e:.3g}" for e, ra in zip(curve.epsilons, curve.ra, strict=True))
+    return Check("radius", passed, f"RA {steps}", "a large enough change of the image fools any model: the attack fails")
+
+
+def _not_beyond(found: Measured, name: str, weaker: str, stronger: str, what: str, means: str) -> Check:
+    """That the second attack's RA is not lower than the first's beyond noise."""
+    attacks = found.evaluation.attacks
+    difference = attacks[weaker].ra - attacks[stronger].ra
+    parts = (f"{_NAMES[n]} RA {100 * attacks[n].ra:.1f} %" for n in (weaker, stronger))
+    measured = ", ".join(parts) + (f" ({what})" if what else "")
+    return Check(name, not _beyond(difference, found.evaluation.images), measured, means)
+
+
+def _converged(found: Measured, base: PGD) -> Check:
+    images, attacks = found.evaluation.images, found.evaluation.attacks
+    lost = attacks["base"].ra - attacks["strong"].ra
+    measured = f"RA lower by {100 * lost:.1f} points with PGD-{2 * base.steps} of two starts"
+    return Check("converged", not (_beyond(lost, images) and lost > 0.02), measured, "more steps would find more")
