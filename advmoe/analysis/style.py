@@ -18,6 +18,7 @@ __all__ = [
     "HATCHES",
     "MARKERS",
     "SEQUENTIAL",
+    "bar",
     "expert_legend",
     "figure",
     "height_of_rows",
@@ -31,7 +32,7 @@ __all__ = [
 # Okabe and Ito's, told apart with any colour vision; the darker ones first, yellow left out, which is lost on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "oo")  # for bars, as dashes are for lines
+HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")  # for bars, as dashes are for lines
 _DASHES = ("-", "--", "-.", ":")
 SEQUENTIAL = "cividis"  # grows in lightness alone, so that it survives a grey printer
 DIVERGING = "PuOr"
@@ -74,6 +75,16 @@ def line_style(index: int) -> dict[str, Any]:
         "color": COLOURS[index % len(COLOURS)],
         "marker": MARKERS[index % len(MARKERS)],
         "linestyle": _DASHES[index % len(_DASHES)],
+    }
+
+
+def bar(index: int) -> dict[str, Any]:
+    """Colour and hatching of the index-th kind of bar."""
+    return {
+        "facecolor": COLOURS[index % len(COLOURS)],
+        "hatch": HATCHES[index % len(HATCHES)],
+        "edgecolor": "black",
+        "linewidth": 0.6,
     }
 
 

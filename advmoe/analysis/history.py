@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accuracy and loss epoch by epoch (AdvMoE, figure A2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from . import style
+from .finding import Finding
+
+__all__ = ["history"]
+
+_ACCURACIES = {  # a run's names: how they are called in the picture
+    "validation_sa": "SA, validation",
+    "validation_ra": "RA, validation",
+    "train_sa": "SA, training",
+    "train_ra": "RA, training",
+}
+
+
+def history(
+    metrics: Sequence[Mapping[str, Any]], phases: Mapping[int, str] | None = None, attack: str | None = None
+) -> Finding:
+    """SA, RA and losses of every epoch (AdvMoE, figure A2), from the lines of a run's ``metrics.jsonl``.
+
+    Args:
+        metrics: a mapping for each epoch, with ``epoch``, ``validation_sa`` and ``validation_ra`` (shares of the
+            validation images), ``train_sa`` or ``train_ra``, and losses, whose names end with ``loss``.
+        phases: what begins behind an epoch; drawn as a line there.
+        attack: of the validation, by name.
+
+    Columns: ``epoch`` and what of the above any line has; empty where a line has it not.
+
+    Raises:
+        ValueError: if there is no line.
+    """
+    if not metrics:
+        raise ValueError("metrics: expected the lines of at least one epoch, got none")
+    known = dict.fromkeys(name for line in metrics for name in line)
+    losses = [name for name in known if name.endswith("loss")]
+    accuracies = [name for name in _ACCURACIES if name in known]
+    columns = ("epoch", *accuracies, *losses)
+    rows: list[tuple[Any, ...]] = [tuple(line.get(name) for name in columns) for line in metrics]
+
+    def draw() -> Figure:
+        epochs = [row[0] for row in rows]
+        with style.figure(6.6, 5.4, nrows=2, sharex=True, height_ratios=(3, 2)) as (fig, (top, bottom)):
+            for axis, names, scale in ((top, accuracies, 100), (bottom, losses, 1)):
+                for at, name in enumerate(names):
+                    values = [
+                        math.nan if row[columns.index(name)] is None else scale * row[columns.index(name)] for row in rows
+                    ]
+                    look = style.line_style(at) | ({"marker": "none"} if len(rows) > 40 else {})
+                    axis.plot(epochs, values, label=_ACCURACIES.get(name, name.replace("_", " ")), **look)
+                for epoch, what in (phases or {}).items():
+                    if epochs[0] <= epoch < epochs[-1]:
+                        axis.axvline(epoch + 0.5, color="#555555", linestyle=":", linewidth=1.2)
+                        if axis is top:
+                            axis.annotate(
+                                what,
+                                (epoch + 0.5, 1),
+                                xycoords=("data", "axes fraction"),
+                                xytext=(3, 3),
+                                textcoords="offset points",
+                                fontsize=8,
+                                annotation_clip=False,
+                            )
+                axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+            style.percent_axis(top, "accuracy, %")
+            bottom.set_ylabel("loss, training")
+            bottom.set_xlabel("epoch")
+            bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+            fig.suptitle("Accuracy and loss over the epochs", x=0.01, ha="left", fontsize=11)
+            return fig
+
+    under = f" under {attack}" if attack else ""
+    note = (
+        f"SA and RA{under} on images held out of the training set, not on test images; training's are counted on its "
+        "batches meanwhile. Losses are means over an epoch's steps. The paper's figure A2"
+    )
+    return Finding("training", "Accuracy and loss over the epochs", columns, rows, draw, note)
