@@ -246,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=_positive, help="CPU threads; torch's own choice by default")
     p.add_argument("--device", default="auto", help="auto is a CUDA device where there is one")
     g = p.add_mutually_exclusive_group()
-    g.add_argument("--list", action="store_true", help="names the recipes, and what this version cannot do")
+    g.add_argument("--list", action="store_true", help="names the recipes")
     g.add_argument("--dry-run", action="store_true", help="prints the settings of each, nothing is run")
     g.add_argument("--table", action="store_true", help="prints the table of what is there, nothing is run")
     p.set_defaults(run=_reproduce)

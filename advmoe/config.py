@@ -208,6 +208,7 @@ class RunConfig:
     device: str = "auto"
     threads: int | None = None
     validation_attack: str = "pgd10"
+    tensorboard: bool = False  # the epochs' metrics as scalars in RUN/tensorboard too
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "threads"):

@@ -16,6 +16,7 @@ from moe_kernels import Routing
 
 from ..attacks import AttackResult
 from ..data import Split, batches_in_order, stream_generator
+from ..evaluation.measure import chosen_experts, scores_of
 from ..models import record_routing
 from ..modes import undisturbed
 from ..routers import Router, observe_routers
@@ -181,7 +182,7 @@ def observe(
                 record.add(labels, clean, _look(model, found.images, labels), found.zero_gradient)
                 for other, judge in models.items() if cross else ():
                     seen = found.images.to(devices[other])
-                    record.others.setdefault(other, []).append(_predicted(judge, seen, labels).cpu())
+                    record.others.setdefault(other, []).append(scores_of(judge, seen, labels).argmax(1).cpu())
     return {label: record.observation(attack) for label, record in records.items()}
 
 
@@ -201,7 +202,7 @@ def _look(model: nn.Module, images: Tensor, labels: Tensor) -> _Look:
         asked.append((routing.expert, scores))
 
     with record_routing(model) as recorded, observe_routers(model, note):
-        predicted = _predicted(model, images, labels)
+        predicted = scores_of(model, images, labels).argmax(1)
         routings = dict(recorded)
     # a layer's choice is its router's where it is the same memory
     by_memory = {expert.data_ptr(): scores for expert, scores in asked}
@@ -209,21 +210,9 @@ def _look(model: nn.Module, images: Tensor, labels: Tensor) -> _Look:
     return _Look(predicted, routings, scores)
 
 
-def _predicted(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    with torch.no_grad():
-        scores = model(images)
-    fits = isinstance(scores, Tensor) and scores.dim() == 2 and len(scores) == len(labels)
-    if not fits or scores.shape[1] <= int(labels.max()):
-        found = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
-        wanted = f"[{len(labels)}, classes] with a score for class {int(labels.max())}"
-        raise ValueError(f"model: expected scores {wanted}, got {found} for images {tuple(images.shape)}")
-    return scores.argmax(1)
-
-
 def _chosen(routing: Routing, images: int) -> Tensor:
-    """``[images, T, k]``, the k in order of their numbers."""
-    chosen = routing.expert.reshape(images, -1, routing.top_k * routing.choices).sort(2).values
-    return chosen.to(torch.int16 if routing.num_experts <= torch.iinfo(torch.int16).max else torch.int32).cpu()
+    fits = routing.num_experts <= torch.iinfo(torch.int16).max
+    return chosen_experts(routing, images).to(torch.int16 if fits else torch.int32).cpu()
 
 
 def _entropy(scores: Tensor, images: int) -> Tensor:

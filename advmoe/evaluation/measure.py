@@ -21,7 +21,7 @@ from ..data import Split, batches_in_order, stream_generator
 from ..models import record_routing
 from ..modes import undisturbed
 
-__all__ = ["AttackOutcome", "Evaluation", "Measured", "evaluate", "measure", "wilson"]
+__all__ = ["AttackOutcome", "Evaluation", "Measured", "chosen_experts", "evaluate", "measure", "scores_of", "wilson"]
 
 _Z95 = 1.959964  # of the standard normal distribution, two-sided 95 %
 
@@ -155,12 +155,12 @@ def measure(
     with undisturbed(model), record_routing(model) as routings:
         for start, batch in tqdm(batches, "evaluate", len(starts), unit="batch", disable=hidden, leave=False):
             x, y = (each.to(device, non_blocking=True) for each in batch)
-            scores = _scores(model, x, y)
+            scores = scores_of(model, x, y)
             classes = scores.shape[1]
             good = scores.argmax(1) == y
             labels.append(y)
             right.append(good)
-            clean = {name: _chosen(r, len(x)) for name, r in routings.items()}
+            clean = {name: chosen_experts(r, len(x)) for name, r in routings.items()}
             for name, routing in routings.items():
                 count = torch.bincount(routing.expert.reshape(-1), minlength=routing.num_experts)
                 used[name] = used[name] + count if name in used else count
@@ -173,8 +173,11 @@ def measure(
                     if len(rows):
                         generator = stream_generator(seed, "evaluate", name, start)
                         found = attack.run(model, x[rows], y[rows], generator)
-                        flags[rows] = _scores(model, found.images, y[rows]).argmax(1) == y[rows]
-                        flips = {n: (_chosen(r, len(rows)) != clean[n][rows]).any(1) for n, r in routings.items()}
+                        flags[rows] = scores_of(model, found.images, y[rows]).argmax(1) == y[rows]
+                        flips = {
+                            n: (chosen_experts(r, len(rows)) != clean[n][rows]).flatten(1).any(1)
+                            for n, r in routings.items()
+                        }
                         tallies[name].add(flips, found.zero_gradient)
                     tallies[name].robust.append(flags)
     all_labels, all_right = torch.cat(labels), torch.cat(right)
@@ -194,7 +197,13 @@ def measure(
     return Measured(all_labels, all_right, {name: torch.cat(t.robust) for name, t in tallies.items()}, evaluation)
 
 
-def _scores(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+def scores_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """The model's scores of these images, without a graph, ``[B, classes]``.
+
+    Raises:
+        ValueError: if what it gives are no scores, or there is none for a label's class.
+        NonFiniteGradientError: if a score is NaN or infinite.
+    """
     with torch.no_grad():
         scores = model(images)
     fits = isinstance(scores, Tensor) and scores.dim() == 2 and len(scores) == len(labels)
@@ -209,10 +218,10 @@ def _scores(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return scores
 
 
-def _chosen(routing: Routing, images: int) -> Tensor:
-    """The experts of each image, ``[images, choices]``; those of a top-k choice in order of their numbers: another
-    order of the same experts is no flip."""
-    return routing.expert.reshape(-1, routing.top_k * routing.choices).sort(1).values.reshape(images, -1)
+def chosen_experts(routing: Routing, images: int) -> Tensor:
+    """``[images, T, k]``: the experts of each of an image's T tokens (1 for convolutions); those of a top-k choice in
+    order of their numbers: another order of the same experts is no flip."""
+    return routing.expert.reshape(images, -1, routing.top_k * routing.choices).sort(2).values
 
 
 def _by_class(flags: Tensor, labels: Tensor, classes: int) -> list[float | None]:

@@ -5,7 +5,7 @@ own numbers the CSV files of ``paper/``."""
 from .catalog import SCALES, Catalog, EvaluationSettings, Plan, Recipe
 from .command import reproduce
 from .results import result_table
-from .sweep import Outcome, Sweep, SweepOptions, refusal
+from .sweep import Outcome, Sweep, SweepOptions
 
 __all__ = [
     "SCALES",
@@ -16,7 +16,6 @@ __all__ = [
     "Recipe",
     "Sweep",
     "SweepOptions",
-    "refusal",
     "reproduce",
     "result_table",
 ]

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from ..attacks import from_name
 from ..config import RunConfig, read_room
 from ..registry import unknown_name
 
@@ -37,11 +38,15 @@ _AXES: dict[str, Any] = {
 @dataclass(frozen=True)
 class EvaluationSettings:
     """attack: a name as ``advmoe evaluate`` takes it; limit: the first so many test images; epsilon: the training's by
-    default."""
+    default; checks: images for the signs of gradient masking."""
 
     attack: str = "pgd50x2"
     limit: int | None = None
     epsilon: float | None = None
+    checks: int = 128
+
+    def __post_init__(self) -> None:
+        from_name(self.attack, 0.0)  # a name that is none shows when the files are read
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ..data import ARCHIVES, download
 from ..training import Interrupted, RunError
 from .catalog import Catalog, Plan
 from .results import result_table
-from .sweep import Sweep, SweepOptions, plain, refusal
+from .sweep import Sweep, SweepOptions, plain
 
 __all__ = ["reproduce"]
 
@@ -53,10 +53,10 @@ def reproduce(
     if action == "dry_run":
         print("".join(_settings(sweep, plan, seed) for plan in plans for seed in seeds), end="")
         return DONE
-    code = _refusals(plans)
+    code = DONE
     if action == "run":
         try:
-            code = max(code, _run(sweep, plans, seeds), key=[DONE, USAGE, FAULT].index)
+            code = _run(sweep, plans, seeds)
         except (Interrupted, KeyboardInterrupt):
             print(f"interrupted; go on with: {_again(names, scale, seeds, options)}", file=sys.stderr)
             return RESUMABLE
@@ -79,13 +79,12 @@ def reproduce(
 
 def _run(sweep: Sweep, plans: Sequence[Plan], seeds: Sequence[int]) -> int:
     code = DONE
-    wanted = [plan for plan in plans if refusal(plan) is None]
     if sweep.options.download and sweep.options.data_dir is not None:
-        names = dict.fromkeys(plan.config.data.name for plan in wanted)
+        names = dict.fromkeys(plan.config.data.name for plan in plans)
         for name in [name for name in names if name in ARCHIVES]:  # a run says what of the others is missing
             download(name, sweep.options.data_dir)
-    for number, outcome in enumerate(sweep.run(wanted, seeds), start=1):
-        line = f"[{number}/{len(wanted) * len(seeds)}] {outcome.plan.recipe.name}, seed {outcome.seed}: {outcome.state}"
+    for number, outcome in enumerate(sweep.run(plans, seeds), start=1):
+        line = f"[{number}/{len(plans) * len(seeds)}] {outcome.plan.recipe.name}, seed {outcome.seed}: {outcome.state}"
         if outcome.error is None:
             print(f"{line}{', as done before' if outcome.state == 'skipped' else ''}", flush=True)
             continue
@@ -94,25 +93,9 @@ def _run(sweep: Sweep, plans: Sequence[Plan], seeds: Sequence[int]) -> int:
     return code
 
 
-def _refusals(plans: Sequence[Plan]) -> int:
-    """Says first of all what cannot be done here, a line for each reason."""
-    refused: dict[str, list[str]] = {}
-    for plan in plans:
-        reason = refusal(plan)
-        if reason is not None:
-            refused.setdefault(reason, []).append(plan.recipe.name)
-    for reason, names in refused.items():
-        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        print(f"cannot be done here: {names[0]}{others}: {reason}", file=sys.stderr, flush=True)
-    return USAGE if refused else DONE
-
-
 def _listed(plan: Plan) -> str:
-    reason = refusal(plan)
     same = f"the same as {plan.source}" if plan.source != plan.recipe.name else f"the run of {plan.run}"
-    remarks = [same] if plan.run != plan.recipe.name else []
-    remarks += [f"cannot be done here: {reason}"] if reason is not None else []
-    return plan.recipe.name + (f"  # {'; '.join(remarks)}" if remarks else "")
+    return plan.recipe.name + (f"  # {same}" if plan.run != plan.recipe.name else "")
 
 
 def _settings(sweep: Sweep, plan: Plan, seed: int) -> str:

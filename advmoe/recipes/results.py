@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from ..evaluation import SUSPECT
 from ..tables import table
 from .catalog import Catalog, Plan
 
@@ -28,7 +29,7 @@ def result_table(catalog: Catalog, scale: str, results: Sequence[tuple[Plan, Seq
                 plan.recipe.name,
                 str(len(records)),
                 _mean([r["sa"] for r in records]),
-                _mean([r["ra"] for r in records]),
+                _mean([r["ra"] for r in records]) + (" !" if any(r.get("suspect") for r in records) else ""),
                 gflops,
                 _printed(paper.get("sa"), paper.get("sa_std")),
                 _printed(paper.get(column), paper.get("ra_std")),
@@ -37,10 +38,12 @@ def result_table(catalog: Catalog, scale: str, results: Sequence[tuple[Plan, Seq
         )
         for record in records:
             settings[record["images"], record["attacks"][record["attack"]]["description"]] = None
+            if record.get("suspect"):
+                notes.append(f"! {plan.recipe.name}, seed {record['seed']}: {SUSPECT} ({', '.join(record['suspect'])})")
             blind = record["attacks"][record["attack"]]["zero_gradient"]
-            if blind >= _BLIND:
+            if blind is not None and blind >= _BLIND:
                 notes.append(
-                    f"{plan.recipe.name}, seed {record['seed']}: {blind:.1%} of the images gave the attack no gradient"
+                    f"{plan.recipe.name}, seed {record['seed']}: {blind:.1%} of the attacked images gave no gradient"
                 )
     header = ["recipe", "n", "SA %", "RA %", "GFLOPs", "paper SA %", "paper RA %", "paper GFLOPs"]
     tables = dict.fromkeys(plan.recipe.table for plan, _ in results)

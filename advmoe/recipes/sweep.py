@@ -12,20 +12,19 @@ from typing import Any
 
 import torch
 
-from ..attacks import from_name
 from ..config import RunConfig
 from ..training import Run, RunError, load_checkpoint, resume, train
 from ..training.evaluation import evaluate_run, write_record
 from .catalog import Catalog, Plan
 
-__all__ = ["Outcome", "Sweep", "SweepOptions", "differences", "plain", "refusal"]
+__all__ = ["Outcome", "Sweep", "SweepOptions", "differences", "plain"]
 
 # what a run takes from its data and machine where the recipe leaves it open
 _OPEN = (
     "model.num_classes", "model.image_size", "model.mean", "model.std", "attack.loss", "routing.share_epochs",
 )  # fmt: skip
-# where things lie and what computes them
-_PLACE = ("data.folder", "data.workers", "threads", "device")
+# where things lie, what computes them and what is written besides
+_PLACE = ("data.folder", "data.workers", "threads", "device", "tensorboard")
 
 
 @dataclass(frozen=True)
@@ -47,16 +46,6 @@ class Outcome:
     seed: int
     state: str
     error: Exception | None = None
-
-
-def refusal(plan: Plan) -> str | None:
-    """Why this version cannot do the recipe at all, or None; nothing is trained for such a one."""
-    attack = plan.evaluation.attack
-    try:
-        from_name(attack, 0.0)
-    except ValueError as error:
-        return "there is no AutoAttack in this version" if attack == "autoattack" else str(error)
-    return None
 
 
 @dataclass
@@ -92,7 +81,7 @@ class Sweep:
         )
 
     def run(self, plans: Sequence[Plan], seeds: Sequence[int]) -> Iterator[Outcome]:
-        """One recipe and seed after the other. Those that :func:`refusal` speaks against are not to be among them.
+        """One recipe and seed after the other.
 
         Raises:
             Interrupted, KeyboardInterrupt: at Ctrl-C; the same sweep goes on from there.
@@ -165,7 +154,7 @@ class Sweep:
         self._set_threads()
         done = evaluate_run(
             self.folder(plan.run, seed), [e.attack], data_dir=self.options.data_dir, limit=e.limit, epsilon=e.epsilon,
-            seed=seed, device=self.options.device, progress=True,
+            seed=seed, device=self.options.device, progress=True, checks=e.checks,
         )  # fmt: skip
         cost = done.cost
         assert done.config is not None
@@ -211,10 +200,11 @@ class Sweep:
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """The settings that are not what they should be, places and what the data decides aside."""
     found, wanted = _flat(found), _flat(wanted)
+    defaults = _flat(RunConfig())  # what was not yet a setting when a record was made
     result = []
     for key in dict.fromkeys([*wanted, *found]):
         name = key.removeprefix("config.")
-        there, here = found.get(key), wanted.get(key)
+        there, here = found.get(key, defaults.get(name)), wanted.get(key)
         if name == "init":  # begins with other weights, or does not: the name of the recipe says whose
             there, here = there is not None, here is not None
         if there == here or name in _PLACE or (here is None and name in _OPEN):

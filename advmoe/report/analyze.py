@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,8 @@ from ..recipes import Catalog, Recipe, Sweep, SweepOptions
 from ..registry import unknown_name
 from ..training import Run
 from ..training.engine import device_of
-from ..training.runs import RunError, load_model
+from ..training.evaluation import open_source
+from ..training.runs import load_model
 
 __all__ = ["ANALYSES", "Analyzed", "Skipped", "Written", "analyze"]
 
@@ -341,25 +343,11 @@ def _open(
     device: torch.device,
     read: Callable[..., DataSet],
 ) -> _Source:
-    model, config = load_model(source, checkpoint)
-    name = data or (config.data.name if config else None)
-    if name is None:
-        raise RunError("analyze: --data is needed for a model that is not a run's")
-    own = config is not None and name == config.data.name
-    if config is not None and own:
-        data_dir = data_dir or config.data.folder
-        epsilon = config.attack.epsilon if epsilon is None else epsilon
-    if config is not None and test_limit is None:
-        test_limit = config.data.test_limit
-    images = read(name, data_dir, test_limit=min((n for n in (test_limit, limit) if n is not None), default=None))
-    path = Path(source)
-    run = None
-    if path.exists():
-        run = Run(path if path.is_dir() else path.parent)
-        checkpoint = checkpoint if path.is_dir() else path.stem
-        parts = ["analysis", *([] if checkpoint == "best" else [checkpoint]), *([] if own else [name])]
-        out = run.folder / "-".join(parts) if out is None else out
-    return _Source(label, model.to(device), config, run, images, images.epsilon if epsilon is None else epsilon, out)
+    opened = open_source(source, checkpoint, data, data_dir, test_limit, epsilon, read)
+    run = None if opened.folder is None else Run(opened.folder)
+    images = dataclasses.replace(opened.data, test=opened.data.test.first(limit))
+    folder = opened.path("analysis") if out is None else out
+    return _Source(label, opened.model.to(device), opened.config, run, images, opened.epsilon, folder)
 
 
 def _labels(sources: Sequence[str | Path]) -> list[str]:

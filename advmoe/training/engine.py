@@ -28,6 +28,7 @@ from ..evaluation.measure import Evaluation, evaluate
 from ..models import router_parameters, upcycle
 from ..routers import FixedRouter, NonFiniteRouterError, RouterOptions, routers_of
 from ..sparse import masked_convolutions
+from . import tensorboard
 from .methods import Batch, Method, NonFiniteLossError, StepResult, build_method
 from .parallel import ALONE, ProcessLost, World, lost, resume_command
 from .runs import Run, RunError, build_model, load_checkpoint, load_model
@@ -75,6 +76,8 @@ class Trainer:
         self.validation_attack = from_name(config.validation_attack, a.epsilon)
         if not len(data.validation):
             raise ValueError("validation: the best checkpoint is chosen on held-out images, of which there are none")
+        if config.tensorboard:
+            tensorboard.require()
         if config.init is not None:
             _load_weights(self.model, config.init, config.model)
         world.prepare(self.model)
@@ -96,6 +99,7 @@ class Trainer:
         self.sums: dict[str, float] = {}
         self.seconds = 0.0  # spent training in this epoch
         self.best = -1.0
+        self.board: tensorboard.Board | None = None  # while :meth:`fit` writes one
 
     # --- state ----------------------------------------------------------------------------------------------------------
 
@@ -152,11 +156,12 @@ class Trainer:
         try:
             if self.world.size > 1 and not self.run.checkpoint().exists():
                 self.save()  # a process may be lost at any time
-            while self.epoch < self.config.epochs:
-                self._train_epoch()
-                self._require_finite_weights("end")
-                self.save()  # an epoch's work is not lost to a Ctrl-C during its validation
-                self._finish_epoch()
+            with self._writing() as self.board:
+                while self.epoch < self.config.epochs:
+                    self._train_epoch()
+                    self._require_finite_weights("end")
+                    self.save()  # an epoch's work is not lost to a Ctrl-C during its validation
+                    self._finish_epoch()
         except KeyboardInterrupt as error:
             if self.run.checkpoint().exists():
                 raise Interrupted(self.run.folder) from error
@@ -173,6 +178,10 @@ class Trainer:
             for batches in self.batches:
                 batches.close()
         return self.run.metrics()
+
+    def _writing(self) -> AbstractContextManager[tensorboard.Board | None]:
+        wanted = self.config.tensorboard and self.world.first and self.epoch < self.config.epochs
+        return tensorboard.writing(self.run.folder / "tensorboard", self.epoch) if wanted else nullcontext()
 
     def _train_epoch(self) -> None:
         self.model.train()
@@ -221,6 +230,15 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
         self.method.position = self.epoch * self.steps_per_epoch + self.step
+
+    def _rates(self) -> dict[str, float]:
+        """Of the last step, by optimizer; numbered where parts of the model have rates of their own."""
+        groups = {name: optimizer.param_groups for name, optimizer in self.method.optimizers.items()}
+        return {
+            name if len(each) == 1 else f"{name}_{i}": group["lr"]
+            for name, each in groups.items()
+            for i, group in enumerate(each)
+        }
 
     def _step(self, batches: list[Batch]) -> StepResult:
         try:
@@ -322,6 +340,8 @@ class Trainer:
             self.run.save(state, "best")
         # metrics first: a line too many is cut back when the run is resumed from the older checkpoint
         self.run.add_metrics(line)
+        if self.board is not None:
+            self.board.add(line, self._rates())
         self.run.save(state)
 
     def _validate(self) -> Evaluation:

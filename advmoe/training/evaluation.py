@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,71 @@ from ..sparse import compact, masked_convolutions
 from .engine import device_of
 from .runs import RunError, load_model
 
-__all__ = ["EvaluatedRun", "evaluate_run", "write_record"]
+__all__ = ["EvaluatedRun", "Opened", "evaluate_run", "open_source", "write_record"]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model with the data and radius that go with it.
+
+    Args:
+        config: None for a model that is not a run's.
+        checkpoint: ``best``, ``last`` or the name of the file.
+        folder: the run's; None for a model that is not a run's.
+        own: whether the data are the run's own.
+    """
+
+    model: nn.Module
+    config: RunConfig | None
+    data: DataSet
+    epsilon: float
+    checkpoint: str
+    folder: Path | None
+    own: bool
+
+    def path(self, stem: str, suffix: str = "") -> Path | None:
+        """Where something of this name belongs: ``<stem><suffix>`` in the run's folder, ``<stem>-last`` for another
+        checkpoint than the best, ``<stem>-<data>`` for another data set than the run's."""
+        if self.folder is None:
+            return None
+        parts = [stem, *([] if self.checkpoint == "best" else [self.checkpoint]), *([] if self.own else [self.data.name])]
+        return self.folder / f"{'-'.join(parts)}{suffix}"
+
+
+def open_source(
+    source: str | Path,
+    checkpoint: str = "best",
+    data: str | None = None,
+    data_dir: str | None = None,
+    test_limit: int | None = None,
+    epsilon: float | None = None,
+    read: Callable[..., DataSet] = load,
+) -> Opened:
+    """A run folder, a checkpoint or ``module:function``, with its data; what is None is the run's own, and the radius
+    that of the data where these are others.
+
+    Args:
+        read: what reads data: :func:`advmoe.data.load`, or one that keeps them.
+
+    Raises:
+        ValueError: if there is no such run or data (RunError, DataError among them).
+    """
+    model, config = load_model(source, checkpoint)
+    name = data or (config.data.name if config else None)
+    if name is None:
+        raise RunError("--data is needed for a model that is not a run's")
+    own = config is not None and name == config.data.name
+    if config is not None and own:
+        data_dir = data_dir or config.data.folder
+        epsilon = config.attack.epsilon if epsilon is None else epsilon
+    if config is not None and test_limit is None:
+        test_limit = config.data.test_limit
+    images = read(name, data_dir, test_limit=test_limit)
+    path, folder = Path(source), None
+    if path.exists():
+        folder = path if path.is_dir() else path.parent
+        checkpoint = checkpoint if path.is_dir() else path.stem
+    return Opened(model, config, images, images.epsilon if epsilon is None else epsilon, checkpoint, folder, own)
 
 
 @dataclass(frozen=True)
@@ -32,9 +96,8 @@ class EvaluatedRun:
     Args:
         config: None for a model that is not a run's.
         record: what ``evaluation.json`` says.
-        path: where that belongs: ``evaluation.json`` in the run's folder, ``evaluation-last.json`` for another
-            checkpoint than the best, ``evaluation-<data>.json`` for another data set than the run's; None for a model
-            that is not a run's.
+        path: where that belongs (:meth:`Opened.path`): ``evaluation.json`` in the run's folder; None for a model that is
+            not a run's.
     """
 
     model: nn.Module
@@ -88,27 +151,15 @@ def evaluate_run(
         ValueError: if there is no such run, data or attack (RunError, DataError among them).
         NonFiniteGradientError: as :func:`advmoe.evaluation.evaluate`.
     """
-    model, config = load_model(source, checkpoint)
-    name = data or (config.data.name if config else None)
-    if name is None:
-        raise RunError("evaluate: --data is needed for a model that is not a run's")
-    own = config is not None and name == config.data.name
-    if config is not None and own:
-        data_dir = data_dir or config.data.folder
-        epsilon = config.attack.epsilon if epsilon is None else epsilon
-    if config is not None and test_limit is None:
-        test_limit = config.data.test_limit
-    images = load(name, data_dir, test_limit=test_limit)
-    epsilon = images.epsilon if epsilon is None else epsilon
-    model = model.to(device_of(device))
+    opened = open_source(source, checkpoint, data, data_dir, test_limit, epsilon)
+    model, images, epsilon = opened.model.to(device_of(device)), opened.data, opened.epsilon
     chosen = {attack: from_name(attack, epsilon) for attack in attacks}
     shorter = (
         {} if autoattack_limit is None else {n: autoattack_limit for n, a in chosen.items() if isinstance(a, AutoAttack)}
     )
-    folder = _folder(source)
     test = images.test.first(limit)
     torch.manual_seed(seed)
-    result = evaluate(model, test, chosen, batch_size, seed=seed, progress=progress, limits=shorter, state=folder)
+    result = evaluate(model, test, chosen, batch_size, seed=seed, progress=progress, limits=shorter, state=opened.folder)
     scrutiny = None
     if checks:
         plain = (a for a in chosen.values() if isinstance(a, PGD) and a.against == "prediction")
@@ -117,14 +168,9 @@ def evaluate_run(
     whole = compact(model, images.image_size) if masked_convolutions(model) else model
     cost = profile(whole, images.image_size)
     times = [measure_latency([whole], images.image_size, size, repeats=20)[0] for size in latency]
-    path = None
-    if folder is not None:
-        checkpoint = checkpoint if Path(source).is_dir() else Path(source).stem
-        parts = ["evaluation", *([] if checkpoint == "best" else [checkpoint]), *([] if own else [name])]
-        path = folder / f"{'-'.join(parts)}.json"
     record = {
-        "checkpoint": checkpoint,
-        "data": name,
+        "checkpoint": opened.checkpoint,
+        "data": images.name,
         "seed": seed,
         "epsilon": epsilon,
         "gflops": cost.gflops,
@@ -140,12 +186,5 @@ def evaluate_run(
         "curve": dataclasses.asdict(scrutiny.curve) if scrutiny else None,
         "suspect": suspect(scrutiny.checks) if scrutiny else [],
     }
-    return EvaluatedRun(model, config, images, result, scrutiny, cost, times, record, path)
-
-
-def _folder(source: str | Path) -> Path | None:
-    """That of a run or checkpoint."""
-    path = Path(source)
-    if not path.exists():
-        return None
-    return path if path.is_dir() else path.parent
+    path = opened.path("evaluation", ".json")
+    return EvaluatedRun(model, opened.config, images, result, scrutiny, cost, times, record, path)

@@ -52,7 +52,9 @@ def test_train_evaluate_profile(tmp_path: Path, capsys: pytest.CaptureFixture[st
     run = tmp_path / "run"
     assert train(run) == 0
     assert f"next: advmoe evaluate {run}" in capsys.readouterr().out
-    assert main(["evaluate", str(run), "--attack", "pgd3", "--attack", "pgd2-margin", "--limit", "20"]) == 0
+    assert (
+        main(["evaluate", str(run), "--checks", "0", "--attack", "pgd3", "--attack", "pgd2-margin", "--limit", "20"]) == 0
+    )
     out = capsys.readouterr().out
     assert "| pgd3 " in out and "| pgd2-margin" in out and "20 test images" in out and "epsilon 0.15" in out
     record = json.loads((run / "evaluation.json").read_text())
@@ -194,23 +196,25 @@ def test_evaluate_takes_what_the_run_was(tmp_path: Path, capsys: pytest.CaptureF
     run = tmp_path / "run"
     assert train(run, "--epsilon", "0.07", "--test-limit", "25", "--kind", "dense") == 0
     capsys.readouterr()
-    assert main(["evaluate", str(run), "--attack", "pgd2"]) == 0
+    assert main(["evaluate", str(run), "--checks", "0", "--attack", "pgd2"]) == 0
     out = capsys.readouterr().out
     assert "epsilon 0.07, step 0.0175" in out and "25 test images" in out
     first = (run / "evaluation.json").read_text()
-    assert main(["evaluate", str(run), "--attack", "pgd2"]) == 0  # the same again
+    assert main(["evaluate", str(run), "--checks", "0", "--attack", "pgd2"]) == 0  # the same again
     assert (run / "evaluation.json").read_text() == first
-    assert main(["evaluate", str(run), "--attack", "pgd2", "--epsilon", "0.2", "--checkpoint", "last"]) == 0
+    assert (
+        main(["evaluate", str(run), "--checks", "0", "--attack", "pgd2", "--epsilon", "0.2", "--checkpoint", "last"]) == 0
+    )
     record = json.loads((run / "evaluation-last.json").read_text())
     assert record["epsilon"] == 0.2 and record["checkpoint"] == "last"
     assert "flip_rate" in record["attacks"]["pgd2"] and record["attacks"]["pgd2"]["flip_rate"] is None
     write_cifar10(tmp_path)
     other = ["--data", "cifar10", "--data-dir", str(tmp_path)]
-    assert main(["evaluate", str(run), "--attack", "pgd2", "--limit", "5", *other]) == 0
+    assert main(["evaluate", str(run), "--checks", "0", "--attack", "pgd2", "--limit", "5", *other]) == 0
     assert json.loads((run / "evaluation-cifar10.json").read_text())["data"] == "cifar10"
     assert (run / "evaluation.json").read_text() == first
     (run / "best.pt").write_bytes(b"damaged")
-    assert main(["evaluate", str(run), "--attack", "pgd2"]) == 2
+    assert main(["evaluate", str(run), "--checks", "0", "--attack", "pgd2"]) == 2
     assert "best.pt cannot be read as a checkpoint" in capsys.readouterr().err
 
 
@@ -225,9 +229,9 @@ def test_evaluate_takes_any_module(
         "class Pair(torch.nn.Module):\n    def forward(self, x):\n        return x, x\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert main(["evaluate", "mine:build", "--data", "digits", "--attack", "pgd2", "--limit", "10"]) == 0
+    assert main(["evaluate", "mine:build", "--checks", "0", "--data", "digits", "--attack", "pgd2", "--limit", "10"]) == 0
     assert "flip rate" in capsys.readouterr().out
-    assert main(["evaluate", "mine:build", "--attack", "pgd2"]) == 2
+    assert main(["evaluate", "mine:build", "--checks", "0", "--attack", "pgd2"]) == 2
     assert "--data is needed" in capsys.readouterr().err
     capsys.readouterr()
     for source, message in {
@@ -240,7 +244,7 @@ def test_evaluate_takes_any_module(
     }.items():
         assert main(["evaluate", source, "--data", "digits"]) == 2
         assert message in capsys.readouterr().err
-    wanted = ["evaluate", "mine:build", "--data", "digits", "--attack", "pgd1", "--out"]
+    wanted = ["evaluate", "mine:build", "--checks", "0", "--data", "digits", "--attack", "pgd1", "--out"]
     for nowhere in (tmp_path, tmp_path / "absent" / "mine.json"):
         assert main([*wanted, str(nowhere)]) == 2
         assert f"--out: expected a file in a folder that is there, got {nowhere}" in capsys.readouterr().err
@@ -298,7 +302,7 @@ def test_a_model_of_the_working_folder_is_found(tmp_path: Path) -> None:
     )
     code = f"import sys; sys.path[:] = [p for p in sys.path if p not in ('', {str(tmp_path)!r})]\n"
     code += "from advmoe.cli import main; sys.exit(main(sys.argv[1:]))"
-    arguments = ["evaluate", "mine:build", "--data", "digits", "--limit", "8", "--attack", "pgd1"]
+    arguments = ["evaluate", "mine:build", "--checks", "0", "--data", "digits", "--limit", "8", "--attack", "pgd1"]
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
     )
@@ -398,8 +402,14 @@ def test_a_fault_of_the_program_is_not_hidden(tmp_path: Path, monkeypatch: pytes
         (["train", "--out", "RUN", "--epochs", "0"], "epochs: expected at least 1, got 0"),
         (["train", "--out", "RUN", "--epsilon", "-1"], "epsilon: expected a finite number of at least 0"),
         (["train", "--resume", "RUN"], "is no run"),
-        (["evaluate", "absent_module:function", "--data", "digits"], "absent_module:function cannot be loaded"),
-        (["evaluate", "json:JSONEncoder", "--data", "digits"], "returned JSONEncoder, expected an nn.Module"),
+        (
+            ["evaluate", "absent_module:function", "--checks", "0", "--data", "digits"],
+            "absent_module:function cannot be loaded",
+        ),
+        (
+            ["evaluate", "json:JSONEncoder", "--checks", "0", "--data", "digits"],
+            "returned JSONEncoder, expected an nn.Module",
+        ),
         (["profile", "--repeats", "0"], "repeats: expected at least 1, got 0"),
         (["profile", "--batch-size", "0"], "batch_size: expected at least 1, got 0"),
         (["profile", "--image-size", "4"], "image_size: resnet18 takes images from 8 pixels on; got 4"),
@@ -533,7 +543,7 @@ def test_a_run_may_be_resumed_where_its_data_is_now(tmp_path: Path, capsys: pyte
     assert main(["train", "--resume", str(run)]) == 2
     assert str(before) in capsys.readouterr().err
     assert main(["train", "--resume", str(run), "--data-dir", str(after)]) == 0
-    assert main(["evaluate", str(run), "--attack", "pgd1", "--limit", "5"]) == 0
+    assert main(["evaluate", str(run), "--checks", "0", "--attack", "pgd1", "--limit", "5"]) == 0
 
 
 def test_a_router_of_a_module_of_ones_own(
@@ -546,7 +556,7 @@ def test_a_router_of_a_module_of_ones_own(
     )
     monkeypatch.chdir(tmp_path)
     assert train(tmp_path / "run", "--router", "routers_of_mine:Mine") == 0
-    assert main(["evaluate", "run", "--attack", "pgd1", "--limit", "5"]) == 0
+    assert main(["evaluate", "run", "--checks", "0", "--attack", "pgd1", "--limit", "5"]) == 0
     assert type(next(iter(routers_of(load_model("run")[0]).values()))).__name__ == "Mine"
     capsys.readouterr()
     for name, message in (
@@ -606,7 +616,7 @@ def test_a_setting_out_of_range_is_named(
 def test_evaluate_refuses_a_radius_that_is_not_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     assert train(run) == 0
-    assert main(["evaluate", str(run), "--epsilon", "nan", "--limit", "4"]) == 2
+    assert main(["evaluate", str(run), "--checks", "0", "--epsilon", "nan", "--limit", "4"]) == 2
     assert "epsilon" in capsys.readouterr().err
 
 

@@ -64,7 +64,7 @@ cpu:
     batch_size: 32
     epochs: 1
     validation_attack: pgd1
-  evaluation: {attack: pgd2, limit: 20}
+  evaluation: {attack: pgd2, limit: 20, checks: 0}
   data: {cifar100: {config: {data: {name: cifar100}}}}
   methods:
     at_sparse: {config: {epochs: 3, method: {pretrain_epochs: 1, mask_epochs: 1}}}
@@ -151,7 +151,7 @@ def test_a_prefix_means_all_below_it(recipes: Catalog, capsys: pytest.CaptureFix
     assert main(["reproduce", "--list"]) == 0
     out = capsys.readouterr().out
     assert [line.split(" ")[0] for line in out.splitlines()] == list(recipes.recipes)
-    assert re.search(r"^table2/cifar100/\S+/advmoe  # .*cannot be done here: there is no AutoAttack", out, re.M)
+    assert re.search(r"^table2/cifar100/resnet18/advmoe  # the run of table1/cifar100/resnet18/advmoe$", out, re.M)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_nothing_is_trained_or_evaluated_twice(recipes: Catalog) -> None:
         ),
         ("methods.yaml", "init: router_only", "init: routers", r"methods.yaml: theta_double_bar: init: .*router_only"),
         ("methods.yaml", "paper: AdvMoE", "papre: AdvMoE", r"methods.yaml: advmoe: setting: .*did you mean paper"),
-        ("scales.yaml", "limit: 20}", "limits: 20}", r"scales.yaml: cpu: evaluation: .*did you mean limit"),
+        ("scales.yaml", "limit: 20,", "limits: 20,", r"scales.yaml: cpu: evaluation: .*did you mean limit"),
         ("scales.yaml", "    at_sparse: {", "    at_spares: {", r"scales.yaml: cpu: methods: .*at_sparse"),
         ("scales.yaml", "paper:", "papers:", r"scales.yaml: expected the scale paper"),
         ("tableA1.yaml", "steps: 10", "step: 10", r"tableA1.yaml: config: attack: .*did you mean steps"),
@@ -338,7 +338,7 @@ def test_dry_run_prints_the_settings_of_each(
     assert configs[1].init == str(out / "gpu/fig3/cifar10/resnet18/m1_standard_moe/r0.5/seed4")
     assert {(c.data.folder, c.threads, c.device, c.epochs) for c in configs} == {("somewhere", 2, "cpu", 30)}
     assert f"# {out}/gpu/table1/cifar10/resnet18/advmoe/seed4" in text
-    assert "cannot be done here: there is no AutoAttack" in text
+    assert "# evaluation: attack autoattack, limit None" in text
     assert not out.exists()
 
 
@@ -458,24 +458,56 @@ def test_a_changed_setting_is_refused(
     assert reproduce(name) == 2
     assert "evaluation.json cannot be read" in capsys.readouterr().err
     # of a user's own making
-    assert main(["evaluate", str(evaluation.parent), "--attack", "pgd1", "--limit", "3", "--threads", "1"]) == 0
+    assert (
+        main(["evaluate", str(evaluation.parent), "--checks", "0", "--attack", "pgd1", "--limit", "3", "--threads", "1"])
+        == 0
+    )
     assert reproduce(name) == 0
     assert json.loads(evaluation.read_text())["images"] == 20
 
 
-def test_what_cannot_be_done_is_said_before_any_training(
-    reproduce: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_table_2_is_autoattack_on_table_1s_runs(
+    files: Path, reproduce: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(sweep, "train", planted)
-        patch.setattr(sweep, "evaluate_run", planted)
-        assert reproduce("table2/cifar10/resnet18") == 2
-        captured = capsys.readouterr()
-        first = "table2/cifar10/resnet18/at_dense"
-        assert f"cannot be done here: {first} and 4 more: there is no AutoAttack in this version\n" in captured.err
-        assert "45.13" in captured.out  # the paper's RA stands there all the same
-    assert reproduce("table2/cifar10/resnet18/advmoe", f"{ROW}/at_s_dense") == 2  # the others go on
-    assert "[1/1] table1/cifar10/resnet18/at_s_dense, seed 0: done" in capsys.readouterr().out
+    edit(files / "table2.yaml", "limit: 256", "limit: 12")
+    assert reproduce("table2/cifar10/resnet18/at_s_dense") == 0
+    out = capsys.readouterr().out
+    assert "[1/1] table2/cifar10/resnet18/at_s_dense, seed 0: done" in out
+    assert "AutoAttack standard, L-inf epsilon 0.03137" in out and "on 12 test images" in out and "42.24" in out
+    folder = tmp_path / "out" / "cpu"
+    assert (folder / ROW / "at_s_dense" / "seed0" / "best.pt").exists()
+    record = json.loads((folder / "table2/cifar10/resnet18/at_s_dense/seed0/evaluation.json").read_text())
+    assert list(record["attacks"]["autoattack"]["stages"]) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert record["attacks"]["autoattack"]["images"] == 12 and record["checks"] == []
+
+
+def test_a_red_check_marks_the_figure_in_the_table(
+    reproduce: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"{ROW}/at_s_dense"
+    assert reproduce(name) == 0
+    assert "suspect" not in capsys.readouterr().out
+    path = tmp_path / "out" / "cpu" / name / "seed0" / "evaluation.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "suspect": ["black_box"]}))
+    assert reproduce(name, "--table") == 0
+    out = capsys.readouterr().out
+    assert f"! {name}, seed 0: suspect: gradient masking (black_box)" in out
+    assert re.search(rf"\| {name} +\| +1 \| +\S+ \| +\S+ ! \|", out)
+
+
+def test_a_setting_that_came_later_is_no_difference(reproduce: Callable[..., int], tmp_path: Path) -> None:
+    """A record made before the setting was there has had its default."""
+    name = f"{ROW}/at_s_dense"
+    assert reproduce(name) == 0
+    path = tmp_path / "out" / "cpu" / name / "seed0" / "evaluation.json"
+    record = json.loads(path.read_text())
+    del record["config"]["optim"]["accumulate"]
+    path.write_text(json.dumps(record))
+    assert reproduce(name, "--table") == 0
+    record["config"]["optim"]["accumulate"] = 2
+    path.write_text(json.dumps(record))
+    assert reproduce(name, "--table") == 2
 
 
 def test_missing_data_is_reported_for_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
