@@ -38,6 +38,7 @@ from .models.base import KINDS, LAYOUTS, ROUTE_PER, STEMS
 from .objectives import BALANCE_LOSSES
 from .profiling import backbone_costs, measure_latency, profile
 from .recipes import SCALES, SweepOptions, reproduce
+from .report import ANALYSES, analyze, write_report
 from .routers import NonFiniteRouterError, list_routers, routers_of
 from .tables import percent, table
 from .training import Interrupted, NonFiniteLossError, Run, StepError, resume, train
@@ -168,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes that decode images ahead; one for each core but one, if in files",
     )
+    p.add_argument("--tensorboard", action="store_true", help="write the epochs' metrics to RUN/tensorboard too")
     g = p.add_argument_group("training attack")
     g.add_argument("--epsilon", type=float, help="radius, of pixel range 1; the data's own by default")
     g.add_argument("--step-size", type=float, help="of pixel range 1; the data's own by default")
@@ -205,14 +207,12 @@ def _parser() -> argparse.ArgumentParser:
     p = commands.add_parser("evaluate", help="SA and RA on the test set, and whether RA can be believed", **common)
     p.add_argument("source", metavar="RUN", help="a run folder, a checkpoint in one, or module:function")
     p.add_argument("--attack", action="append", help=f"repeatable; pgd50x5 and autoattack if none. {NAMES}")
-    p.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run folder")
-    p.add_argument("--limit", type=int, metavar="N", help="the first N test images")
     p.add_argument(
         "--autoattack-limit",
         type=_positive,
         default=1000,
         metavar="N",
-        help="at most N of them for AutoAttack, which is slow",
+        help="at most N images for AutoAttack, which is slow",
     )
     p.add_argument(
         "--checks",
@@ -222,13 +222,39 @@ def _parser() -> argparse.ArgumentParser:
         help="images for the curve over the radius and for the signs of gradient masking; 0: neither",
     )
     p.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write; a run has one in its folder by default")
-    p.add_argument("--batch-size", type=int, default=128, help="images at once")
-    p.add_argument("--epsilon", type=float, help="the run's training radius, or the data's, by default")
+    _evaluation_options(p)
+    _data_options(p, default=None)
+    p.set_defaults(run=_evaluate)
+
+    p = commands.add_parser("analyze", help="the paper's analyses: a CSV file and a picture each", **common)
+    p.add_argument("sources", nargs="*", metavar="RUN", help="run folders, checkpoints in such, or module:function")
+    p.add_argument("--list", action="store_true", help="names the analyses")
+    p.add_argument("--only", nargs="+", metavar="NAME", help="these of them; all that can be made by default")
+    p.add_argument("--against", metavar="RUN", help="the sparse run whose mask pathways are compared with")
+    p.add_argument("--reproduced", type=Path, metavar="DIR", help="the --out of advmoe reproduce: figures 2, 3, 7 and 8")
+    p.add_argument("--scale", choices=SCALES, default="cpu", help="of --reproduced")
+    p.add_argument("--out", type=Path, metavar="DIR", help="folder for the files; RUN/analysis by default")
+    p.add_argument("--attack", default="pgd50", help="a PGD of the L-infinity ball; every start goes to its last step")
+    _evaluation_options(p)
+    _data_options(p, default=None)
+    p.set_defaults(run=_analyze)
+
+    p = commands.add_parser("report", help="a page to look at: settings, tables, checks, pictures, examples", **common)
+    p.add_argument("sources", nargs="+", metavar="RUN", help="run folders")
+    p.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page; RUN/report.html by default, needed for several runs"
+    )
+    p.add_argument("--attack", default="pgd50", help="of pictures and examples")
+    p.add_argument(
+        "--examples", type=int, default=8, metavar="N", help="images to show with what the attack made of them"
+    )
+    p.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of the run folders")
+    p.add_argument("--limit", type=_positive, default=200, metavar="N", help="test images of the analyses")
     p.add_argument("--threads", type=_positive, help="CPU threads; torch's own choice by default")
     p.add_argument("--device", default="auto", help="auto is a CUDA device where there is one")
     p.add_argument("--seed", type=int, default=0, help="of the attacks")
-    _data_options(p, default=None)
-    p.set_defaults(run=_evaluate)
+    p.add_argument("--data-dir", help="the folder that holds the data, if it has moved")
+    p.set_defaults(run=_report)
 
     p = commands.add_parser("export", help="write a trained model as one safetensors file", **common)
     p.add_argument("source", metavar="RUN", help="a run folder or a checkpoint in one")
@@ -273,6 +299,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def _evaluation_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run folder")
+    p.add_argument("--limit", type=int, metavar="N", help="the first N test images")
+    p.add_argument("--batch-size", type=_positive, default=128, help="images at once")
+    p.add_argument("--epsilon", type=float, help="the run's training radius, or the data's, by default")
+    p.add_argument("--threads", type=_positive, help="CPU threads; torch's own choice by default")
+    p.add_argument("--device", default="auto", help="auto is a CUDA device where there is one")
+    p.add_argument("--seed", type=int, default=0, help="of the attacks")
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
@@ -375,6 +411,7 @@ def _train(o: argparse.Namespace) -> None:
             device=o.device,
             threads=o.threads,
             validation_attack=o.validation_attack,
+            tensorboard=o.tensorboard,
         )
         with joined(o.device) as world:
             if world.first:
@@ -449,6 +486,34 @@ def _print_evaluation(done: EvaluatedRun) -> None:
         + ", ".join(f"{t.median_ms:.2f} ms for a batch of {t.batch_size}" for t in done.latency)
         + f" (median of {done.latency[0].repeats}, {torch.get_num_threads()} threads, torch {torch.__version__})"
     )
+
+
+def _analyze(o: argparse.Namespace) -> None:
+    if o.list:
+        print("\n".join(f"{name:12s}  {what}" for name, what in ANALYSES.items()))
+        return
+    if o.threads is not None:
+        torch.set_num_threads(o.threads)
+    _fetch(o)
+    done = analyze(
+        o.sources, o.out, o.only, o.attack, o.limit, o.epsilon, o.against, o.data, o.data_dir, o.test_limit,
+        o.reproduced, o.scale, o.checkpoint, o.batch_size, o.seed, o.device, progress=True,
+    )  # fmt: skip
+    for each in done.written:
+        whose = f" of {each.source}" if each.source is not None and len(o.sources) > 1 else ""
+        print(f"{each.finding.title}{whose}: {each.paths[0]}, {each.paths[1].name}")
+    for skipped in done.skipped:
+        whose = f" of {skipped.source}" if skipped.source is not None and len(o.sources) > 1 else ""
+        print(f"left out: {skipped.name}{whose}: {skipped.reason}", file=sys.stderr)
+
+
+def _report(o: argparse.Namespace) -> None:
+    if o.threads is not None:
+        torch.set_num_threads(o.threads)
+    path = write_report(
+        o.sources, o.out, o.data_dir, o.limit, o.examples, o.attack, o.device, o.seed, o.checkpoint, progress=True
+    )
+    print(f"written: {path}")
 
 
 def _export(o: argparse.Namespace) -> None:

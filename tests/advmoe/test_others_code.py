@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import unpacked
+from small_runs import SMALL, small_architecture, unpacked
 from torch import Tensor, nn
 
 from advmoe.attacks import PGD, AutoAttack, NonFiniteGradientError, from_name
@@ -31,10 +31,10 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
     torch.manual_seed(0)
     kind = "dense" if request.param == "dense" else "moe"
     options = {"layout": "windows"} if request.param == "windows" else {}
-    return create_model("resnet18", kind, width=8, image_size=16, **options).eval()
+    return create_model("resnet18", kind, width=8, image_size=8, **options).eval()
 
 
-def images(count: int = 64, size: int = 16) -> Tensor:
+def images(count: int = 64, size: int = 8) -> Tensor:
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
@@ -47,7 +47,7 @@ def predicted(model: nn.Module, x: Tensor) -> Tensor:
 def test_pgd_agrees_with_foolbox(model: nn.Module, norm: str) -> None:
     x = images(200)
     labels = predicted(model, x)
-    epsilon, steps = (0.01, 10) if norm == "linf" else (0.15, 10)
+    epsilon, steps = (0.01 if norm == "linf" else 0.1), 10
     theirs_kind = foolbox.attacks.LinfPGD if norm == "linf" else foolbox.attacks.L2PGD
     attack = theirs_kind(abs_stepsize=epsilon / 4, steps=steps, random_start=False)
     wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
@@ -59,6 +59,13 @@ def test_pgd_agrees_with_foolbox(model: nn.Module, norm: str) -> None:
     assert 0.02 < fooled < 0.98  # not all the same, so that agreement says something
 
 
+def small() -> nn.Module:
+    """Two routed blocks."""
+    torch.manual_seed(0)
+    with small_architecture():
+        return create_model(SMALL, "moe", width=8, image_size=8, layout="windows").eval()
+
+
 def direct(model: nn.Module, x: Tensor, labels: Tensor, epsilon: float, version: str, batch_size: int) -> tuple[Any, ...]:
     from pyautoattack import AutoAttack as Package
 
@@ -67,34 +74,37 @@ def direct(model: nn.Module, x: Tensor, labels: Tensor, epsilon: float, version:
         p.requires_grad_(False)
     adversary = Package(model, norm="Linf", eps=epsilon, seed=0, version=version)
     adversary.square.n_queries = 100
-    adversary.apgd.n_iter = adversary.apgd_targeted.n_iter = adversary.fab.n_iter = 5
+    adversary.apgd.n_iter = adversary.apgd_targeted.n_iter = adversary.fab.n_iter = 3
     return adversary.run_standard_evaluation(x, labels, batch_size=batch_size)
 
 
-@pytest.mark.parametrize("version", ["standard", "rand"])
-def test_autoattack_is_the_packages_sample_by_sample(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With few iterations and queries, so that each attack has something left to do; in several batches."""
-    torch.manual_seed(0)
-    model = create_model("resnet18", "moe", width=8, image_size=8).eval()
-    x = images(40, 8)
-    labels = predicted(model, x)
-    labels[::7] = (labels[::7] + 1) % 10  # wrong already
-    theirs, their_predictions = direct(model, x, labels, 0.004, version, 16)
-    attack = AutoAttack(0.004, version=version, queries=100)
+@pytest.fixture
+def few_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
     original = AutoAttack._adversary
 
     def short(self: AutoAttack, *args: Any) -> Any:
         adversary = original(self, *args)
-        adversary.apgd.n_iter = adversary.apgd_targeted.n_iter = adversary.fab.n_iter = 5
+        adversary.apgd.n_iter = adversary.apgd_targeted.n_iter = adversary.fab.n_iter = 3
         return adversary
 
     monkeypatch.setattr(AutoAttack, "_adversary", short)
+
+
+@pytest.mark.parametrize("version", ["standard", "rand"])
+def test_autoattack_is_the_packages_sample_by_sample(version: str, few_iterations: None) -> None:
+    """With few iterations and queries, so that each attack has something left to do; in several batches."""
+    model = small()
+    x = images(40)
+    labels = predicted(model, x)
+    labels[::7] = (labels[::7] + 1) % 10  # wrong already
+    theirs, their_predictions = direct(model, x, labels, 0.01, version, 16)
+    attack = AutoAttack(0.01, version=version, queries=100)
     result = attack.run(model, x, labels, seed=0, batch_size=16)
     assert torch.equal(result.robust, their_predictions == labels)
     assert torch.equal(result.images, theirs)
     assert (result.fell_to[::7] == -2).all() and 0 < int(result.robust.sum()) < 34
     stages = list(result.stages().values())
-    assert stages == sorted(stages, reverse=True) and stages[-1] == result.robust.float().mean().item()
+    assert stages == sorted(stages, reverse=True) and stages[-1] == result.robust.double().mean().item()
 
 
 def _broken_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
@@ -111,12 +121,13 @@ def _broken_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
     monkeypatch.setattr(AutoAttack, "_attack", staticmethod(attack))
 
 
-def test_autoattack_goes_on_to_the_same_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    model = create_model("resnet18", "moe", width=8, image_size=8).eval()
-    x = images(24, 8)
+def test_autoattack_goes_on_to_the_same_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_iterations: None
+) -> None:
+    model = small()
+    x = images(24)
     labels = predicted(model, x)
-    attack = AutoAttack(0.004, attacks=("apgd-ce", "square"), queries=50)
+    attack = AutoAttack(0.01, attacks=("apgd-ce", "square"), queries=20)
     whole = attack.run(model, x, labels, batch_size=8)
     assert len(whole.fell_to.unique()) > 1  # some fall, some stand
     for calls in (1, 2, 4):
@@ -133,11 +144,10 @@ def test_autoattack_goes_on_to_the_same_outcome(tmp_path: Path, monkeypatch: pyt
 
 
 def test_autoattack_leaves_the_process_and_the_model_as_they_were() -> None:
-    torch.manual_seed(0)
-    model = create_model("resnet18", "moe", width=8, image_size=8).train()
+    model = small().train()
     model.bn1.eval()
     modes = [m.training for m in model.modules()]
-    x, state = images(8, 8), torch.get_rng_state()
+    x, state = images(8), torch.get_rng_state()
     trace, seen = sys.gettrace(), []
     labels = torch.zeros(8, dtype=torch.int64)
     result = AutoAttack(0.01, attacks=("square",), queries=20).run(model, x, labels)
@@ -150,9 +160,9 @@ def test_autoattack_leaves_the_process_and_the_model_as_they_were() -> None:
 def test_autoattack_knows_the_number_of_classes() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     with pytest.raises(ValueError, match="apgd-t: expected a model of at least 4 classes, got 3"):
-        AutoAttack(0.1).run(net, images(4, 8), torch.zeros(4, dtype=torch.int64))
+        AutoAttack(0.1).run(net, images(4), torch.zeros(4, dtype=torch.int64))
     five = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
-    x = images(16, 8)
+    x = images(16)
     result = AutoAttack(0.05, attacks=("apgd-t", "fab-t")).run(five, x, predicted(five, x))
     assert not result.robust.any() and result.warnings == ()
 
@@ -169,13 +179,13 @@ def test_autoattack_raises_on_what_is_not_finite() -> None:
 
     net = Planted()
     with pytest.raises(NonFiniteGradientError, match="the gradient of 6 of 6 samples is not finite"):
-        AutoAttack(0.1, attacks=("apgd-ce",)).run(net, images(6, 8), predicted(net, images(6, 8)))
+        AutoAttack(0.1, attacks=("apgd-ce",)).run(net, images(6), predicted(net, images(6)))
 
 
 def test_our_models_have_the_form_that_others_expect() -> None:
     """RobustBench: forward(x in [0, 1]) -> logits, normalisation inside; torchattacks besides reads `training` and the
     parameters' device, and sets modes by train() and eval()."""
-    model = create_model("resnet18", "moe", width=8, image_size=16, num_classes=7)
+    model = create_model("resnet18", "moe", width=8, image_size=8, num_classes=7)
     assert list(inspect.signature(model.forward).parameters) == ["x"]
     assert isinstance(model, nn.Module) and model.training
     model.eval()

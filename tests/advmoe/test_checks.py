@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The signs of gradient masking: an honest model shows none, and planted ones show those that they should."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from advmoe.attacks import PGD, from_name
+from advmoe.cli import main
+from advmoe.data import TensorSplit
+from advmoe.evaluation import Scrutiny, evaluate, scrutinize, suspect, wilson
+from advmoe.models import create_model
+from advmoe.routers import NonFiniteRouterError, Router
+from moe_kernels import RoutedConv2d
+
+ATTACK = PGD(0.02, 0.005, 10)
+
+
+def images(count: int = 48, size: int = 8) -> Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def split(model: nn.Module, pixels: Tensor | None = None) -> TensorSplit:
+    """Images with the classes that the model sees in them."""
+    pixels = images() if pixels is None else pixels
+    with torch.no_grad():
+        return TensorSplit(pixels, model.eval()(pixels.float() / 255).argmax(1))
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(192, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 5 * self.linear(x.flatten(1) - 0.5)
+
+
+class Rounded(Linear):
+    """No gradient at all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward((x * 64).round() / 64)
+
+
+class Shattered(Linear):
+    """The gradient is that of something else: it is there, and leads nowhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        wrong = (x * 3e4).sin() / 300  # small, with a slope of 100
+        return super().forward(x + wrong)
+
+
+class ByBrightness(Router):
+    level = "image"
+
+    def forward(self, x: Tensor) -> Tensor:
+        bright = 40 * (x.mean((1, 2, 3)) - 0.5)
+        return torch.stack([bright, -bright], 1)
+
+
+class HiddenRouter(nn.Module):
+    """Two experts that are sure of different classes: only the choice matters, and no gradient goes through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = ByBrightness(3, 2)
+        self.router.options = type(self.router.options)(gate="none")
+        self.conv = RoutedConv2d(3, 4, 1, num_experts=2)
+        nn.init.normal_(self.conv.weight, 0, 1e-3)
+        with torch.no_grad():
+            self.conv.bias.copy_(torch.tensor([3.0, 0, 0, 0, 0, 3.0, 0, 0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x, self.router.route(x)).mean((2, 3))
+
+
+def look(model: nn.Module, pixels: Tensor | None = None, attack: PGD = ATTACK) -> Scrutiny:
+    return scrutinize(model, split(model, pixels), attack)
+
+
+def test_an_honest_model_passes() -> None:
+    found = look(Linear())
+    assert suspect(found.checks) == []
+    states = {check.name: check.passed for check in found.checks}
+    assert states == {"gradient": True, "radius": True, "strength": True, "converged": True, "black_box": True,
+                      "surrogate": None}  # fmt: skip
+    curve = found.curve
+    assert curve.images == 48 and list(curve.epsilons) == sorted(curve.epsilons) and 0.02 in curve.epsilons
+    assert curve.epsilons[-1] == 0.5 and curve.ra[-1] == 0
+    assert curve.ra[0] > 0.3 and list(curve.ra) == sorted(curve.ra, reverse=True)
+
+
+def test_a_model_without_gradient_is_caught() -> None:
+    found = look(Rounded())
+    assert {"gradient", "radius", "black_box"} <= set(suspect(found.checks))
+    measured = {check.name: check.measured for check in found.checks}
+    assert float(measured["gradient"].split()[0]) > 90  # the others fell to the random start
+
+
+def test_a_gradient_that_leads_nowhere_is_caught() -> None:
+    red = suspect(look(Shattered()).checks)
+    assert "gradient" not in red and "black_box" in red
+
+
+def test_an_attack_of_too_few_steps_is_caught() -> None:
+    found = look(Linear(), attack=PGD(0.02, 0.001, 3))
+    assert "converged" in suspect(found.checks)
+
+
+def test_a_hidden_router_is_caught_by_the_surrogate() -> None:
+    pixels = torch.randint(0, 256, (48, 3, 8, 8), generator=torch.Generator().manual_seed(1)).float()
+    # means around a half by less than the radius
+    means = pixels.mean((1, 2, 3), keepdim=True)
+    pixels = (pixels - means + 127.5 + torch.linspace(-4, 4, 48).view(-1, 1, 1, 1)).clamp(0, 255).to(torch.uint8)
+    found = look(HiddenRouter(), pixels)
+    assert "surrogate" in suspect(found.checks)
+
+
+def test_a_nan_router_gives_no_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """sign(NaN) is 0 and argmax(NaN) is 0: the released code's robust accuracy of 91 %."""
+    torch.manual_seed(0)
+    model = create_model("resnet18", "moe", width=8, image_size=8)
+    data = split(model)
+    router = model.layer2[0].conv1.router
+    with torch.no_grad():
+        router.linear.weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteRouterError, match=r"the router of layer2\.0\.conv1 gave scores that are not finite"):
+        scrutinize(model, data, ATTACK, limit=8)
+    with pytest.raises(NonFiniteRouterError):
+        evaluate(model, data, {"autoattack": from_name("autoattack", 0.1)}, limit=8)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    (tmp_path / "planted.py").write_text(
+        "import torch\nfrom advmoe.models import create_model\n\ndef model():\n"
+        "    net = create_model('resnet18', 'moe', width=8, image_size=8)\n"
+        "    net.load_state_dict(torch.load('weights.pt'))\n    return net\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["evaluate", "planted:model", "--data", "digits", "--attack", "pgd2", "--limit", "8"]) == 1
+    captured = capsys.readouterr()
+    assert "not finite" in captured.err and "RA" not in captured.out
+
+
+def test_the_command_marks_a_masked_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "masking.py").write_text(
+        "import torch\nfrom torch import nn\nfrom advmoe.data import load\n\n"
+        "class Rounded(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        "        train = load('digits').train\n"
+        "        x, y = train.batch(torch.arange(len(train)))\n"
+        "        self.means = nn.Parameter(torch.stack([x[y == c].mean(0).flatten() for c in range(10)]))\n"
+        "    def forward(self, x):\n"
+        "        x = (x * 8).round() / 8 + 0 * x\n"
+        "        return -torch.cdist(x.flatten(1), self.means)\n\n"
+        "def model():\n    return Rounded()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    out = tmp_path / "e.json"
+    arguments = [
+        "masking:model",
+        "--data",
+        "digits",
+        "--attack",
+        "pgd5",
+        "--limit",
+        "40",
+        "--checks",
+        "24",
+        "--out",
+        str(out),
+    ]
+    assert main(["evaluate", *arguments]) == 0
+    text = capsys.readouterr().out
+    record = json.loads(out.read_text())
+    assert "gradient" in record["suspect"] and "black_box" in record["suspect"]
+    assert "suspect: gradient masking (" in text and " % ! |" in text and "FAILED" in text
+    assert record["attacks"]["pgd5"]["ra"] > 0.5  # the figure that would have flattered
+    assert record["curve"]["images"] == 24 and len(record["class_sa"]) == 10
+    assert [t["batch_size"] for t in record["latency"]] == [1, 32]
+
+
+def test_wilson() -> None:
+    """Against its defining equation: at the ends the share is 1.96 standard errors away."""
+    for count, total in ((0, 10), (3, 10), (50, 256), (256, 256)):
+        share = count / total
+        for end in wilson(count, total):
+            if 0 < end < 1:
+                assert abs(share - end) == pytest.approx(1.959964 * (end * (1 - end) / total) ** 0.5, abs=1e-9)
+    assert wilson(0, 10)[0] == pytest.approx(0) and wilson(10, 10)[1] == pytest.approx(1)
+    assert wilson(50, 256)[0] < 50 / 256 < wilson(50, 256)[1]
