@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..analysis.observation import Attack, Choice, Observation, observe
 from ..attacks import AttackResult
 from ..data import Split
+from ..evaluation.measure import scores_of
 from ..modes import undisturbed
 
 __all__ = ["Example", "Examples", "Prediction", "Sent", "class_name", "find_examples"]
@@ -153,8 +154,9 @@ def find_examples(model: nn.Module, split: Split, attack: Attack, count: int, li
     clean, attacked = (torch.stack([getattr(seen, name) for seen in chosen]) for name in ("clean", "attacked"))
     largest = float((attacked - clean).abs().max())
     magnified = 0.5 / largest if largest else 1.0
-    with undisturbed(model), torch.no_grad():
-        scores = [model(images).softmax(1).cpu() for images in (clean, attacked)]
+    labels = torch.stack([seen.observed.labels[seen.row] for seen in chosen])
+    with undisturbed(model):
+        scores = [scores_of(model, images, labels).softmax(1).cpu() for images in (clean, attacked)]
     examples = [_example(seen, scores[0][i], scores[1][i], magnified) for i, seen in enumerate(chosen)]
     return Examples(attack.describe(), magnified, searched, examples)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import functools
 import io
 import json
 import math
@@ -34,7 +35,7 @@ from ..recipes.sweep import differences, plain
 from ..tables import percent
 from ..training import Run, RunError
 from ..training.engine import device_of
-from ..training.runs import load_model
+from ..training.evaluation import Opened, open_source
 from .analyze import ANALYSES, Analyzed, _labels, analyze
 from .examples import Example, class_name, find_examples
 
@@ -117,15 +118,18 @@ def write_report(
     several = len(subjects) > 1
     catalog = Catalog()
     views = [_run_view(s, catalog, checkpoint) for s in subjects]
+    where = None if data_dir is None else str(data_dir)
     with tempfile.TemporaryDirectory() as folder:
         analyzed = analyze(
             folders, Path(folder), _wanted(subjects), attack, limit, against=_mask(subjects), checkpoint=checkpoint,
-            data_dir=None if data_dir is None else str(data_dir), seed=seed, device=device, progress=progress,
+            data_dir=where, seed=seed, device=device, progress=progress,
         )  # fmt: skip
         pictures = _pictures(subjects, analyzed)
     if examples:
+        read = functools.cache(load)  # several runs have one data set
         for subject, view in zip(subjects, views, strict=True):
-            view["examples"] = _examples(subject, data_dir, limit, examples, attack, device, seed, checkpoint)
+            opened = open_source(subject.run.folder, checkpoint, data_dir=where, read=read)
+            view["examples"] = _examples(opened, attack, device, examples, limit, seed)
     page = {
         "title": f"{len(subjects)} runs" if several else _summary(subjects[0].config),
         "made": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -465,29 +469,18 @@ def _height(share: float | None) -> float:
 # --- examples -----------------------------------------------------------------------------------------------------------
 
 
-def _examples(
-    subject: _Subject,
-    data_dir: str | Path | None,
-    limit: int,
-    count: int,
-    attack: str,
-    device: str,
-    seed: int,
-    checkpoint: str,
-) -> dict[str, Any]:
-    c = subject.config
-    model, _ = load_model(subject.run.folder, checkpoint)
-    data = load(c.data.name, data_dir or c.data.folder, test_limit=c.data.test_limit)
-    pgd = from_name(attack, data.epsilon if c.attack.epsilon is None else c.attack.epsilon, retire=False)
+def _examples(opened: Opened, attack: str, device: str, count: int, limit: int, seed: int) -> dict[str, Any]:
+    pgd = from_name(attack, opened.epsilon, retire=False)
     assert isinstance(pgd, PGD)  # as the analyses want it
     torch.manual_seed(seed)  # of routers that draw
-    found = find_examples(model.to(device_of(device)), data.test, pgd, count, limit, seed)
+    model, data = opened.model.to(device_of(device)), opened.data
+    found = find_examples(model, data.test, pgd, count, limit, seed)
     return {
         "attack": found.attack,
         "magnified": f"{found.magnified:.3g}",
         "searched": found.searched,
         "layers": [sent.layers for sent in found.examples[0].sent] if found.examples else [],
-        "each": [_example_view(example, c.data.name) for example in found.examples],
+        "each": [_example_view(example, data.name) for example in found.examples],
     }
 
 

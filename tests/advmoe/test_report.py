@@ -220,6 +220,14 @@ def test_everything_of_a_record_is_shown(run: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_red_checks_of_the_record_mark_every_attack(run: Path) -> None:
+    outcome = RECORD["attacks"]["pgd50x2"]
+    record(run, attacks={"pgd50x2": outcome, "pgd10": outcome}, suspect=["radius"])
+    _, page = written([run], examples=0)
+    assert page.cells.count("22.2 %⚠ suspect: gradient masking (radius)") == 2
+
+
+@pytest.mark.usefixtures("quick")
 def test_text_is_escaped(trained: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(trained, tmp_path / '<b>&"it"'))
     attacks = {'<i>"x"': RECORD["attacks"]["pgd50x2"] | {"description": "<script>alert(1)</script>"}}
@@ -233,7 +241,7 @@ def test_text_is_escaped(trained: Path, tmp_path: Path) -> None:
 def test_several_runs_on_one_page(run: Path, trained: Path, tmp_path: Path) -> None:
     config = Run(run).config()
     dataclasses.replace(config, epochs=7).save(run / "config.yaml")
-    record(run)
+    record(run, curve={"attack": "pgd50", "images": 128, "epsilons": [0.15], "ra": [0.2]})
     out = tmp_path / "page.html"
     _, page = written([run, trained], out)
     start = page.cells.index("what differs")
@@ -242,6 +250,8 @@ def test_several_runs_on_one_page(run: Path, trained: Path, tmp_path: Path) -> N
     assert f"advmoe evaluate {trained}" in page.text and f"advmoe evaluate {run}" not in page.text
     assert "run: Usage of the experts" in page.text and "one: Usage of the experts" in page.text
     assert "Attacks that transfer between models" in page.text
+    # one run has no curve on record: both are attacked anew, on the same images
+    assert page.text.count("RA against the radius of the attack") == 1 and "on 128 test images" not in page.text
     assert len([attrs for tag, attrs in page.tags if tag == "article"]) == 4
     with pytest.raises(ValueError, match=r"out: expected a file for the page of 2 runs, got none"):
         write_report([run, trained])
