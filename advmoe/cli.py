@@ -38,7 +38,6 @@ from .models.base import KINDS, LAYOUTS, ROUTE_PER, STEMS
 from .objectives import BALANCE_LOSSES
 from .profiling import backbone_costs, measure_latency, profile
 from .recipes import SCALES, SweepOptions, reproduce
-from .report import ANALYSES, analyze, write_report
 from .routers import NonFiniteRouterError, list_routers, routers_of
 from .tables import percent, table
 from .training import Interrupted, NonFiniteLossError, Run, StepError, resume, train
@@ -489,6 +488,8 @@ def _print_evaluation(done: EvaluatedRun) -> None:
 
 
 def _analyze(o: argparse.Namespace) -> None:
+    from .report import ANALYSES, analyze  # here, since drawing takes longer to import than other commands need
+
     if o.list:
         print("\n".join(f"{name:12s}  {what}" for name, what in ANALYSES.items()))
         return
@@ -508,6 +509,8 @@ def _analyze(o: argparse.Namespace) -> None:
 
 
 def _report(o: argparse.Namespace) -> None:
+    from .report import write_report
+
     if o.threads is not None:
         torch.set_num_threads(o.threads)
     path = write_report(

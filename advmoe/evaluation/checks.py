@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,7 +81,8 @@ def scrutinize(
     - ``black_box``: Square (Andriushchenko et al. 2020, 1,000 queries), which needs no gradient, is not stronger;
     - ``surrogate``: of routed models: gradients through the softmax mixture of all experts are not stronger.
 
-    "Higher", "rises" and "stronger" mean: by more than a point, and by more than two images.
+    "Higher", "rises" and "stronger" mean: by more than a point, and by more than chance would have it, image by image
+    (one-sided sign test at 5 %, which takes five images that differ at least).
 
     Raises:
         NonFiniteGradientError, NonFiniteRouterError: if the model is not finite somewhere; there is no figure then.
@@ -99,13 +102,14 @@ def scrutinize(
     found = measure(model, split, attacks, batch_size, limit, seed, progress)
     ras = {name: outcome.ra for name, outcome in found.evaluation.attacks.items()}
     curve = Curve(base.describe(), found.evaluation.images, tuple(epsilons), tuple(ras[f"radius {e}"] for e in epsilons))
+    names = [f"radius {epsilon}" for epsilon in epsilons]
     checks = (
         _gradient(found),
-        _radius(found, curve),
-        _not_beyond(found, "strength", "strong", "base", f"PGD-{2 * base.steps} of two starts", _WEAKER),
+        _radius(found, curve, names),
+        _not_beyond(found, "strength", "strong", "base", _WEAKER),
         _converged(found, base),
-        _not_beyond(found, "black_box", "base", "square", "", _BLACK_BOX),
-        _not_beyond(found, "surrogate", "base", "soft", "", _SURROGATE)
+        _not_beyond(found, "black_box", "base", "square", _BLACK_BOX),
+        _not_beyond(found, "surrogate", "base", "soft", _SURROGATE)
         if routed
         else Check("surrogate", None, "the model has no routers of several experts", _SURROGATE),
     )
@@ -117,15 +121,21 @@ _BLACK_BOX = "an attack that needs no gradient finds more: the gradients lead as
 _SURROGATE = "the routers hide from the gradient what a mixture of the experts shows"
 _NAMES = {
     "base": "the attack",
-    "strong": "the stronger one",
+    "strong": "twice the steps and two starts",
     "square": f"Square, {_QUERIES} queries",
     "soft": "the surrogate",
 }
 
 
-def _beyond(points: float, images: int) -> bool:
-    """Whether a difference of RA is more than one point and more than two images."""
-    return points * images > max(2.0, 0.01 * images) + 1e-6
+def _finds_more(found: Measured, stronger: str, weaker: str, points: float = 0.01) -> bool:
+    """Whether the one attack's RA is lower than the other's by more than so much, and by more than chance."""
+    first, second = found.robust[stronger], found.robust[weaker]
+    more, less = int((second & ~first).sum()), int((first & ~second).sum())
+    if more - less <= points * len(first):
+        return False
+    differing = more + less
+    chance = sum(math.comb(differing, k) for k in range(more, differing + 1)) / 2**differing
+    return chance < 0.05
 
 
 def _gradient(found: Measured) -> Check:
@@ -135,24 +145,22 @@ def _gradient(found: Measured) -> Check:
     return Check("gradient", share < _BLIND, measured, "the attack had nothing to follow")
 
 
-def _radius(found: Measured, curve: Curve) -> Check:
-    rises = [b - a for a, b in zip(curve.ra, curve.ra[1:], strict=False)]
-    passed = curve.ra[-1] <= _CHANCE and not any(_beyond(rise, curve.images) for rise in rises)
+def _radius(found: Measured, curve: Curve, names: Sequence[str]) -> Check:
+    rises = any(_finds_more(found, small, large) for small, large in itertools.pairwise(names))
     steps = ", ".join(f"{100 * ra:.1f} % at {e:.3g}" for e, ra in zip(curve.epsilons, curve.ra, strict=True))
-    return Check("radius", passed, f"RA {steps}", "a large enough change of the image fools any model: the attack fails")
+    means = "a large enough change of the image fools any model: the attack fails"
+    return Check("radius", curve.ra[-1] <= _CHANCE and not rises, f"RA {steps}", means)
 
 
-def _not_beyond(found: Measured, name: str, weaker: str, stronger: str, what: str, means: str) -> Check:
-    """That the second attack's RA is not lower than the first's beyond noise."""
+def _not_beyond(found: Measured, name: str, weaker: str, stronger: str, means: str) -> Check:
+    """That the second attack's RA is not lower than the first's."""
     attacks = found.evaluation.attacks
-    difference = attacks[weaker].ra - attacks[stronger].ra
-    parts = (f"{_NAMES[n]} RA {100 * attacks[n].ra:.1f} %" for n in (weaker, stronger))
-    measured = ", ".join(parts) + (f" ({what})" if what else "")
-    return Check(name, not _beyond(difference, found.evaluation.images), measured, means)
+    measured = ", ".join(f"{_NAMES[n]}: RA {100 * attacks[n].ra:.1f} %" for n in (weaker, stronger))
+    return Check(name, not _finds_more(found, stronger, weaker), measured, means)
 
 
 def _converged(found: Measured, base: PGD) -> Check:
-    images, attacks = found.evaluation.images, found.evaluation.attacks
-    lost = attacks["base"].ra - attacks["strong"].ra
-    measured = f"RA lower by {100 * lost:.1f} points with PGD-{2 * base.steps} of two starts"
-    return Check("converged", not (_beyond(lost, images) and lost > 0.02), measured, "more steps would find more")
+    attacks = found.evaluation.attacks
+    lost = 100 * (attacks["base"].ra - attacks["strong"].ra)
+    measured = f"RA lower by {lost:.1f} points with PGD-{2 * base.steps} of two starts"
+    return Check("converged", not _finds_more(found, "strong", "base", 0.02), measured, "more steps would find more")

@@ -28,7 +28,7 @@ from ..training.engine import device_of
 from ..training.evaluation import open_source
 from ..training.runs import load_model
 
-__all__ = ["ANALYSES", "Analyzed", "Skipped", "Written", "analyze"]
+__all__ = ["ANALYSES", "Analyzed", "Skipped", "Written", "analyze", "source_labels"]
 
 ANALYSES = {  # each by its name, which its files have too
     "dissection": "does the attack fool the routers, the prediction, or both (figures 4 and 5)",
@@ -176,7 +176,7 @@ def analyze(
     found = from_name(attack, 0.0)
     if not isinstance(found, PGD) or found.norm != "linf":
         raise ValueError(f"attack: expected a PGD in L-inf, which moves every image, such as pgd50; got {attack!r}")
-    labels = _labels(sources)
+    labels = source_labels(sources)
     read = functools.cache(load)  # of several runs mostly the same
     on = device_of(device)
     loaded = []
@@ -350,7 +350,7 @@ def _open(
     return _Source(label, opened.model.to(device), opened.config, run, images, opened.epsilon, folder)
 
 
-def _labels(sources: Sequence[str | Path]) -> list[str]:
+def source_labels(sources: Sequence[str | Path]) -> list[str]:
     """Short names of sources: so many of a path's last parts that all are distinct and none begins with its seed or
     checkpoint.
 

@@ -36,7 +36,7 @@ from ..tables import percent
 from ..training import Run, RunError
 from ..training.engine import device_of
 from ..training.evaluation import Opened, open_source
-from .analyze import ANALYSES, Analyzed, _labels, analyze
+from .analyze import ANALYSES, Analyzed, analyze, source_labels
 from .examples import Example, class_name, find_examples
 
 __all__ = ["write_report"]
@@ -111,7 +111,7 @@ def write_report(
     for name, value, least in (("limit", limit, 1), ("examples", examples, 0)):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
-    labels = _labels(folders)
+    labels = source_labels(folders)
     subjects = [_subject(folder, label, checkpoint) for folder, label in zip(folders, labels, strict=True)]
     if out.is_dir() or not out.parent.is_dir():  # before anything is computed
         raise ValueError(f"out: expected a file in a folder that is there, got {out}")

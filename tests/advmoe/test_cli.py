@@ -394,7 +394,7 @@ def test_a_fault_of_the_program_is_not_hidden(tmp_path: Path, monkeypatch: pytes
         (["train", "--out", "RUN", "--balance-weight", "1"], "balance_weight: without effect with balance 'none'"),
         (["train", "--out", "RUN", "--share-epochs", "1", "--layout", "windows"], "experts: only those of layout"),
         (["train", "--out", "RUN", "--init", "RUN"], "expected a run folder, a checkpoint file or module:function"),
-        (["train", "--out", "RUN", "--validation-attack", "fgsm"], "attack: expected pgd<steps>"),
+        (["train", "--out", "RUN", "--validation-attack", "pgd"], "attack: expected fgsm, or pgd<steps>"),
         (["train", "--out", "RUN", "--device", "nonsense"], "device: expected auto or a device"),
         (["train", "--out", "RUN", "--train-limit", "0"], "train_limit: expected at least 1, got 0"),
         (["train", "--out", "RUN", "--train-limit", "9999"], "train_limit: digits has 1294 training images"),

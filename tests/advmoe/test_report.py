@@ -26,7 +26,7 @@ from advmoe.config import AttackConfig, DataConfig, MethodConfig, ModelConfig, R
 from advmoe.data import TensorSplit
 from advmoe.recipes import Catalog
 from advmoe.report.examples import _sent, class_name, find_examples
-from advmoe.report.page import _classes, _curve, _labels, _paper, _radius, _Subject, write_report
+from advmoe.report.page import _classes, _curve, _paper, _radius, _Subject, source_labels, write_report
 from advmoe.training import Run, RunError, train
 from moe_kernels import RoutedConv2d, Routing
 
@@ -351,7 +351,7 @@ def test_curves_and_classes_are_the_records() -> None:
 def test_names_that_people_use() -> None:
     assert [_radius(8 / 255), _radius(0.15), _radius(None), _radius(0.0)] == ["8/255", "0.15", "-", "0"]
     assert [class_name("cifar10", 3), class_name("digits", 7), class_name("cifar100", 7)] == ["cat", "7", "class 7"]
-    labels = _labels([Path("a/x/seed0"), Path("a/y/seed0")])
+    labels = source_labels([Path("a/x/seed0"), Path("a/y/seed0")])
     assert len(set(labels)) == 2 and all(len(label) < 10 for label in labels)
 
 

@@ -251,7 +251,7 @@ def test_advmoe_needs_gates_that_let_gradients_through() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"validation_attack": "fgsm"}, "attack: expected pgd<steps>"),
+        ({"validation_attack": "pgd"}, "attack: expected fgsm, or pgd<steps>"),
         ({"data": DataConfig("digits", validation=0)}, "validation: the best checkpoint is chosen on held-out images"),
         ({"device": "nonsense"}, "device: expected auto or a device that torch can use here, got 'nonsense'"),
         ({"batch_size": 2000}, "batch_size: expected at most the 1294 training images, got 2000"),
