@@ -76,7 +76,8 @@ def measure(name: str, config: RunConfig, evaluation: EvaluationSettings, folder
     start = time.perf_counter()
     run = train(short, folder, quiet=True)
     trained = time.perf_counter()
-    evaluate_run(folder, [evaluation.attack], limit=evaluation.limit, epsilon=evaluation.epsilon, seed=config.seed)
+    e = evaluation
+    evaluate_run(folder, [e.attack], limit=e.limit, epsilon=e.epsilon, seed=config.seed, checks=e.checks)
     evaluated = time.perf_counter() - trained
     phases = tuple(line["seconds"] for line in run.metrics())
     around = (trained - start - sum(phases)) / len(phases)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +130,7 @@ class PGD:
         labels: Tensor,
         generator: torch.Generator | SharedGenerator | None = None,
         extra_loss: Callable[[Tensor], Tensor] | None = None,
+        batch_size: int | None = None,
     ) -> AttackResult:
         """The attack with its diagnosis.
 
@@ -139,47 +141,56 @@ class PGD:
             extra_loss: of the images, to ``[]``; added to the summed loss that the attack ascends, and asked for behind
                 the attack's own forward of these images. With one start and without ``retire`` only: else it would get
                 fewer images.
+            batch_size: at most so many images go through the model at once, all by default. Each start makes its batches
+                of the images that are left, so that they are full.
 
         Raises:
-            ValueError: if ``extra_loss`` comes with several restarts or ``retire``, if the attack is against routers and
-                the model has none, or if there are too few classes for the loss.
+            ValueError: if ``extra_loss`` comes with several restarts, ``retire`` or ``batch_size``, if the attack is
+                against routers and the model has none, or if there are too few classes for the loss.
             NonFiniteGradientError: if a gradient is NaN or infinite.
         """
-        if extra_loss is not None and (self.restarts > 1 or self.retire):
+        if extra_loss is not None and (self.restarts > 1 or self.retire or batch_size is not None):
             raise ValueError(
-                f"extra_loss: expected restarts=1 and retire=False with it, got {self.restarts} and {self.retire}"
+                "extra_loss: expected restarts=1, retire=False and batch_size=None with it, got "
+                f"{self.restarts}, {self.retire} and {batch_size}"
             )
         images, labels = images.detach(), labels.detach()
+        size = max(1, len(images)) if batch_size is None else batch_size
         view = RoutingView(model, self.against)
         with undisturbed(model, eval_mode=self.mode == "eval"), torch.enable_grad(), view:
-            view.learn(images)
+            view.learn(images, size)
             clean_logits = None
             if self.loss == "kl":
                 with torch.no_grad():
-                    clean_logits = model(images)
+                    clean_logits = torch.cat([model(part) for part in images.split(size)])
             target = _Target(self, view, images, labels, clean_logits)
             rows = torch.arange(len(images), device=images.device)
-            best, zero, fooled = self._start(target, rows, generator, extra_loss)
+            best, zero, fooled = self._starts(target, rows, size, generator, extra_loss)
             if self.restarts == 1:
                 return AttackResult(best, zero)
             best_loss = best.new_full((len(best),), math.inf, dtype=torch.float32)
             left = (~fooled).nonzero().squeeze(1)
             if len(left):
-                best_loss[left], fooled[left] = target.judge(best[left], left)
+                best_loss[left], fooled[left] = target.judge(best[left], left, size)
             for _ in range(self.restarts - 1):
                 left = (~fooled).nonzero().squeeze(1)
                 if not len(left):
                     break
-                found, _, now = self._start(target, left, generator, extra_loss)
+                found, _, now = self._starts(target, left, size, generator, extra_loss)
                 loss = best_loss.new_full((len(left),), math.inf)
                 standing = (~now).nonzero().squeeze(1)
                 if len(standing):
-                    loss[standing], now[standing] = target.judge(found[standing], left[standing])
+                    loss[standing], now[standing] = target.judge(found[standing], left[standing], size)
                 better = now | (loss > best_loss[left])
                 best[left[better]] = found[better]
                 best_loss[left[better]] = loss[better]
                 fooled[left] = now
             return AttackResult(best, zero)
+
+    def _starts(self, target: _Target, rows: Tensor, size: int, *more: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`_start` for so many images at a time."""
+        first, second, third = zip(*(self._start(target, part, *more) for part in rows.split(size)), strict=True)
+        return torch.cat(first), torch.cat(second), torch.cat(third)
 
     def _start(
         self,
@@ -262,12 +273,15 @@ class _Target:
             return self._loss(logits, labels, rows) + attack.router_weight * pushed.mean(1), fooled
         return self._loss(logits, labels, rows), fooled
 
-    def judge(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`look`, without gradients and over all draws of ``eot``."""
+    def judge(self, x: Tensor, rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """As :meth:`look`, without gradients, over all draws of ``eot``, and for so many images at a time."""
+        losses, fooled = [], []
         with torch.no_grad():
-            looks = [self.look(x, rows) for _ in range(self.attack.eot)]
-        losses, fooled = zip(*looks, strict=True)
-        return torch.stack(losses).mean(0).float(), torch.stack(fooled).all(0)
+            for part, which in zip(x.split(size), rows.split(size), strict=True):
+                looks = [self.look(part, which) for _ in range(self.attack.eot)]
+                losses.append(torch.stack([loss for loss, _ in looks]).mean(0).float())
+                fooled.append(torch.stack([now for _, now in looks]).all(0))
+        return torch.cat(losses), torch.cat(fooled)
 
     def _loss(self, logits: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
         if self.attack.loss == "kl":

@@ -7,6 +7,7 @@ the gates. Since a choice has no gradient of its own, that may miss attacks whic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -64,12 +65,17 @@ class RoutingView:
     def __exit__(self, *error: Any) -> None:
         self._exit.close()
 
-    def learn(self, images: Tensor) -> None:
-        """Takes note of the choices on the clean images, where the kind asks for them."""
-        if self.against in (*_WATCHING, "experts"):
-            with torch.no_grad():
-                self.model(images)
-            self._clean = {router: routing for router, (_, routing) in self._seen.items()}
+    def learn(self, images: Tensor, size: int) -> None:
+        """Takes note of the choices on the clean images, where the kind asks for them; ``size`` images at a time."""
+        if self.against not in (*_WATCHING, "experts"):
+            return
+        parts: dict[Router, list[Routing]] = {}
+        with torch.no_grad():
+            for part in images.split(size):
+                self.model(part)
+                for router, (_, routing) in self._seen.items():
+                    parts.setdefault(router, []).append(routing)
+        self._clean = {router: _joined(routings) for router, routings in parts.items()}
 
     def logits(self, x: Tensor, rows: Tensor, images: int) -> Tensor:
         """The model's scores of ``x``, which are the images ``rows [n]`` of the ``images`` that were learned."""
@@ -117,11 +123,18 @@ class RoutingView:
         return output.detach() + (mixture - mixture.detach())
 
 
+def _joined(routings: Sequence[Routing]) -> Routing:
+    """The choices of several batches, gates as numbers."""
+    gates = [r.gate.detach() for r in routings if r.gate is not None and not r.unit_gate]
+    expert = torch.cat([r.expert for r in routings])
+    return Routing(expert, torch.cat(gates) if gates else None, num_experts=routings[0].num_experts)
+
+
 def _of_rows(routing: Routing, rows: Tensor, images: int) -> Routing:
-    """The choices of these images, gates as numbers."""
+    """The choices of these images."""
 
     def part(values: Tensor) -> Tensor:
-        return values.detach().reshape(images, -1, *values.shape[1:])[rows].flatten(0, 1)
+        return values.reshape(images, -1, *values.shape[1:])[rows].flatten(0, 1)
 
-    gate = None if routing.gate is None or routing.unit_gate else part(routing.gate)
+    gate = None if routing.gate is None else part(routing.gate)
     return Routing(part(routing.expert), gate, num_experts=routing.num_experts)

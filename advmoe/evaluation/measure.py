@@ -23,6 +23,7 @@ from ..modes import undisturbed
 
 __all__ = ["AttackOutcome", "Evaluation", "Measured", "chosen_experts", "evaluate", "measure", "scores_of", "wilson"]
 
+_CHUNK = 4  # batches that are attacked together
 _Z95 = 1.959964  # of the standard normal distribution, two-sided 95 %
 
 
@@ -153,6 +154,7 @@ def measure(
     batches = zip(starts, batches_in_order(split, batch_size, workers, device.type == "cuda"), strict=True)
     hidden = None if progress else True
     with undisturbed(model), record_routing(model) as routings:
+        chunk = _Chunk(model, routings, 0)
         for start, batch in tqdm(batches, "evaluate", len(starts), unit="batch", disable=hidden, leave=False):
             x, y = (each.to(device, non_blocking=True) for each in batch)
             scores = scores_of(model, x, y)
@@ -166,20 +168,13 @@ def measure(
                 used[name] = used[name] + count if name in used else count
             if start < wanted:
                 kept.append(x[: wanted - start])
-            for name, attack in attacks.items():
-                rows = good[: max(0, counts[name] - start)].nonzero().squeeze(1)
-                if isinstance(attack, PGD) and start < counts[name]:
-                    flags = torch.zeros_like(good[: counts[name] - start])
-                    if len(rows):
-                        generator = stream_generator(seed, "evaluate", name, start)
-                        found = attack.run(model, x[rows], y[rows], generator)
-                        flags[rows] = scores_of(model, found.images, y[rows]).argmax(1) == y[rows]
-                        flips = {
-                            n: (chosen_experts(r, len(rows)) != clean[n][rows]).flatten(1).any(1)
-                            for n, r in routings.items()
-                        }
-                        tallies[name].add(flips, found.zero_gradient)
-                    tallies[name].robust.append(flags)
+            chunk.add(x, y, good, clean)
+            if len(chunk) == _CHUNK or start == starts[-1]:
+                for name, attack in attacks.items():
+                    if isinstance(attack, PGD) and counts[name] > chunk.start:
+                        generator = stream_generator(seed, "evaluate", name, chunk.start)
+                        tallies[name].add(chunk, attack, counts[name] - chunk.start, batch_size, generator)
+                chunk = _Chunk(model, routings, start + len(x))
     all_labels, all_right = torch.cat(labels), torch.cat(right)
     outcomes = {}
     for name, attack in attacks.items():
@@ -230,8 +225,46 @@ def _by_class(flags: Tensor, labels: Tensor, classes: int) -> list[float | None]
     return [t / n if n else None for t, n in zip(true, there, strict=True)]
 
 
+class _Chunk:
+    """Some batches that are attacked together: those of their images that are left after one start make full batches for
+    the next."""
+
+    def __init__(self, model: nn.Module, routings: Mapping[str, Routing], start: int) -> None:
+        self.model, self.routings, self.start = model, routings, start  # routings: of the model's last forward
+        self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._clean: dict[str, list[Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def add(self, images: Tensor, labels: Tensor, right: Tensor, clean: dict[str, Tensor]) -> None:
+        self._batches.append((images, labels, right))
+        for name, chosen in clean.items():
+            self._clean.setdefault(name, []).append(chosen)
+
+    def attacked(
+        self, attack: PGD, limit: int, batch_size: int, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Of the first ``limit`` images which are robust, and of those that were attacked which choices flipped, by
+        layer, and which gave no gradient."""
+        images, labels, right = (torch.cat(each)[:limit] for each in zip(*self._batches, strict=True))
+        clean = {name: torch.cat(chosen) for name, chosen in self._clean.items()}
+        robust = torch.zeros_like(right)
+        rows = right.nonzero().squeeze(1)
+        if not len(rows):
+            return robust, {}, robust[:0]
+        result = attack.run(self.model, images[rows], labels[rows], generator, batch_size=batch_size)
+        flips: dict[str, list[Tensor]] = {}
+        for found, part in zip(result.images.split(batch_size), rows.split(batch_size), strict=True):
+            robust[part] = scores_of(self.model, found, labels[part]).argmax(1) == labels[part]
+            for name, routing in self.routings.items():
+                changed = chosen_experts(routing, len(part)) != clean[name][part]
+                flips.setdefault(name, []).append(changed.flatten(1).any(1))
+        return robust, {name: torch.cat(parts) for name, parts in flips.items()}, result.zero_gradient
+
+
 class _Tally:
-    """What is counted of one attack over the batches."""
+    """What is counted of one attack over the chunks."""
 
     def __init__(self) -> None:
         self.robust: list[Tensor] = []
@@ -239,7 +272,9 @@ class _Tally:
         self.flipped = self.zero = self.attacked = 0
         self.layers: dict[str, int] = {}
 
-    def add(self, flips: dict[str, Tensor], zero: Tensor) -> None:
+    def add(self, chunk: _Chunk, attack: PGD, limit: int, batch_size: int, generator: torch.Generator) -> None:
+        robust, flips, zero = chunk.attacked(attack, limit, batch_size, generator)
+        self.robust.append(robust)
         self.attacked += len(zero)
         self.zero += int(zero.sum())
         for name, flip in flips.items():

@@ -181,7 +181,7 @@ class TopTwo(nn.Module):
 
 
 class Brighten(PGD):
-    def run(self, model: nn.Module, images: Tensor, labels: Tensor, *_: Any) -> AttackResult:  # type: ignore[override]
+    def run(self, model: nn.Module, images: Tensor, labels: Tensor, *_: Any, **__: Any) -> AttackResult:
         return AttackResult(images + 0.1, torch.zeros(len(images), dtype=torch.bool))
 
 

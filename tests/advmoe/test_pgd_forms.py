@@ -143,6 +143,35 @@ def test_retired_images_are_the_same_bits_again() -> None:
     assert torch.equal(first, again)
 
 
+@pytest.mark.parametrize("against", ["prediction", "experts", "joint"])
+def test_parts_are_attacked_as_the_whole_is(against: str) -> None:
+    """Without a random start the batches that the images go in do not matter; nor do they in float64 for the routing."""
+    torch.manual_seed(0)
+    model = create_model("resnet18", "moe", width=8, image_size=8).double().eval()
+    x = images(11).double()
+    labels = predicted(model, x)
+    attack = PGD(0.02, 0.005, 4, random_start=False, restarts=2, retire=True, against=against)
+    sizes: list[int] = []
+    handle = model.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
+    parts = attack.run(model, x, labels, batch_size=4)
+    handle.remove()
+    whole = attack.run(model, x, labels)
+    torch.testing.assert_close(parts.images, whole.images, rtol=0, atol=1e-9)
+    assert torch.equal(parts.zero_gradient, whole.zero_gradient) and max(sizes) == 4
+
+
+def test_later_starts_make_full_batches_of_what_is_left() -> None:
+    model, x = linear(), images(32)
+    labels = predicted(model, x)
+    labels[::2] = (labels[::2] + 1) % 10  # half of each batch falls at once
+    sizes: list[int] = []
+    handle = model.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
+    PGD(1e-6, 1e-6, 2, restarts=2, retire=True).run(model, x, labels, batch_size=8)
+    handle.remove()
+    # the first start: four batches, of which half is left for the second step; then the rest is judged, and started anew
+    assert sizes == [8, 4] * 4 + [8, 8] + [8, 8] * 2 + [8, 8]
+
+
 def test_an_extra_loss_does_not_go_with_retiring() -> None:
-    with pytest.raises(ValueError, match="extra_loss: expected restarts=1 and retire=False"):
+    with pytest.raises(ValueError, match="extra_loss: expected restarts=1, retire=False and batch_size=None"):
         PGD(0.1, 0.1, 1, retire=True).run(linear(), images(), torch.zeros(8, dtype=torch.int64), extra_loss=torch.sum)
