@@ -460,6 +460,8 @@ def _print_evaluation(done: EvaluatedRun) -> None:
     print(table(["attack", "images", "RA", "95 %", "flip rate", "no gradient"], rows))
     if red:
         print(f"! {SUSPECT} ({', '.join(red)})")
+    if scrutiny is not None and any(c.name == "converged" and c.passed is False for c in scrutiny.checks):
+        print("the attack of the checks has not converged: RA is lower than that")
     for name, outcome in result.attacks.items():
         print(f"{name}: {outcome.description}")
         if len(outcome.stages) > 1:

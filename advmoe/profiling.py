@@ -71,7 +71,7 @@ def profile(model: nn.Module, image_size: int = 32, channels: int = 3) -> Profil
     kinds = (nn.Conv2d, nn.Linear, RoutedConv2d, RoutedLinear)
     handles = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if isinstance(m, kinds)]
     handles += [m.register_forward_hook(own(name)) for name, m in model.named_modules() if hasattr(m, "own_macs")]
-    parameter = next(model.parameters())
+    parameter = next(model.parameters(), torch.empty(0))
     image = torch.full((1, channels, image_size, image_size), 0.5, device=parameter.device, dtype=parameter.dtype)
     try:
         with undisturbed(model), torch.no_grad():

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version as version_of
@@ -31,6 +31,7 @@ VERSIONS = ("standard", "rand", "plus")
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 _CLASSES = {"apgd-t": 4, "apgd-dlr": 3}  # at least, for the ratio of DLR
 _STANDING = -1
+_STALE = "{} was made with other weights, images or settings; remove it to attack anew"
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class AutoAttack:
         for name, known in (("norm", NORMS), ("version", VERSIONS)):
             if getattr(self, name) not in known:
                 raise unknown_name(name, getattr(self, name), known)
+        if self.attacks == ():
+            raise ValueError("attacks: expected some, or None for the version's; got none")
         for attack in self.attacks or ():
             if attack not in ATTACKS:
                 raise unknown_name("attack", attack, ATTACKS)
@@ -112,7 +115,8 @@ class AutoAttack:
         Args:
             seed: of the package's random numbers; those of the process are left as they were.
             state: a file to which each batch's outcome goes, and from which an interrupted call goes on, to the outcome
-                of an unbroken one; removed at the end. It belongs to these weights, images and settings alone.
+                of an unbroken one; removed at the end. It belongs to these weights (the ``state_dict``), images and
+                settings alone.
 
         Raises:
             ValueError: if there are too few classes for an attack, or the file belongs to something else.
@@ -122,11 +126,14 @@ class AutoAttack:
         with undisturbed(model), _quiet_globals() as warnings:
             watched = _Finite(model, self.describe())
             classes, right = _predictions(watched, images, labels, batch_size)
+            self.require(classes)
             adversary = self._adversary(watched, classes, seed, images.device)
             names = tuple(adversary.attacks_to_run)
             fell_to = torch.where(right, _STANDING, -2)
             found = images.clone()
-            key = self._fingerprint(model, images, labels, seed, batch_size) if state is not None else ""
+            key = ["", ""]
+            if state is not None:
+                key = [self._settings(model, seed, batch_size), _digest("", {"images": images, "labels": labels})]
             done = (0, 0)
             if state is not None and state.exists():
                 done = _resume(state, key, fell_to, found)
@@ -137,6 +144,8 @@ class AutoAttack:
                 for number, rows in enumerate(tqdm(batches, name, unit="batch", disable=hidden, leave=False)):
                     if (index, number) < done:
                         continue
+                    # what a model draws before the package seeds is the same in a resumed call
+                    torch.manual_seed(seed * 1_000_003 + index * 10_007 + number)
                     self._attack(adversary, images, labels, rows, index, fell_to, found)
                     if state is not None:
                         _save(state, key, (index, number + 1), fell_to, found)
@@ -156,9 +165,6 @@ class AutoAttack:
         adversary.square.n_queries = self.queries
         if self.attacks is not None:
             adversary.attacks_to_run = list(self.attacks)
-        for name in adversary.attacks_to_run:
-            if classes < _CLASSES.get(name, 2):
-                raise ValueError(f"{name}: expected a model of at least {_CLASSES[name]} classes, got {classes}")
         targets = min(9, classes - 1)
         adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = targets
         return adversary
@@ -178,12 +184,27 @@ class AutoAttack:
         fell_to[rows[fallen]] = index
         found[rows[fallen]] = adversarial[fallen]
 
-    def _fingerprint(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int, batch_size: int) -> str:
-        digest = hashlib.blake2b(repr((self.describe(), self.epsilon, seed, batch_size)).encode(), digest_size=16)
-        for name, value in (*model.state_dict().items(), ("images", images), ("labels", labels)):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+    def require(self, classes: int) -> None:
+        """
+        Raises:
+            ValueError: if a model of so few classes cannot be attacked: DLR is a ratio of three or four scores.
+        """
+        names = self.attacks or {"standard": ("apgd-t",), "rand": ("apgd-dlr",), "plus": ("apgd-t",)}[self.version]
+        for name in names:
+            least = _CLASSES.get(name, 2)
+            if classes < least:
+                raise ValueError(f"{name}: expected a model of at least {least} classes, got {classes}")
+
+    def refuse_stale(self, state: Path | None, model: nn.Module, seed: int, batch_size: int) -> None:
+        """
+        Raises:
+            ValueError: if there is such a file of other weights or settings; which images, only the attack itself sees.
+        """
+        if state is not None and state.exists() and _read(state)["key"][0] != self._settings(model, seed, batch_size):
+            raise ValueError(_STALE.format(state))
+
+    def _settings(self, model: nn.Module, seed: int, batch_size: int) -> str:
+        return _digest(repr((self.describe(), self.epsilon, seed, batch_size)), model.state_dict())
 
 
 class _Finite(nn.Module):
@@ -222,7 +243,9 @@ def _quiet_globals() -> Iterator[list[str]]:
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
     propagate, trace = logger.propagate, sys.gettrace()
     states = np.random.get_state(), random.getstate()
+    level = logger.level
     logger.propagate = False
+    logger.setLevel(logging.WARNING)
     logger.addHandler(handler)
     try:
         with torch.random.fork_rng():
@@ -232,6 +255,7 @@ def _quiet_globals() -> Iterator[list[str]]:
         random.setstate(states[1])
         sys.settrace(trace)
         logger.removeHandler(handler)
+        logger.setLevel(level)
         logger.propagate = propagate
 
 
@@ -246,22 +270,34 @@ def _predictions(model: nn.Module, images: Tensor, labels: Tensor, batch_size: i
     return classes, torch.cat(right)
 
 
-def _save(path: Path, key: str, done: tuple[int, int], fell_to: Tensor, found: Tensor) -> None:
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    for name, value in tensors.items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _save(path: Path, key: list[str], done: tuple[int, int], fell_to: Tensor, found: Tensor) -> None:
     fallen = fell_to >= 0
     temporary = path.with_name(path.name + ".tmp")
     torch.save({"key": key, "done": done, "fell_to": fell_to.cpu(), "found": found[fallen].cpu()}, temporary)
     temporary.replace(path)
 
 
-def _resume(path: Path, key: str, fell_to: Tensor, found: Tensor) -> tuple[int, int]:
-    """Writes what was found before into ``fell_to`` and ``found``, and returns the place to go on from."""
+def _read(path: Path) -> dict[str, Any]:
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        same = saved["key"] == key
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: saved[name] for name in ("key", "done", "fell_to", "found")}
     except Exception as error:
         raise ValueError(f"{path} cannot be read: {error}; remove it to attack anew") from error
-    if not same:
-        raise ValueError(f"{path} was made with other weights, images or settings; remove it to attack anew")
+
+
+def _resume(path: Path, key: list[str], fell_to: Tensor, found: Tensor) -> tuple[int, int]:
+    """Writes what was found before into ``fell_to`` and ``found``, and returns the place to go on from."""
+    saved = _read(path)
+    if saved["key"] != key:
+        raise ValueError(_STALE.format(path))
     fell_to.copy_(saved["fell_to"])
     found[fell_to >= 0] = saved["found"].to(found)
     index, number = saved["done"]

@@ -53,7 +53,7 @@ class Ball:
         if self.norm == "linf":
             return self.project(x + step_size * grad.sign(), images)
         # in units of the largest entry: squares of tiny gradients would vanish
-        largest = grad.abs().flatten(1).amax(1).view(-1, 1, 1, 1) if len(grad) else grad.new_ones(0, 1, 1, 1)
+        largest = grad.abs().flatten(1).amax(1).view(-1, 1, 1, 1)
         unit = grad / torch.where(largest > 0, largest, 1.0)
         return self.project(x + step_size * unit / _length(unit).clamp_min(1e-12), images)
 
@@ -76,7 +76,7 @@ class Ball:
         else:
             noise.normal_(generator=generator)
             radius = torch.empty((rows, 1, 1, 1), dtype=images.dtype, device=device).uniform_(generator=generator)
-            dimensions = max(1, images[:1].numel()) if len(images) else 1
+            dimensions = images[0].numel()
             noise *= self.epsilon * radius.pow(1 / dimensions) / _length(noise).clamp_min(1e-12)
         return self.project(images + noise[part].to(images.device), images)
 

@@ -60,13 +60,15 @@ class PGD:
         eot: forwards whose gradients are averaged in each step (expectation over transformation, Athalye et al. 2018),
             for models that draw something in eval mode. A sample then counts as fooled where all of them are wrong.
         retire: leave a sample alone from the first iterate on that fools the model, which is returned: the attack is as
-            strong and cheaper. Without it every start ends at its last iterate, as attacks in training do.
+            strong and cheaper, of a model that draws nothing. Without it every start ends at its last iterate, as attacks
+            in training do. Of no effect against ``"experts"``, whose forwards hold the routing.
 
     Raises:
         ValueError: for a setting that is unknown or out of range, and for ``loss="kl"`` without a random start: at the
             clean image itself KL from the clean prediction has no gradient.
 
-    "Fooled" is a wrong prediction; for ``against="flip"``, that all choices of the sample have changed.
+    "Fooled" is a wrong prediction of the model as it is, also where the attack holds its routing; for ``against="flip"``,
+    that all choices of the sample have changed.
 
     A call leaves modes, ``requires_grad``, BatchNorm statistics and ``.grad`` as they were, also when it raises. It
     computes no gradient of any parameter.
@@ -81,7 +83,7 @@ class PGD:
     mode: str = "eval"
     norm: str = "linf"
     against: str = "prediction"
-    router_weight: float = 1.0
+    router_weight: float = 0.1
     eot: int = 1
     retire: bool = False
 
@@ -103,6 +105,10 @@ class PGD:
         for name in ("steps", "restarts", "eot"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+    @property
+    def _retires(self) -> bool:
+        return self.retire and self.against != "experts"
 
     def describe(self) -> str:
         start = {True: "uniform start", False: "no random start", "gaussian": "Gaussian start"}[self.random_start]
@@ -155,7 +161,9 @@ class PGD:
                 f"{self.restarts}, {self.retire} and {batch_size}"
             )
         images, labels = images.detach(), labels.detach()
-        size = max(1, len(images)) if batch_size is None else batch_size
+        if not len(images):
+            return AttackResult(images, torch.zeros(0, dtype=torch.bool, device=images.device))
+        size = len(images) if batch_size is None else batch_size
         view = RoutingView(model, self.against)
         with undisturbed(model, eval_mode=self.mode == "eval"), torch.enable_grad(), view:
             view.learn(images, size)
@@ -210,13 +218,13 @@ class PGD:
         live = torch.arange(len(rows), device=rows.device)
         for _ in range(self.steps):
             grad, fooled = self._gradient(target, x, rows[live], extra_loss)
-            if self.retire and bool(fooled.any()):
+            if self._retires and bool(fooled.any()):
                 gone = live[fooled]
                 found[gone], fell[gone], zero[gone] = x[fooled], True, False
                 live, x, grad = live[~fooled], x[~fooled], grad[~fooled]
                 if not len(live):
                     break
-            zero[live] &= grad.abs().flatten(1).amax(1) == 0 if len(live) else zero
+            zero[live] &= grad.abs().flatten(1).amax(1) == 0
             x = ball.ascend(x, grad, images[live], self.step_size)
         found[live] = x
         return found, zero, fell
@@ -231,13 +239,13 @@ class PGD:
         for _ in range(self.eot):
             loss, now = target.look(x, rows)
             fooled &= now
-            if self.retire and self.eot == 1 and len(x) and bool(now.all()):
+            if self._retires and self.eot == 1 and bool(now.all()):
                 break
             summed = loss.sum()
             if extra_loss is not None:
                 summed = summed + extra_loss(x)
             (grad,) = torch.autograd.grad(summed, x)
-            flat = grad.abs().flatten(1).amax(1) if len(x) else grad.new_zeros(0)
+            flat = grad.abs().flatten(1).amax(1)
             if not bool(torch.isfinite(flat).all()):
                 bad = int((~torch.isfinite(flat)).sum())
                 raise NonFiniteGradientError(
@@ -257,10 +265,11 @@ class _Target:
     labels: Tensor
     clean_logits: Tensor | None
 
-    def look(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss ``[n]`` and whether ``x``, the images ``rows``, fool the model, ``[n]``."""
+    def look(self, x: Tensor, rows: Tensor, held: bool = True) -> tuple[Tensor, Tensor]:
+        """Loss ``[n]`` and whether ``x``, the images ``rows``, fool the model, ``[n]``; against the experts with the
+        routing held, unless not."""
         attack, total = self.attack, len(self.images)
-        logits = self.view.logits(x, rows, total)
+        logits = self.view.logits(x, rows, total, held)
         labels = self.labels[rows]
         fooled = logits.detach().argmax(1) != labels
         if attack.against in ("router", "flip", "joint"):
@@ -278,7 +287,7 @@ class _Target:
         losses, fooled = [], []
         with torch.no_grad():
             for part, which in zip(x.split(size), rows.split(size), strict=True):
-                looks = [self.look(part, which) for _ in range(self.attack.eot)]
+                looks = [self.look(part, which, held=False) for _ in range(self.attack.eot)]
                 losses.append(torch.stack([loss for loss, _ in looks]).mean(0).float())
                 fooled.append(torch.stack([now for _, now in looks]).all(0))
         return torch.cat(losses), torch.cat(fooled)

@@ -66,7 +66,11 @@ class RoutingView:
         self._exit.close()
 
     def learn(self, images: Tensor, size: int) -> None:
-        """Takes note of the choices on the clean images, where the kind asks for them; ``size`` images at a time."""
+        """Takes note of the choices on the clean images, where the kind asks for them; ``size`` images at a time.
+
+        Raises:
+            ValueError: if no router has a choice to make: as many experts as there are, or one for all.
+        """
         if self.against not in (*_WATCHING, "experts"):
             return
         parts: dict[Router, list[Routing]] = {}
@@ -75,15 +79,18 @@ class RoutingView:
                 self.model(part)
                 for router, (_, routing) in self._seen.items():
                     parts.setdefault(router, []).append(routing)
+        if not parts:
+            raise ValueError(f"attack: one against {self.against!r} needs a router that has a choice to make; none has")
         self._clean = {router: _joined(routings) for router, routings in parts.items()}
 
-    def logits(self, x: Tensor, rows: Tensor, images: int) -> Tensor:
-        """The model's scores of ``x``, which are the images ``rows [n]`` of the ``images`` that were learned."""
+    def logits(self, x: Tensor, rows: Tensor, images: int, held: bool = True) -> Tensor:
+        """The model's scores of ``x``, which are the images ``rows [n]`` of the ``images`` that were learned; against the
+        experts with the routing ``held`` as it was."""
         self._seen.clear()
-        if self.against != "experts":
+        if self.against != "experts" or not held:
             return self.model(x)
-        held = {router: _of_rows(routing, rows, images) for router, routing in self._clean.items()}
-        with replay_routing(held):
+        choices = {router: _of_rows(routing, rows, images) for router, routing in self._clean.items()}
+        with replay_routing(choices):
             return self.model(x)
 
     def margins(self, rows: Tensor, images: int) -> Tensor:
@@ -107,7 +114,9 @@ class RoutingView:
         values = dict(zip(("input", "routing", "in_routing"), args, strict=False)) | kwargs
         x, routing = values["input"], values["routing"]
         source = values.get("in_routing")
-        scores = next((s for s, r in self._seen.values() if r.expert.is_set_to(routing.expert)), None)
+        # the same memory, also where each choice of a top-k one has become a sample of its own
+        memory = routing.expert.data_ptr()
+        scores = next((s for s, r in self._seen.values() if r.expert.data_ptr() == memory), None)
         if scores is None:
             return output
         if len(scores) != len(output):

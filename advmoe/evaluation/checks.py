@@ -25,6 +25,7 @@ RADII = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0)
 _QUERIES = 1000
 _BLIND = 0.01
 _CHANCE = 0.02
+_FEWEST = 8  # images that are right when clean; the sign test takes five that differ
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ class Scrutiny:
 
 
 def suspect(checks: Sequence[Check]) -> list[str]:
-    """The names of those that are red."""
-    return [check.name for check in checks if check.passed is False]
+    """The names of those that are red and speak of gradient masking: all but ``converged``, which speaks of an attack
+    that was too weak."""
+    return [check.name for check in checks if check.passed is False and check.name != "converged"]
 
 
 def scrutinize(
@@ -78,8 +80,11 @@ def scrutinize(
     - ``radius``: RA falls to at most 2 % at the largest radius, and nowhere rises with the radius;
     - ``strength``: twice the steps and two starts do not give a higher RA;
     - ``converged``: nor one lower by more than two points;
-    - ``black_box``: Square (Andriushchenko et al. 2020, 1,000 queries), which needs no gradient, is not stronger;
+    - ``black_box``: Square (Andriushchenko et al. 2020, 1,000 queries), which needs no gradient, is not stronger than
+      that attack of twice the steps and two starts;
     - ``surrogate``: of routed models: gradients through the softmax mixture of all experts are not stronger.
+
+    A check that could not be red, because too few images are right when clean, is not asked.
 
     "Higher", "rises" and "stronger" mean: by more than a point, and by more than chance would have it, image by image
     (one-sided sign test at 5 %, which takes five images that differ at least).
@@ -96,23 +101,28 @@ def scrutinize(
         attacks[f"radius {epsilon}"] = dataclasses.replace(base, epsilon=epsilon, step_size=ratio * epsilon)
     attacks["strong"] = dataclasses.replace(base, steps=2 * base.steps, restarts=2)
     attacks["square"] = AutoAttack(base.epsilon, base.norm, attacks=("square",), queries=_QUERIES)
-    routed = any(router.num_experts > 1 for router in routers_of(model).values())
+    routers = [router for router in routers_of(model).values() if router.num_experts > 1]
+    routed = bool(routers) and all(router.options.top_k == 1 for router in routers)
     if routed:
         attacks["soft"] = dataclasses.replace(base, against="soft")
     found = measure(model, split, attacks, batch_size, limit, seed, progress)
     ras = {name: outcome.ra for name, outcome in found.evaluation.attacks.items()}
     curve = Curve(base.describe(), found.evaluation.images, tuple(epsilons), tuple(ras[f"radius {e}"] for e in epsilons))
     names = [f"radius {epsilon}" for epsilon in epsilons]
-    checks = (
+    checks: tuple[Check, ...] = (
         _gradient(found),
         _radius(found, curve, names),
         _not_beyond(found, "strength", "strong", "base", _WEAKER),
         _converged(found, base),
-        _not_beyond(found, "black_box", "base", "square", _BLACK_BOX),
+        _not_beyond(found, "black_box", "strong", "square", _BLACK_BOX),
         _not_beyond(found, "surrogate", "base", "soft", _SURROGATE)
         if routed
-        else Check("surrogate", None, "the model has no routers of several experts", _SURROGATE),
+        else Check("surrogate", None, "the model has no routers that choose one of several experts", _SURROGATE),
     )
+    right = int(found.right.sum())
+    if right < _FEWEST:
+        few = f"{right} of {len(found.right)} images are right when clean: too few to tell"
+        checks = tuple(Check(check.name, None, few, check.means) for check in checks)
     return Scrutiny(checks, curve)
 
 
@@ -139,8 +149,7 @@ def _finds_more(found: Measured, stronger: str, weaker: str, points: float = 0.0
 
 
 def _gradient(found: Measured) -> Check:
-    share = found.evaluation.attacks["base"].zero_gradient
-    assert share is not None
+    share = found.evaluation.attacks["base"].zero_gradient or 0.0
     measured = f"{100 * share:.1f} % of the attacked images gave no gradient"
     return Check("gradient", share < _BLIND, measured, "the attack had nothing to follow")
 

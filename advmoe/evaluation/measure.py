@@ -37,12 +37,13 @@ class AttackOutcome:
         interval: 95 % interval of ``ra`` by the number of images alone (Wilson's).
         class_ra: of each class' images; None for a class without images.
         flip_rate: of the attacked images (those that are right when clean), for which any routed layer's expert changes;
-            None without routed layers and for AutoAttack, which returns robust images unchanged.
+            None without routed layers, if no image was attacked, and for AutoAttack, which returns robust images as they
+            were.
         layer_flip_rate: the same for each layer.
         zero_gradient: of the attacked images, whose gradient was exactly zero at every step of the first start. Far above
             0 the attack was blind, and its RA says nothing. None for AutoAttack, which has warnings instead.
         stages: of AutoAttack: RA after each of its attacks and those before it.
-        warnings: of AutoAttack, against the figure.
+        warnings: against the figure: AutoAttack's, and that the model draws something.
     """
 
     description: str
@@ -86,10 +87,13 @@ class Measured:
 
 def wilson(count: int, total: int) -> tuple[float, float]:
     """95 % interval of a share by Wilson's score: ``count`` of ``total``."""
+    if count in (0, total):  # exactly, where rounding would be off by a digit
+        end = _Z95**2 / (total + _Z95**2)
+        return (0.0, end) if count == 0 else (1 - end, 1.0)
     share, z2 = count / total, _Z95**2
     middle = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = _Z95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return middle - half, middle + half
 
 
 def evaluate(
@@ -106,13 +110,16 @@ def evaluate(
 ) -> Evaluation:
     """Accuracy in eval mode on the clean images and under each attack on the model's prediction; modes are restored.
 
-    Only images that are right when clean are attacked: the others are not robust anyway.
+    Only images that are right when clean are attacked: the others are not robust anyway. Of a model that draws something
+    in eval mode (two forwards of the first batch differ) no image is left alone before an attack's end, for one unlucky
+    draw is no fall.
 
     Args:
         limit: the first so many images only.
-        seed: of the attacks' random starts; the result is a function of it, the model and the images.
+        seed: of the attacks' random starts; the result is a function of it, the model, the images, ``batch_size`` and the
+            attacks' names.
         workers: processes that decode images ahead; the split's own choice by default.
-        limits: for some attacks fewer images than ``limit``.
+        limits: for some attacks fewer images than ``limit``, at least 1.
         state: a folder for what AutoAttack goes on from if it is interrupted; none by default.
 
     Raises:
@@ -143,13 +150,16 @@ def measure(
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     counts = {name: min(total, (limits or {}).get(name, total)) for name in attacks}
+    for name, images_of_it in counts.items():
+        if images_of_it < 1:
+            raise ValueError(f"limits: expected at least 1 for {name}, got {images_of_it}")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     tallies = {name: _Tally() for name in attacks}
     kept: list[Tensor] = []  # images that AutoAttack wants, which takes them all at once
     wanted = max((counts[name] for name, attack in attacks.items() if isinstance(attack, AutoAttack)), default=0)
     labels, right = [], []
     used: dict[str, Tensor] = {}
-    classes = 0
+    classes, drawing = 0, False
     starts = range(0, total, batch_size)
     batches = zip(starts, batches_in_order(split, batch_size, workers, device.type == "cuda"), strict=True)
     hidden = None if progress else True
@@ -158,7 +168,13 @@ def measure(
         for start, batch in tqdm(batches, "evaluate", len(starts), unit="batch", disable=hidden, leave=False):
             x, y = (each.to(device, non_blocking=True) for each in batch)
             scores = scores_of(model, x, y)
-            classes = scores.shape[1]
+            if start == 0:
+                classes = scores.shape[1]
+                drawing = not torch.equal(scores, scores_of(model, x, y))
+                for name, attack in attacks.items():
+                    if isinstance(attack, AutoAttack):  # not only behind hours of others
+                        attack.require(classes)
+                        attack.refuse_stale(_state_file(state, name), model, seed, batch_size)
             good = scores.argmax(1) == y
             labels.append(y)
             right.append(good)
@@ -172,6 +188,7 @@ def measure(
             if len(chunk) == _CHUNK or start == starts[-1]:
                 for name, attack in attacks.items():
                     if isinstance(attack, PGD) and counts[name] > chunk.start:
+                        attack = dataclasses.replace(attack, retire=attack.retire and not drawing)
                         generator = stream_generator(seed, "evaluate", name, chunk.start)
                         tallies[name].add(chunk, attack, counts[name] - chunk.start, batch_size, generator)
                 chunk = _Chunk(model, routings, start + len(x))
@@ -180,11 +197,11 @@ def measure(
     for name, attack in attacks.items():
         tally, n = tallies[name], counts[name]
         if isinstance(attack, AutoAttack):
-            file = None if state is None else state / f"{name}.state.pt"
+            file = _state_file(state, name)
             images = torch.cat(kept)[:n]
             tally.found = attack.run(model, images, all_labels[:n], seed, batch_size, file, progress)
             tally.robust = [tally.found.robust]
-        outcomes[name] = tally.outcome(attack.describe(), all_labels[:n], classes)
+        outcomes[name] = tally.outcome(attack, all_labels[:n], classes, drawing)
     correct = int(all_right.sum())
     usage = {name: (count.double() / count.sum()).tolist() for name, count in used.items()}
     by_class = _by_class(all_right, all_labels, classes)
@@ -223,6 +240,10 @@ def _by_class(flags: Tensor, labels: Tensor, classes: int) -> list[float | None]
     there = torch.bincount(labels, minlength=classes).tolist()
     true = torch.bincount(labels[flags], minlength=classes).tolist()
     return [t / n if n else None for t, n in zip(true, there, strict=True)]
+
+
+def _state_file(folder: Path | None, name: str) -> Path | None:
+    return None if folder is None else folder / f"{name}.state.pt"
 
 
 class _Chunk:
@@ -282,12 +303,15 @@ class _Tally:
         if flips:
             self.flipped += int(torch.stack(list(flips.values())).any(0).sum())
 
-    def outcome(self, description: str, labels: Tensor, classes: int) -> AttackOutcome:
+    def outcome(self, attack: Attack, labels: Tensor, classes: int, drawing: bool) -> AttackOutcome:
         robust, total = torch.cat(self.robust), len(labels)
         count, attacked = int(robust.sum()), max(1, self.attacked)
         own = self.found is not None
+        warnings = list(self.found.warnings) if own else []
+        if drawing and (attack.version != "rand" if isinstance(attack, AutoAttack) else attack.eot == 1):
+            warnings.append("the model draws something: pgd50-eot20, say, or autoattack-rand average over it")
         return AttackOutcome(
-            description,
+            attack.describe(),
             total,
             count / total,
             wilson(count, total),
@@ -296,5 +320,5 @@ class _Tally:
             {name: flips / attacked for name, flips in self.layers.items()},
             None if own else self.zero / attacked,
             self.found.stages() if own else {},
-            list(self.found.warnings) if own else [],
+            warnings,
         )

@@ -18,7 +18,7 @@ _BLIND = 0.01  # share of images without any gradient from which on an attack's 
 
 def result_table(catalog: Catalog, scale: str, results: Sequence[tuple[Plan, Sequence[dict[str, Any]]]]) -> str:
     """Plans and their records, one for each seed that is there; with what has to be known to read it."""
-    rows, notes = [], []
+    rows, notes, unchecked = [], [], []
     settings: dict[tuple[int, str], None] = {}  # an ordered set
     for plan, records in results:
         paper = catalog.paper(plan.recipe)
@@ -40,6 +40,8 @@ def result_table(catalog: Catalog, scale: str, results: Sequence[tuple[Plan, Seq
             settings[record["images"], record["attacks"][record["attack"]]["description"]] = None
             if record.get("suspect"):
                 notes.append(f"! {plan.recipe.name}, seed {record['seed']}: {SUSPECT} ({', '.join(record['suspect'])})")
+            if not record.get("checks"):
+                unchecked.append(f"{plan.recipe.name}, seed {record['seed']}")
             blind = record["attacks"][record["attack"]]["zero_gradient"]
             if blind is not None and blind >= _BLIND:
                 notes.append(
@@ -55,6 +57,9 @@ def result_table(catalog: Catalog, scale: str, results: Sequence[tuple[Plan, Seq
         "multiply-accumulate as 1; the paper's as printed, where some cannot be right (advmoe/recipes/paper/README.md)"
     )
     lines += [note for name in tables if (note := catalog.note(name)) is not None]
+    if unchecked:
+        others = f" and {len(unchecked) - 1} more" if len(unchecked) > 1 else ""
+        notes.append(f"not looked at for gradient masking: {unchecked[0]}{others}")
     return "\n".join(lines + notes)
 
 

@@ -137,6 +137,7 @@ def analyze(
     seed: int = 0,
     device: str = "auto",
     progress: bool = False,
+    require: bool = True,
 ) -> Analyzed:
     """Analyses runs, and writes ``<name>.csv`` and ``<name>.png`` of each of :data:`ANALYSES` that can be made.
 
@@ -157,13 +158,14 @@ def analyze(
         checkpoint: ``"best"`` or ``"last"``, of run folders.
         seed: of random starts, and of routers that draw: torch's generator is seeded by it.
         progress: show it on stderr.
+        require: nothing to write is an error.
 
     Returns:
         what was written, in its order, and what was skipped.
 
     Raises:
-        ValueError: for an unknown name, data or attack, a source that is none (RunError), or if nothing could be written;
-            then with the reasons.
+        ValueError: for an unknown name, data or attack, a source that is none (RunError), or, with ``require``, if
+            nothing could be written; then with the reasons.
         NonFiniteGradientError: as the attack.
         NonFiniteRouterError: if a router's scores are not finite.
     """
@@ -209,7 +211,7 @@ def analyze(
             skipped.append(Skipped(task.name, task.source, str(error)))
         else:
             written.append(Written(finding, tuple(finding.save(task.folder)), task.source))
-    if not written:
+    if not written and require:
         reasons = "; ".join(dict.fromkeys(f"{why.name}: {why.reason}" for why in skipped))
         raise ValueError(f"analyze: nothing could be written; {reasons}")
     return Analyzed(tuple(written), tuple(skipped))

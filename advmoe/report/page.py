@@ -122,7 +122,7 @@ def write_report(
     with tempfile.TemporaryDirectory() as folder:
         analyzed = analyze(
             folders, Path(folder), _wanted(subjects), attack, limit, against=_mask(subjects), checkpoint=checkpoint,
-            data_dir=where, seed=seed, device=device, progress=progress,
+            data_dir=where, seed=seed, device=device, progress=progress, require=False,
         )  # fmt: skip
         pictures = _pictures(subjects, analyzed)
     if examples:

@@ -141,8 +141,8 @@ def evaluate_run(
         limit: the first so many test images.
         seed: of the attacks, and of routers that draw: torch's generator is seeded by it.
         autoattack_limit: for AutoAttack fewer images.
-        checks: images on which the figure is looked at with suspicion (:func:`advmoe.evaluation.scrutinize`), by the
-            first PGD on the prediction, or PGD-50 if there is none; 0: not at all.
+        checks: images on which the figure is looked at with suspicion (:func:`advmoe.evaluation.scrutinize`), by the PGD
+            on the prediction of most steps, or PGD-50 if there is none of ten or more; 0: not at all.
         latency: batch sizes to time a forward with.
 
     AutoAttack leaves a file in a run's folder while it is at work, and goes on from it.
@@ -151,6 +151,7 @@ def evaluate_run(
         ValueError: if there is no such run, data or attack (RunError, DataError among them).
         NonFiniteGradientError: as :func:`advmoe.evaluation.evaluate`.
     """
+    radius_given = epsilon is not None
     opened = open_source(source, checkpoint, data, data_dir, test_limit, epsilon)
     model, images, epsilon = opened.model.to(device_of(device)), opened.data, opened.epsilon
     chosen = {attack: from_name(attack, epsilon) for attack in attacks}
@@ -158,12 +159,19 @@ def evaluate_run(
         {} if autoattack_limit is None else {n: autoattack_limit for n, a in chosen.items() if isinstance(a, AutoAttack)}
     )
     test = images.test.first(limit)
+    norms = {attack.norm for attack in chosen.values()}
+    if len(norms) > 1:
+        raise ValueError("attack: expected attacks of one norm, since they share the radius; got L-infinity and L2")
+    if "l2" in norms and not radius_given:
+        raise ValueError("epsilon: expected one with attacks in L2; the run's and the data's are of L-infinity")
     torch.manual_seed(seed)
     result = evaluate(model, test, chosen, batch_size, seed=seed, progress=progress, limits=shorter, state=opened.folder)
     scrutiny = None
     if checks:
-        plain = (a for a in chosen.values() if isinstance(a, PGD) and a.against == "prediction")
-        scrutiny = scrutinize(model, test, next(plain, PGD(epsilon, epsilon / 4, 50)), checks, batch_size, seed, progress)
+        norm = next(iter(norms), "linf")
+        plain = [a for a in chosen.values() if isinstance(a, PGD) and a.against == "prediction" and a.steps >= 10]
+        base = max(plain, key=lambda a: a.steps, default=PGD(epsilon, epsilon / 4, 50, norm=norm))
+        scrutiny = scrutinize(model, test, base, checks, batch_size, seed, progress)
     # a sparse network costs what is left of it
     whole = compact(model, images.image_size) if masked_convolutions(model) else model
     cost = profile(whole, images.image_size)

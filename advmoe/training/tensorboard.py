@@ -65,5 +65,5 @@ def _scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in line.items():
         if name == "router_entropy":
             yield from ((f"{name}/{layer}", entropy) for layer, entropy in value.items())
-        elif name in _GROUPS or name.endswith("loss"):
+        elif value is not None and (name in _GROUPS or name.endswith("loss")):
             yield f"{_GROUPS.get(name, 'loss')}/{name}", value

@@ -16,6 +16,7 @@ from advmoe.data import TensorSplit
 from advmoe.evaluation import Scrutiny, evaluate, scrutinize, suspect, wilson
 from advmoe.models import create_model
 from advmoe.routers import NonFiniteRouterError, Router
+from advmoe.training.evaluation import evaluate_run
 from moe_kernels import RoutedConv2d
 
 ATTACK = PGD(0.02, 0.005, 10)
@@ -111,7 +112,57 @@ def test_a_gradient_that_leads_nowhere_is_caught() -> None:
 
 def test_an_attack_of_too_few_steps_is_caught() -> None:
     found = look(Linear(), attack=PGD(0.02, 0.001, 3))
-    assert "converged" in suspect(found.checks)
+    assert "converged" in [check.name for check in found.checks if check.passed is False]
+    assert "converged" not in suspect(found.checks)  # it says too weak, and not masked
+
+
+def test_of_too_few_images_nothing_is_asked() -> None:
+    for model, limit in ((Shattered(), 4), (Rounded(), 7)):
+        found = scrutinize(model, split(model), ATTACK, limit=limit)
+        assert {check.passed for check in found.checks} == {None}
+        assert f"{limit} of {limit} images are right when clean: too few" in found.checks[0].measured
+    model = Linear()
+    wrong = TensorSplit(images(), (split(model).labels + 1) % 10)
+    assert {check.passed for check in scrutinize(model, wrong, ATTACK).checks} == {None}
+
+
+class Drawing(Linear):
+    """Noise on the scores in each forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1.5 * torch.randn(len(x), 10)
+
+
+def test_one_unlucky_draw_is_no_fall() -> None:
+    """Leaving an image alone where one forward was wrong would flatter a model that draws."""
+    torch.manual_seed(0)
+    model = Drawing()
+    data = split(Linear(), images(200))
+    ra = {}
+    for retire in (False, True):
+        torch.manual_seed(1)
+        outcome = evaluate(model, data, {"pgd": PGD(0.02, 0.005, 10, retire=retire)}).attacks["pgd"]
+        ra[retire] = outcome.ra
+        assert any("the model draws something" in warning for warning in outcome.warnings)
+    assert ra[True] == ra[False]  # the same attack
+    honest = evaluate(Linear(), data, {"pgd": PGD(0.02, 0.005, 10)}).attacks["pgd"]
+    assert honest.warnings == []
+
+
+def test_checks_are_of_the_attacks_norm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plain.py").write_text(
+        "import torch\nfrom torch import nn\n\ndef model():\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(192, 10))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    done = evaluate_run("plain:model", ["apgd-ce-l2"], data="digits", epsilon=0.5, limit=60, checks=60)
+    assert done.scrutiny is not None and "L2 epsilon 0.5" in done.scrutiny.curve.attack
+    assert done.scrutiny.curve.epsilons[-1] == 32
+    with pytest.raises(ValueError, match="epsilon: expected one with attacks in L2"):
+        evaluate_run("plain:model", ["pgd5-l2"], data="digits", limit=4)
+    with pytest.raises(ValueError, match="attack: expected attacks of one norm"):
+        evaluate_run("plain:model", ["pgd5-l2", "pgd5"], data="digits", epsilon=0.5, limit=4)
 
 
 def test_a_hidden_router_is_caught_by_the_surrogate() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,17 +12,17 @@ from small_runs import SMALL, small_architecture, tiny
 
 from advmoe.attacks import AutoAttack
 from advmoe.cli import main
-from advmoe.config import RunConfig
 from advmoe.training import train
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    config = tiny("at")
+    config = tiny("standard")
     with small_architecture():
-        model = config.model.__class__(arch=SMALL, kind="moe", width=8)
-        train(RunConfig(**{**vars(config), "model": model, "epochs": 1}), folder, quiet=True)
+        model = dataclasses.replace(config.model, arch=SMALL)
+        data = dataclasses.replace(config.data, train_limit=400)
+        train(dataclasses.replace(config, model=model, data=data, epochs=6), folder, quiet=True)
     return folder
 
 
@@ -31,7 +32,7 @@ def command(*arguments: str) -> int:
 
 
 def test_evaluate_says_it_all(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--attack", "pgd3x2", "--attack", "soft2", "--limit", "40", "--checks", "16", "--checkpoint", "last"]
+    arguments = ["--attack", "pgd3x2", "--attack", "soft2", "--limit", "40", "--checks", "32", "--checkpoint", "last"]
     assert command("evaluate", str(run), *arguments) == 0
     out = capsys.readouterr().out
     record = json.loads((run / "evaluation-last.json").read_text())

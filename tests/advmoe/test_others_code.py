@@ -69,7 +69,6 @@ def small() -> nn.Module:
 def direct(model: nn.Module, x: Tensor, labels: Tensor, epsilon: float, version: str, batch_size: int) -> tuple[Any, ...]:
     from pyautoattack import AutoAttack as Package
 
-    logging.getLogger("auto-attack").setLevel(logging.ERROR)
     for p in model.parameters():
         p.requires_grad_(False)
     adversary = Package(model, norm="Linf", eps=epsilon, seed=0, version=version)
@@ -148,12 +147,12 @@ def test_autoattack_leaves_the_process_and_the_model_as_they_were() -> None:
     model.bn1.eval()
     modes = [m.training for m in model.modules()]
     x, state = images(8), torch.get_rng_state()
-    trace, seen = sys.gettrace(), []
+    trace = sys.gettrace()
     labels = torch.zeros(8, dtype=torch.int64)
     result = AutoAttack(0.01, attacks=("square",), queries=20).run(model, x, labels)
     assert torch.equal(torch.get_rng_state(), state) and sys.gettrace() is trace
     assert [m.training for m in model.modules()] == modes and all(p.requires_grad for p in model.parameters())
-    assert not logging.getLogger("auto-attack").handlers and not seen
+    assert not logging.getLogger("auto-attack").handlers
     assert torch.equal(result.images[result.fell_to < 0], x[result.fell_to < 0])
 
 
