@@ -21,8 +21,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny("standard")
     with small_architecture():
         model = dataclasses.replace(config.model, arch=SMALL)
-        data = dataclasses.replace(config.data, train_limit=400)
-        train(dataclasses.replace(config, model=model, data=data, epochs=6), folder, quiet=True)
+        data = dataclasses.replace(config.data, train_limit=1200)
+        train(dataclasses.replace(config, model=model, data=data, epochs=8), folder, quiet=True)
     return folder
 
 
