@@ -555,8 +555,8 @@ def attacks_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     seen: list[tuple[Tensor, Tensor]] = []
     original = PGD.run
 
-    def run(self: PGD, net: nn.Module, images: Tensor, *rest: Any) -> Any:
-        found = original(self, net, images, *rest)
+    def run(self: PGD, net: nn.Module, images: Tensor, *rest: Any, **more: Any) -> Any:
+        found = original(self, net, images, *rest, **more)
         seen.append((images, found.images))
         return found
 
