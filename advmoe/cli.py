@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"interrupted; go on with: {resume_command(error.args[0])}", file=sys.stderr)
         return RESUMABLE
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        again = "; the same command goes on with AutoAttack where it was" if options.run is _evaluate else ""
+        print(f"interrupted{again}", file=sys.stderr)
         return INTERRUPTED
     except ValueError as error:  # RunError and DataError are such
         print(f"advmoe: {error}", file=sys.stderr)
@@ -433,6 +434,7 @@ def _evaluate(o: argparse.Namespace) -> None:
         o.source, o.attack or ["pgd50x5", "autoattack"], checkpoint=o.checkpoint, data=o.data, data_dir=o.data_dir,
         test_limit=o.test_limit, limit=o.limit, epsilon=o.epsilon, batch_size=o.batch_size, seed=o.seed,
         device=o.device, progress=True, autoattack_limit=o.autoattack_limit, checks=o.checks, latency=(1, 32),
+        state=None if o.out is None else o.out.parent,
     )  # fmt: skip
     _print_evaluation(done)
     path = o.out or done.path
@@ -479,7 +481,7 @@ def _print_evaluation(done: EvaluatedRun) -> None:
         [str(i), "-" if sa is None else percent(sa), "-" if first is None or ra is None else percent(ra)]
         for i, (sa, ra) in enumerate(zip(result.class_sa, first.class_ra if first else result.class_sa, strict=True))
     ]
-    if len(classes) <= 20:
+    if len(classes) <= 20 and result.images >= 10 * len(classes):  # of fewer images the shares say nothing
         print(f"\n{table(['class', 'SA', f'RA {next(iter(result.attacks), None)}'], classes)}")
     print(
         f"\n{done.cost.gflops:.4f} GFLOPs an image (a multiply-accumulate as 1), {done.cost.params / 1e6:.2f} M "

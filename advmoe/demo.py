@@ -99,7 +99,11 @@ def run(folder: Path, fast: bool = False, seed: int = 0) -> str:
     ]
     text = table(["method", "SA", f"RA ({attack_name})", "GFLOPs", f"latency, batch {batch}", "of Dense"], rows)
     first = results[0].result
-    marked = [name for (name, _, _), r in zip(METHODS, results, strict=True) if r.record["suspect"]]
+    marked = [
+        f"{name} ({', '.join(r.record['suspect'])})"
+        for (name, _, _), r in zip(METHODS, results, strict=True)
+        if r.record["suspect"]
+    ]
     page = write_report(folders, folder / "report.html", limit=40 if fast else 100, checkpoint="last", seed=seed)
     minutes = (time.perf_counter() - start) / 60
     lines = [
@@ -108,7 +112,7 @@ def run(folder: Path, fast: bool = False, seed: int = 0) -> str:
         f"Latency: of each network once, median on {platform.machine()}, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}; networks this narrow on 8x8 images save less time than operations.",
         "One short run each on so few small images is no comparison of methods; docs/results.md has larger runs.",
-        *([f"! {SUSPECT}: {', '.join(marked)}"] if marked else []),
+        *([f"! {SUSPECT}: {', '.join(marked)}; the page and docs/evaluation.md say more"] if marked else []),
         *(["--fast: even fewer epochs and weaker attacks."] if fast else []),
         f"{minutes:.1f} minutes in all.",
     ]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..modes import undisturbed
 from ..registry import unknown_name
-from .balls import NORMS
+from .balls import Ball, require_batch
 from .pgd import NonFiniteGradientError
 
 __all__ = ["ATTACKS", "VERSIONS", "AutoAttack", "AutoAttackResult"]
@@ -62,7 +62,9 @@ class AutoAttackResult:
 
 @dataclass(frozen=True)
 class AutoAttack:
-    """
+    """AutoAttack, or some of its attacks: ``AutoAttack(8 / 255)(model, images, labels)`` gives adversarial images,
+    :meth:`run` also which attack each sample fell to.
+
     Args:
         epsilon: radius, in units of the pixel range [0, 1].
         norm: ``"linf"`` or ``"l2"``.
@@ -84,9 +86,9 @@ class AutoAttack:
     queries: int = 5000
 
     def __post_init__(self) -> None:
-        for name, known in (("norm", NORMS), ("version", VERSIONS)):
-            if getattr(self, name) not in known:
-                raise unknown_name(name, getattr(self, name), known)
+        if self.version not in VERSIONS:
+            raise unknown_name("version", self.version, VERSIONS)
+        Ball(self.epsilon, self.norm)
         if self.attacks == ():
             raise ValueError("attacks: expected some, or None for the version's; got none")
         for attack in self.attacks or ():
@@ -98,6 +100,10 @@ class AutoAttack:
         norm = {"linf": "L-inf", "l2": "L2"}[self.norm]
         what += "" if self.queries == 5000 else f", {self.queries} queries"
         return f"{what}, {norm} epsilon {self.epsilon:.4g}, pyautoattack {version_of('pyautoattack')}"
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int = 0) -> Tensor:
+        """Adversarial images where an attack succeeded, the clean ones elsewhere; see :meth:`run`."""
+        return self.run(model, images, labels, seed).images
 
     def run(
         self,
@@ -119,9 +125,11 @@ class AutoAttack:
                 settings alone.
 
         Raises:
-            ValueError: if there are too few classes for an attack, or the file belongs to something else.
+            ValueError: for images or labels that are none, if there are too few classes for an attack, or if the file
+                belongs to something else.
             NonFiniteGradientError: if a score, or the gradient at the images, is NaN or infinite.
         """
+        require_batch(images, labels)
         images, labels = images.detach().contiguous(), labels.detach()  # the package makes views of them
         with undisturbed(model), _quiet_globals() as warnings:
             watched = _Finite(model, self.describe())

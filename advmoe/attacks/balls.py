@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..registry import unknown_name
 
-__all__ = ["NORMS", "Ball", "SharedGenerator"]
+__all__ = ["NORMS", "Ball", "SharedGenerator", "require_batch"]
 
 NORMS = ("linf", "l2")
 
@@ -37,6 +38,12 @@ class Ball:
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
             raise unknown_name("norm", self.norm, NORMS)
+        if not 0 <= self.epsilon < math.inf:
+            raise ValueError(f"epsilon: expected a finite number of at least 0, got {self.epsilon}")
+        if self.norm == "linf" and self.epsilon > 1:
+            raise ValueError(
+                f"epsilon: expected at most 1, since pixels lie in [0, 1], got {self.epsilon:g} (8/255 is {8 / 255:.4f})"
+            )
 
     def project(self, x: Tensor, images: Tensor) -> Tensor:
         """The point of the ball around ``images``, and of [0, 1], that ``x`` becomes. For L2: onto the ball, then into
@@ -79,6 +86,24 @@ class Ball:
             dimensions = images[0].numel()
             noise *= self.epsilon * radius.pow(1 / dimensions) / _length(noise).clamp_min(1e-12)
         return self.project(images + noise[part].to(images.device), images)
+
+
+def require_batch(images: Tensor, labels: Tensor) -> None:
+    """Looks at what an attack gets.
+
+    Raises:
+        ValueError: if the images are not ``[B, C, H, W]`` in [0, 1], or the labels not int64 ``[B]``.
+    """
+    if images.dim() != 4 or not images.is_floating_point():
+        raise ValueError(f"images: expected floating [B, C, H, W], got {images.dtype} {tuple(images.shape)}")
+    if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(f"labels: expected int64 [{len(images)}], got {labels.dtype} {tuple(labels.shape)}")
+    if len(images):
+        low, high = torch.stack(images.aminmax()).tolist()
+        if not (low >= 0 and high <= 1):
+            raise ValueError(
+                f"images: expected pixels in [0, 1], got {low:.4g} to {high:.4g}; normalisation belongs into the model"
+            )
 
 
 def _length(x: Tensor) -> Tensor:

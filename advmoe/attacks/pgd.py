@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..modes import undisturbed
 from ..objectives import cross_entropy, dlr_loss, kl_divergence, margin_loss
 from ..registry import unknown_name
-from .balls import NORMS, Ball, SharedGenerator
+from .balls import Ball, SharedGenerator, require_batch
 from .routing import AGAINST, RoutingView
 
 __all__ = ["LOSSES", "PGD", "AttackResult", "NonFiniteGradientError"]
@@ -92,10 +92,11 @@ class PGD:
             raise unknown_name("loss", self.loss, LOSSES)
         if not isinstance(self.random_start, bool) and self.random_start != "gaussian":
             raise ValueError(f"random_start: expected True, False or 'gaussian', got {self.random_start!r}")
-        for name, known in (("mode", ("eval", "keep")), ("norm", NORMS), ("against", tuple(AGAINST))):
+        for name, known in (("mode", ("eval", "keep")), ("against", tuple(AGAINST))):
             if getattr(self, name) not in known:
                 raise unknown_name(name, getattr(self, name), known)
-        for name in ("epsilon", "step_size", "router_weight"):
+        Ball(self.epsilon, self.norm)  # says what is wrong with them
+        for name in ("step_size", "router_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a finite number of at least 0, got {getattr(self, name)}")
         if self.loss == "kl" and self.random_start is False:
@@ -151,8 +152,9 @@ class PGD:
                 of the images that are left, so that they are full.
 
         Raises:
-            ValueError: if ``extra_loss`` comes with several restarts, ``retire`` or ``batch_size``, if the attack is
-                against routers and the model has none, or if there are too few classes for the loss.
+            ValueError: for images or labels that are none (:func:`advmoe.attacks.balls.require_batch`), if ``extra_loss``
+                comes with several restarts, ``retire`` or ``batch_size``, if the attack is against routers and the model
+                has none, or if there are too few classes for the loss.
             NonFiniteGradientError: if a gradient is NaN or infinite.
         """
         if extra_loss is not None and (self.restarts > 1 or self.retire or batch_size is not None):
@@ -160,6 +162,7 @@ class PGD:
                 "extra_loss: expected restarts=1, retire=False and batch_size=None with it, got "
                 f"{self.restarts}, {self.retire} and {batch_size}"
             )
+        require_batch(images, labels)
         images, labels = images.detach(), labels.detach()
         if not len(images):
             return AttackResult(images, torch.zeros(0, dtype=torch.bool, device=images.device))

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from moe_kernels import RoutedConv2d, RoutedLinear
+
 from ..attacks import PGD, Attack, AutoAttack
 from ..data import Split
 from ..routers import routers_of
@@ -25,6 +27,7 @@ RADII = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0)
 _QUERIES = 1000
 _BLIND = 0.01
 _CHANCE = 0.02
+_MORE = 8
 _FEWEST = 8  # images that are right when clean; the sign test takes five that differ
 
 
@@ -82,7 +85,8 @@ def scrutinize(
     - ``converged``: nor one lower by more than two points;
     - ``black_box``: Square (Andriushchenko et al. 2020, 1,000 queries), which needs no gradient, is not stronger than
       that attack of twice the steps and two starts;
-    - ``surrogate``: of routed models: gradients through the softmax mixture of all experts are not stronger.
+    - ``surrogate``: of routed models: gradients through the softmax mixture of all experts are not stronger. It is asked
+      of eight times as many images, since it is a matter of points.
 
     A check that could not be red, because too few images are right when clean, is not asked.
 
@@ -90,11 +94,15 @@ def scrutinize(
     (one-sided sign test at 5 %, which takes five images that differ at least).
 
     Raises:
+        ValueError: if the attack is no PGD.
         NonFiniteGradientError, NonFiniteRouterError: if the model is not finite somewhere; there is no figure then.
     """
+    if not isinstance(attack, PGD):
+        raise ValueError(f"attack: expected a PGD, with which others are compared, got {type(attack).__name__}")
     base = dataclasses.replace(attack, restarts=1, retire=True)
     whole = 0.5 if attack.norm == "linf" else 32.0  # L2 of an image: all of CIFAR-10's are nearer to grey
-    epsilons = sorted({*(factor * base.epsilon for factor in RADII), max(whole, base.epsilon)})
+    last = max(whole, base.epsilon)
+    epsilons = sorted({*(factor * base.epsilon for factor in RADII if factor * base.epsilon < last), last})
     attacks: dict[str, Attack] = {"base": base}
     for epsilon in epsilons:
         ratio = base.step_size / base.epsilon if base.epsilon else 0.25
@@ -103,8 +111,6 @@ def scrutinize(
     attacks["square"] = AutoAttack(base.epsilon, base.norm, attacks=("square",), queries=_QUERIES)
     routers = [router for router in routers_of(model).values() if router.num_experts > 1]
     routed = bool(routers) and all(router.options.top_k == 1 for router in routers)
-    if routed:
-        attacks["soft"] = dataclasses.replace(base, against="soft")
     found = measure(model, split, attacks, batch_size, limit, seed, progress)
     ras = {name: outcome.ra for name, outcome in found.evaluation.attacks.items()}
     curve = Curve(base.describe(), found.evaluation.images, tuple(epsilons), tuple(ras[f"radius {e}"] for e in epsilons))
@@ -115,15 +121,28 @@ def scrutinize(
         _not_beyond(found, "strength", "strong", "base", _WEAKER),
         _converged(found, base),
         _not_beyond(found, "black_box", "strong", "square", _BLACK_BOX),
-        _not_beyond(found, "surrogate", "base", "soft", _SURROGATE)
-        if routed
-        else Check("surrogate", None, "the model has no routers that choose one of several experts", _SURROGATE),
     )
-    right = int(found.right.sum())
-    if right < _FEWEST:
-        few = f"{right} of {len(found.right)} images are right when clean: too few to tell"
-        checks = tuple(Check(check.name, None, few, check.means) for check in checks)
+    checks = _asked(found, checks)
+    if routed:
+        attacks = {"base": base, "soft": dataclasses.replace(base, against="soft")}
+        found = measure(model, split, attacks, batch_size, min(len(split), _MORE * limit), seed, progress)
+        checks += _asked(found, [_not_beyond(found, "surrogate", "base", "soft", _SURROGATE)])
+    else:
+        layers = any(isinstance(m, RoutedConv2d | RoutedLinear) for m in model.modules())
+        none = "the model has no routers that choose one of several experts"
+        if layers:
+            none = "its routed layers have no advmoe.routers.Router with one choice, and other routers are not seen"
+        checks += (Check("surrogate", None, none, _SURROGATE),)
     return Scrutiny(checks, curve)
+
+
+def _asked(found: Measured, checks: Sequence[Check]) -> tuple[Check, ...]:
+    """The checks, if there are images enough for an answer."""
+    right = int(found.right.sum())
+    if right >= _FEWEST:
+        return tuple(checks)
+    few = f"{right} of {len(found.right)} images are right when clean: too few to tell"
+    return tuple(Check(check.name, None, few, check.means) for check in checks)
 
 
 _WEAKER = "a stronger attack finds less: what it follows is no gradient of the prediction"
@@ -165,11 +184,12 @@ def _not_beyond(found: Measured, name: str, weaker: str, stronger: str, means: s
     """That the second attack's RA is not lower than the first's."""
     attacks = found.evaluation.attacks
     measured = ", ".join(f"{_NAMES[n]}: RA {100 * attacks[n].ra:.1f} %" for n in (weaker, stronger))
+    measured += f" ({found.evaluation.images} images)"
     return Check(name, not _finds_more(found, stronger, weaker), measured, means)
 
 
 def _converged(found: Measured, base: PGD) -> Check:
     attacks = found.evaluation.attacks
     lost = 100 * (attacks["base"].ra - attacks["strong"].ra)
-    measured = f"RA lower by {lost:.1f} points with PGD-{2 * base.steps} of two starts"
+    measured = f"RA lower by {lost:.1f} points with PGD-{2 * base.steps} of two starts ({len(found.right)} images)"
     return Check("converged", not _finds_more(found, "strong", "base", 0.02), measured, "more steps would find more")

@@ -143,6 +143,10 @@ def measure(
     state: Path | None = None,
 ) -> Measured:
     """As :func:`evaluate`, with the outcome for each image."""
+    if not isinstance(attacks, Mapping):
+        raise ValueError(f"attacks: expected attacks by name, such as {{'pgd20': PGD(…)}}, got {type(attacks).__name__}")
+    if not isinstance(split, Split):
+        raise ValueError(f"split: expected an advmoe.data.Split, such as TensorSplit, got {type(split).__name__}")
     split = split.first(limit)
     total = len(split)
     if total == 0:

@@ -132,6 +132,7 @@ def evaluate_run(
     autoattack_limit: int | None = None,
     checks: int = 0,
     latency: Sequence[int] = (),
+    state: Path | None = None,
 ) -> EvaluatedRun:
     """Evaluates a run folder, a checkpoint or ``module:function`` on the test images.
 
@@ -144,8 +145,7 @@ def evaluate_run(
         checks: images on which the figure is looked at with suspicion (:func:`advmoe.evaluation.scrutinize`), by the PGD
             on the prediction of most steps, or PGD-50 if there is none of ten or more; 0: not at all.
         latency: batch sizes to time a forward with.
-
-    AutoAttack leaves a file in a run's folder while it is at work, and goes on from it.
+        state: a folder for the file that AutoAttack leaves while it is at work, and goes on from; a run's own by default.
 
     Raises:
         ValueError: if there is no such run, data or attack (RunError, DataError among them).
@@ -165,7 +165,9 @@ def evaluate_run(
     if "l2" in norms and not radius_given:
         raise ValueError("epsilon: expected one with attacks in L2; the run's and the data's are of L-infinity")
     torch.manual_seed(seed)
-    result = evaluate(model, test, chosen, batch_size, seed=seed, progress=progress, limits=shorter, state=opened.folder)
+    result = evaluate(
+        model, test, chosen, batch_size, seed=seed, progress=progress, limits=shorter, state=state or opened.folder
+    )
     scrutiny = None
     if checks:
         norm = next(iter(norms), "linf")

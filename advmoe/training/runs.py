@@ -195,7 +195,10 @@ def _from_function(name: str) -> nn.Module:
         raise RunError(f"{name}: expected a function that is called without arguments: {error}") from error
     except ValueError:  # it does not say what it takes
         pass
-    model = function()
+    try:
+        model = function()
+    except Exception as error:
+        raise RunError(f"{name} raised {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise RunError(f"{name} returned {type(model).__name__}, expected an nn.Module")
     model.eval()

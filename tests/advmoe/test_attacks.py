@@ -360,9 +360,34 @@ def test_names() -> None:
         ({"steps": 0}, "steps"),
         ({"restarts": 0}, "restarts"),
         ({"epsilon": -1.0}, "epsilon"),
+        ({"epsilon": 8.0}, r"epsilon: expected at most 1, since pixels lie in \[0, 1\], got 8 \(8/255 is 0.0314\)"),
+        ({"norm": "l1"}, "norm: expected one of linf, l2"),
+        ({"against": "choices"}, "against"),
+        ({"eot": 0}, "eot"),
         ({"step_size": -1.0}, "step_size"),
     ],
 )
 def test_bad_settings_raise(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PGD(**{"epsilon": 0.1, "step_size": 0.1, "steps": 1, **options})
+
+
+@pytest.mark.parametrize(
+    "attack", [PGD(0.1, 0.1, 1), AutoAttack(0.1, attacks=("square",), queries=2)], ids=["pgd", "autoattack"]
+)
+def test_what_is_no_batch_of_images_is_refused(model: nn.Module, batch: Any, attack: Any) -> None:
+    """The commonest mistake: normalised images, in which a ball of 8/255 is another one."""
+    images, labels = batch
+    for wrong, message in (
+        (images * 255, r"images: expected pixels in \[0, 1\], got .* to 25\d"),
+        ((images - 0.5) / 0.25, r"images: expected pixels in \[0, 1\], got -"),
+        (images * float("nan"), r"images: expected pixels in \[0, 1\], got nan"),
+        (images[0], r"images: expected floating \[B, C, H, W\]"),
+        ((images * 255).to(torch.uint8), r"images: expected floating \[B, C, H, W\], got torch.uint8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attack(model, wrong, labels)
+    for bad in (labels.float(), labels[:3]):
+        with pytest.raises(ValueError, match=r"labels: expected int64 \[8\]"):
+            attack(model, images, bad)
+    assert attack(model, images, labels).shape == images.shape

@@ -234,6 +234,7 @@ def test_evaluate_takes_any_module(
         "def build(classes=10):\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, classes))\n"
         "def few():\n    return build(5)\n"
         "def sized(classes):\n    return build(classes)\n"
+        "def raising():\n    raise RuntimeError('no weights')\n"
         "class Pair(torch.nn.Module):\n    def forward(self, x):\n        return x, x\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -246,6 +247,7 @@ def test_evaluate_takes_any_module(
         "mine:absent": "mine:absent cannot be loaded: AttributeError",
         "mine:few": "model: expected scores [128, classes] with a score for class 9, got shape (128, 5)",
         "mine:Pair": "model: expected scores [128, classes] with a score for class 9, got tuple",
+        "mine:raising": "mine:raising raised RuntimeError: no weights",
         "mine:sized": "mine:sized: expected a function that is called without arguments: missing a required argument",
         "absent_mine:build": "run it where absent_mine is, or name its folder in PYTHONPATH",
         str(tmp_path / "mine.py"): "expected a run folder, a checkpoint file or module:function, such as mine:model",

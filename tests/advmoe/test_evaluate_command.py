@@ -47,7 +47,7 @@ def test_evaluate_says_it_all(run: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert low <= outcome["ra"] <= high and outcome["images"] == 40
         classes = [share for share in outcome["class_ra"] if share is not None]
         assert len(outcome["class_ra"]) == 10 and min(classes) <= outcome["ra"] <= max(classes)
-    assert len(record["curve"]["ra"]) == len(record["curve"]["epsilons"]) >= 8
+    assert len(record["curve"]["ra"]) == len(record["curve"]["epsilons"]) >= 7
     assert record["params"] > 0 and record["gflops"] == record["pathway_gflops"] + record["router_gflops"]
     assert "class" in out and "GFLOPs an image" in out and "ms for a batch of 32" in out
     assert "written to" in out
