@@ -14,7 +14,6 @@ from matplotlib.patches import Patch
 
 __all__ = [
     "COLOURS",
-    "DIVERGING",
     "HATCHES",
     "MARKERS",
     "SEQUENTIAL",
@@ -35,7 +34,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")  # for bars, as dashes are for lines
 _DASHES = ("-", "--", "-.", ":")
 SEQUENTIAL = "cividis"  # grows in lightness alone, so that it survives a grey printer
-DIVERGING = "PuOr"
 
 _SETTINGS: dict[str, Any] = {
     "font.size": 10,

@@ -230,8 +230,9 @@ def test_a_published_model_falls(published: nn.Module, cifar10: TensorSplit) -> 
 @pytest.mark.nightly
 def test_a_published_model_falls_whole(published: nn.Module, cifar10: TensorSplit) -> None:
     attacks = {"pgd20": from_name("pgd20", 8 / 255), "autoattack": from_name("autoattack", 8 / 255)}
-    result = evaluate(published, cifar10, attacks, limit=1000)
+    # APGD follows every image for all of its 100 steps, also one that has fallen
+    result = evaluate(published, cifar10, attacks, limit=1000, limits={"autoattack": 32})
     assert 0.84 < result.sa < 0.90
     assert result.attacks["pgd20"].ra == 0 and result.attacks["autoattack"].ra == 0
-    scrutiny = scrutinize(published, cifar10, PGD(8 / 255, 2 / 255, 20), limit=64)
+    scrutiny = scrutinize(published, cifar10, PGD(8 / 255, 2 / 255, 20), limit=32)
     assert suspect(scrutiny.checks) == []
