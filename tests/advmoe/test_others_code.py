@@ -4,12 +4,10 @@ RobustBench and torchattacks expect."""
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
+import json
 import logging
 import sys
-from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,10 @@ import torch
 from small_runs import SMALL, small_architecture, unpacked
 from torch import Tensor, nn
 
-from advmoe.attacks import PGD, AutoAttack, NonFiniteGradientError, from_name
-from advmoe.data import TensorSplit, load
-from advmoe.evaluation import evaluate, scrutinize, suspect
+from advmoe.attacks import PGD, AutoAttack, NonFiniteGradientError
+from advmoe.cli import main
 from advmoe.models import create_model
+from advmoe.training.evaluation import evaluate_run
 
 foolbox = pytest.importorskip("foolbox")
 
@@ -200,39 +198,59 @@ def test_our_models_have_the_form_that_others_expect() -> None:
     assert grad.shape == x.shape and grad.abs().sum() > 0
 
 
-@pytest.fixture(scope="module")
-def published() -> Iterator[nn.Module]:
-    """The CIFAR-10 ResNet-18 that comes with pyautoattack."""
-    folder = Path(str(resources.files("pyautoattack"))) / "examples"
+PUBLISHED = """
+import importlib.util
+from importlib import resources
+import torch
+
+def model():
+    folder = resources.files("pyautoattack") / "examples"
     spec = importlib.util.spec_from_file_location("_pyautoattack_resnet", folder / "resnet.py")
-    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    net: nn.Module = module.ResNet18()
+    net = module.ResNet18()
     net.load_state_dict(torch.load(folder / "model_test.pt", map_location="cpu", weights_only=True))
-    yield net.eval()
+    return net
+"""
+
+
+@pytest.fixture
+def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The CIFAR-10 ResNet-18 that comes with pyautoattack, as ``module:function``."""
+    (tmp_path / "published_resnet.py").write_text(PUBLISHED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "published_resnet:model"
 
 
 @pytest.fixture(scope="module")
-def cifar10(tmp_path_factory: pytest.TempPathFactory) -> TensorSplit:
-    folder = unpacked("cifar10", tmp_path_factory.mktemp("data"))
-    test = load("cifar10", folder).test
-    assert isinstance(test, TensorSplit)
-    return test
+def cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpacked("cifar10", tmp_path_factory.mktemp("data"))
 
 
-def test_a_published_model_falls(published: nn.Module, cifar10: TensorSplit) -> None:
+def test_a_published_model_falls(
+    published: str, cifar10: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """About 87 % and 0 %: it was trained without an attack."""
-    result = evaluate(published, cifar10, {"pgd20": from_name("pgd20", 8 / 255)}, batch_size=64, limit=64)
-    assert 0.76 < result.sa < 0.97 and result.attacks["pgd20"].ra == 0
+    out = tmp_path / "published.json"
+    arguments = ["--data", "cifar10", "--data-dir", str(cifar10), "--attack", "pgd20", "--limit", "64", "--checks", "0"]
+    assert main(["evaluate", published, *arguments, "--batch-size", "32", "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert 0.76 < record["sa"] < 0.97 and record["attacks"]["pgd20"]["ra"] == 0 and record["epsilon"] == 8 / 255
+    assert "| pgd20  |     64 | 0.0 % |" in capsys.readouterr().out
 
 
 @pytest.mark.nightly
-def test_a_published_model_falls_whole(published: nn.Module, cifar10: TensorSplit) -> None:
-    attacks = {"pgd20": from_name("pgd20", 8 / 255), "autoattack": from_name("autoattack", 8 / 255)}
+def test_a_published_model_falls_whole(published: str, cifar10: Path) -> None:
     # APGD follows every image for all of its 100 steps, also one that has fallen
-    result = evaluate(published, cifar10, attacks, limit=1000, limits={"autoattack": 32})
-    assert 0.84 < result.sa < 0.90
-    assert result.attacks["pgd20"].ra == 0 and result.attacks["autoattack"].ra == 0
-    scrutiny = scrutinize(published, cifar10, PGD(8 / 255, 2 / 255, 20), limit=32)
-    assert suspect(scrutiny.checks) == []
+    done = evaluate_run(
+        published,
+        ["pgd20", "autoattack"],
+        data="cifar10",
+        data_dir=str(cifar10),
+        limit=1000,
+        autoattack_limit=32,
+        checks=32,
+    )
+    assert 0.84 < done.result.sa < 0.90
+    assert done.result.attacks["pgd20"].ra == 0 and done.result.attacks["autoattack"].ra == 0
+    assert done.record["suspect"] == []
