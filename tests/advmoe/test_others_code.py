@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import foolbox
 import pytest
 import torch
 from small_runs import SMALL, small_architecture, unpacked
@@ -20,8 +21,6 @@ from advmoe.attacks import PGD, AutoAttack, NonFiniteGradientError
 from advmoe.cli import main
 from advmoe.models import create_model
 from advmoe.training.evaluation import evaluate_run
-
-foolbox = pytest.importorskip("foolbox")
 
 
 @pytest.fixture(scope="module", params=["moe", "windows", "dense"])
