@@ -249,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
         "--examples", type=int, default=8, metavar="N", help="images to show with what the attack made of them"
     )
     p.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of the run folders")
-    p.add_argument("--limit", type=_positive, default=200, metavar="N", help="test images of the analyses")
+    p.add_argument("--limit", type=_positive, default=200, metavar="N", help="test images that are attacked for the page")
     p.add_argument("--threads", type=_positive, help="CPU threads; torch's own choice by default")
     p.add_argument("--device", default="auto", help="auto is a CUDA device where there is one")
     p.add_argument("--seed", type=int, default=0, help="of the attacks")

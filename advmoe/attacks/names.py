@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 
 from .autoattack import ATTACKS, VERSIONS, AutoAttack
@@ -66,7 +67,11 @@ def from_name(name: str, epsilon: float, step_size: float | None = None, retire:
             break
         options[key] = value
     if match is None or (options.get("against") in ("router", "flip") and "loss" in options):
-        raise ValueError(f"attack: expected {NAMES}; got {name!r}")
+        steps = "".join(c for c in name if c.isdigit()) or "50"
+        known = ["fgsm", "autoattack", *ATTACKS, *(family + steps for family in _FAMILIES)]
+        near = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"attack: expected {NAMES}; got {name!r}{hint}")
     step = epsilon / 4 if step_size is None else step_size
     return PGD(epsilon, step, int(match["steps"]), int(match["restarts"] or 1), retire=retire, **options)
 

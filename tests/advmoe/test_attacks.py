@@ -345,6 +345,8 @@ def test_names() -> None:
     assert "RA-E" in plain("experts5").describe() and "L2" in plain("pgd5-l2").describe()
     wrong = ("pgd", "pgd50x", "pgd0", "PGD10", "pgd10 ", "pgd-10", "", "pgd10-l1", "pgd10-ce-kl", "trades10-ce",
              "autoattack-x", "rand-l2", "router10-ce", "fgsm-ce", "-rand", "rand", "standard", "pgd10-eot0")  # fmt: skip
+    with pytest.raises(ValueError, match=r"got 'pdg20'; did you mean pgd20\?"):
+        from_name("pdg20", 0.1)
     for name in wrong:
         with pytest.raises(ValueError, match="attack: expected fgsm, or pgd<steps>"):
             from_name(name, 0.1)
