@@ -36,7 +36,7 @@ from ..tables import percent
 from ..training import Run, RunError
 from ..training.engine import device_of
 from ..training.evaluation import Opened, open_source
-from .analyze import ANALYSES, Analyzed, analyze, source_labels
+from .analyses import ANALYSES, Analyzed, analyze, source_labels
 from .examples import Example, class_name, find_examples
 
 __all__ = ["write_report"]

@@ -16,8 +16,8 @@ from small_runs import SMALL, small_architecture, tiny
 
 from advmoe.config import MethodConfig, ModelConfig
 from advmoe.recipes import Catalog, Sweep, SweepOptions
-from advmoe.report import analyze as driver
-from advmoe.report.analyze import ANALYSES, Analyzed, analyze
+from advmoe.report import analyses as driver
+from advmoe.report.analyses import ANALYSES, Analyzed, analyze
 from advmoe.training import train
 
 ROUTED = ["dissection", "usage", "classes", "entropy", "flips"]
