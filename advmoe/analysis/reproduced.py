@@ -76,11 +76,7 @@ def fig2(results: Sequence[Result], label: str = "") -> Finding:
             for at, method in enumerate(_ordered(r.method for r in done)):
                 line = sorted((r for r in done if r.method == method), key=lambda r: r.epsilon or 0)
                 _line(axis, [255 * (r.epsilon or 0) for r in line], line, "ra", label=method, **style.line_style(at))
-            axis.set_xlim(-0.02 * axis.get_xlim()[1], None)
-            style.percent_axis(axis, "RA, %")
-            axis.set_xlabel("radius of the attack, in 1/255 of the pixel range")
-            axis.set_title("Robust accuracy against the radius", loc="left")
-            fig.legend(loc="outside lower center", ncols=2)
+            style.over_radius(fig, axis)
             return fig
 
     return _finding("fig2", "Figure 2: RA against the radius of the attack", results, draw, label)

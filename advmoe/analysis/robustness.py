@@ -41,11 +41,7 @@ def epsilons(observed: Mapping[str, Sequence[Observation]]) -> Finding:
         with style.figure(6.0, 3.9 + 0.2 * math.ceil(len(lines) / 2)) as (fig, axis):
             for at, (label, line) in enumerate(lines.items()):
                 axis.plot([255 * e for e, _ in line], [100 * ra for _, ra in line], label=label, **style.line_style(at))
-            axis.set_xlim(-0.02 * axis.get_xlim()[1], None)
-            style.percent_axis(axis, "RA, %")
-            axis.set_xlabel("radius of the attack, in 1/255 of the pixel range")
-            axis.set_title("Robust accuracy against the radius", loc="left")
-            fig.legend(loc="outside lower center", ncols=2)
+            style.over_radius(fig, axis)
             return fig
 
     one = max((o for each in observed.values() for o in each), key=lambda o: o.epsilon)

@@ -23,6 +23,7 @@ __all__ = [
     "height_of_rows",
     "layer_axis",
     "line_style",
+    "over_radius",
     "percent_axis",
     "points",
     "shades",
@@ -97,6 +98,15 @@ def points(name: str) -> dict[str, Any]:
         "markersize": 6.5,
         "linestyle": "none",
     }
+
+
+def over_radius(fig: Figure, axis: Any) -> None:
+    """Axes, title and legend of lines of RA over the radius in 1/255."""
+    axis.set_xlim(-0.02 * axis.get_xlim()[1], None)
+    percent_axis(axis, "RA, %")
+    axis.set_xlabel("radius of the attack, in 1/255 of the pixel range")
+    axis.set_title("Robust accuracy against the radius", loc="left")
+    fig.legend(loc="outside lower center", ncols=2)
 
 
 def percent_axis(axis: Any, label: str, top: float | None = None) -> None:

@@ -19,7 +19,7 @@ from ..data import Split
 from ..routers import routers_of
 from .measure import Measured, measure
 
-__all__ = ["SUSPECT", "Check", "Curve", "Scrutiny", "scrutinize", "suspect"]
+__all__ = ["SUSPECT", "Check", "Curve", "Scrutiny", "scrutinize", "sign_test", "suspect"]
 
 SUSPECT = "suspect: gradient masking"
 # of the attack's radius, in the curve; the last is one at which any image can be turned grey
@@ -156,15 +156,19 @@ _NAMES = {
 }
 
 
+def sign_test(more: int, less: int) -> float:
+    """How often chance alone, one half for each that differs, gives ``more`` or more of ``more + less`` (one-sided)."""
+    differing = more + less
+    return sum(math.comb(differing, k) for k in range(more, differing + 1)) / 2**differing
+
+
 def _finds_more(found: Measured, stronger: str, weaker: str, points: float = 0.01) -> bool:
     """Whether the one attack's RA is lower than the other's by more than so much, and by more than chance."""
     first, second = found.robust[stronger], found.robust[weaker]
     more, less = int((second & ~first).sum()), int((first & ~second).sum())
     if more - less <= points * len(first):
         return False
-    differing = more + less
-    chance = sum(math.comb(differing, k) for k in range(more, differing + 1)) / 2**differing
-    return chance < 0.05
+    return sign_test(more, less) < 0.05
 
 
 def _gradient(found: Measured) -> Check:

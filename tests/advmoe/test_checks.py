@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from advmoe.attacks import PGD, from_name
 from advmoe.cli import main
 from advmoe.data import TensorSplit
-from advmoe.evaluation import Scrutiny, evaluate, scrutinize, suspect, wilson
+from advmoe.evaluation import Scrutiny, evaluate, scrutinize, sign_test, suspect, wilson
 from advmoe.models import create_model
 from advmoe.routers import NonFiniteRouterError, Router
 from advmoe.training.evaluation import evaluate_run
@@ -240,6 +240,11 @@ def test_the_command_marks_a_masked_model(
     assert record["attacks"]["pgd5"]["ra"] > 0.5  # the figure that would have flattered
     assert record["curve"]["images"] == 24 and len(record["class_sa"]) == 10
     assert [t["batch_size"] for t in record["latency"]] == [1, 32]
+
+
+def test_sign_test() -> None:
+    assert sign_test(0, 0) == 1 and sign_test(4, 0) == 1 / 16 and sign_test(5, 0) == 1 / 32
+    assert sign_test(15, 3) == pytest.approx(sum((816, 153, 18, 1)) / 2**18)  # 18 over 15, 16, 17 and 18
 
 
 def test_wilson() -> None:
