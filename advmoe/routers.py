@@ -128,7 +128,7 @@ class Router(nn.Module):
         if self.replayed is not None:
             return self.replayed
         if self.only is not None:
-            expert = torch.full((len(x),), self.only, dtype=torch.int64, device=x.device)
+            expert = torch.full((x.shape[0],), self.only, dtype=torch.int64, device=x.device)
             return Routing(expert, num_experts=self.num_experts)
         scores = self._scores(x)
         if self.options.temperature != 1:
@@ -363,7 +363,7 @@ class RandomRouter(Router):
     generator, which a run's checkpoint holds."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.rand((len(x), self.num_experts), device=x.device, dtype=x.dtype)
+        return torch.rand((x.shape[0], self.num_experts), device=x.device, dtype=x.dtype)
 
 
 @register_router("fixed")
@@ -375,7 +375,7 @@ class FixedRouter(Router):
         self.expert = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        scores = x.new_zeros(len(x), self.num_experts)
+        scores = x.new_zeros(x.shape[0], self.num_experts)
         scores[:, self.expert] = 1
         return scores
 

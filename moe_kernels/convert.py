@@ -29,7 +29,7 @@ class ScoreNorm(nn.BatchNorm1d):
         super().__init__(num_experts, affine=False, device=device, dtype=dtype)
 
     def forward(self, scores: Tensor) -> Tensor:
-        if len(scores) != 1:
+        if not self.training or scores.shape[0] != 1:
             return super().forward(scores)
         return F.batch_norm(scores, self.running_mean, self.running_var, eps=self.eps)
 

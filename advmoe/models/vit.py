@@ -191,7 +191,7 @@ class VisionTransformer(Backbone):
         x = self.patch_embed(x)
         if not self.image_level:
             path.enter(self, x.transpose(1, 2).unsqueeze(3))
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
         for block in self.blocks:
             x = block(x, path)
         return self.head(path.gated(self.norm(x)[:, 0]))
