@@ -19,6 +19,7 @@ from .geometry import Conv2dGeometry, pair
 from .routing import Routing
 from .rows import gather_rows, scatter_rows
 from .slices import ExpertSlices
+from .tracing import fusing
 
 __all__ = ["RoutedBatchNorm2d", "RoutedConv2d", "RoutedLinear"]
 
@@ -464,7 +465,8 @@ class RoutedBatchNorm2d(nn.Module):
             raise ValueError(f"routing: expected {self.num_experts} experts, got {routing.num_experts}")
         if not self.slices.is_whole:
             checks.experts("routing", expert, self.num_experts)
-        if not self.slices.is_whole and not self.synchronized and planning.has_kernels_for_norm(input):
+        by_kernels = planning.has_kernels_for_norm(input) or (fusing() and not self._takes_statistics())
+        if not self.slices.is_whole and not self.synchronized and by_kernels:
             return self._by_kernels(input, routing, expert)
         wide = torch.promote_types(input.dtype, torch.float32)
         x = input.to(wide)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from . import checks
 from .rows import sum_choices
+from .tracing import fusing
 
-__all__ = ["GATES", "Routing"]
+__all__ = ["GATES", "Routing", "choose"]
 
 GATES = ("straight_through", "softmax", "raw_straight_through", "none")
 
@@ -109,16 +110,15 @@ class Routing:
         checks.scores(scores, top_k, gate, GATES)
         num_experts = scores.shape[1]
         if top_k == 1:
-            # max() returns the first index on the CPU; on other devices argmax promises nothing about ties, so the
-            # lowest index among the maxima is taken explicitly.
-            expert = _first_argmax(scores.detach())
+            expert = choose(scores.detach()) if fusing() else _first_argmax(scores.detach())
         else:
             expert = torch.argsort(scores.detach(), dim=1, descending=True, stable=True)[:, :top_k].contiguous()
         index = expert.unsqueeze(1) if top_k == 1 else expert
-        if scores.device.type != "cpu":
+        if scores.device.type != "cpu" and not (fusing() and top_k == 1):
             # A NaN score cannot raise here without a synchronisation. Its sample gets an index out of range instead: the
             # layers answer with NaN, and validate() raises. Looking up such an index would end the process.
             expert = torch.where(scores.detach().isnan().any(1).view(-1, *[1] * (expert.dim() - 1)), num_experts, expert)
+        if scores.device.type != "cpu":
             index = index.clamp_max(num_experts - 1)
         value, unit = None, False
         if gate == "softmax":
@@ -190,10 +190,31 @@ class Routing:
 
 
 def _first_argmax(scores: Tensor) -> Tensor:
+    # max() returns the first index on the CPU; on other devices argmax promises nothing about ties, so the lowest index
+    # among the maxima is taken explicitly.
     if scores.device.type == "cpu":
         return scores.max(1).indices
     index = torch.arange(scores.shape[1], device=scores.device)
     return torch.where(scores == scores.amax(1, keepdim=True), index, scores.shape[1] - 1).amin(1)
+
+
+def _choose(scores: Tensor) -> Tensor:
+    checks.no_nan("scores", scores)
+    expert = _first_argmax(scores)
+    return expert if scores.device.type == "cpu" else torch.where(scores.isnan().any(1), scores.shape[1], expert)
+
+
+def _choose_fake(scores: Tensor) -> Tensor:
+    return torch.empty(scores.shape[0], dtype=torch.int64, device=scores.device)
+
+
+# The choice of one expert as one operator, for graphs that are to be fused: the highest of scores [B, N], the lowest index
+# of equals; a NaN raises on the CPU, and gives index N elsewhere.
+_lib = torch.library.Library("moe_kernels", "FRAGMENT")
+_lib.define("choose(Tensor scores) -> Tensor")
+_lib.impl("choose", _choose, "CompositeExplicitAutograd")
+torch.library.register_fake("moe_kernels::choose", _choose_fake, lib=_lib)
+choose = torch.ops.moe_kernels.choose.default
 
 
 def _debug() -> bool:

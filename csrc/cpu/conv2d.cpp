@@ -6,36 +6,9 @@
 
 #include "common/plan.h"
 #include "cpu/dispatch.h"
+#include "cpu/passes.h"
 
 namespace moe::cpu {
-
-namespace {
-
-// Passes with the arrays that they point to.
-struct Passes {
-    std::vector<Pass> list;
-    std::vector<std::vector<int64_t>> storage;
-
-    void add(Pass pass, const std::vector<int64_t>& h, const std::vector<int64_t>& w, const std::vector<int64_t>& r,
-             const std::vector<int64_t>& s, int64_t S) {
-        std::vector<int64_t> tap_h, tap_w, tap_weight;
-        for (size_t i = 0; i < h.size(); ++i) {
-            for (size_t j = 0; j < w.size(); ++j) {
-                tap_h.push_back(h[i]);
-                tap_w.push_back(w[j]);
-                tap_weight.push_back(r[i] * S + s[j]);
-            }
-        }
-        pass.taps = int64_t(tap_h.size());
-        pass.taps_before = list.empty() ? 0 : list.back().taps_before + list.back().taps;
-        for (auto* v : {&tap_h, &tap_w, &tap_weight}) storage.push_back(std::move(*v));
-        const size_t n = storage.size();
-        pass.tap_h = storage[n - 3].data();
-        pass.tap_w = storage[n - 2].data();
-        pass.tap_weight = storage[n - 1].data();
-        list.push_back(pass);
-    }
-};
 
 Passes forward_passes(const Conv2dShape& s) {
     std::vector<int64_t> h, w, r, c;
@@ -51,6 +24,8 @@ Passes forward_passes(const Conv2dShape& s) {
     passes.add(pass, h, w, r, c, s.S);
     return passes;
 }
+
+namespace {
 
 // The taps that reach input positions of one residue: position a + stride * i takes gradient i + (a + pad - r * dil) /
 // stride.
@@ -182,6 +157,7 @@ std::string run(Direction direction, const Call& call, const void* src, const vo
     job.src_div = forward ? s.k : 1;
     job.dst = dst;
     job.dst_h = forward ? s.P : s.H, job.dst_w = forward ? s.Q : s.W, job.dst_c = forward ? s.K : s.C;
+    job.residual_c = job.dst_c;
     job.out = job.dst_c / s.groups;
     job.red = job.src_c / s.groups;
     job.conv_groups = s.groups;

@@ -17,9 +17,44 @@ struct Window {
     int64_t row_stride, block_stride, size;
 };
 
+// A prologue's numbers for one sample, from the first channel that is read.
+template <class A>
+struct Before {
+    const A* scale = nullptr;
+    const A* shift = nullptr;
+    bool relu = false;
+
+    static Before of(const Prologue& p, int64_t sample, int64_t channel) {
+        const int64_t at = (p.expert != nullptr ? p.expert[sample] * p.channels : 0) + channel;
+        return {p.scale != nullptr ? static_cast<const A*>(p.scale) + at : nullptr,
+                p.shift != nullptr ? static_cast<const A*>(p.shift) + at : nullptr, p.relu};
+    }
+    bool empty() const { return scale == nullptr && shift == nullptr && !relu; }
+    A operator()(A x, int64_t c) const {
+        if (scale != nullptr) x *= scale[c];
+        if (shift != nullptr) x += shift[c];
+        return relu && x < A(0) ? A(0) : x;  // NaN compares false and stays
+    }
+};
+
+template <class A>
+inline void apply(const Before<A>& before, int64_t channel, int64_t count, int64_t pixels, A* to) {
+    A scale[kBlock], shift[kBlock];
+    for (int64_t c = 0; c < kBlock; ++c) {
+        scale[c] = before.scale != nullptr && c < count ? before.scale[channel + c] : A(1);
+        shift[c] = before.shift != nullptr && c < count ? before.shift[channel + c] : A(0);
+    }
+    for (int64_t i = 0; i < pixels; ++i, to += kBlock) {
+        for (int c = 0; c < kBlock; ++c) {
+            const A x = to[c] * scale[c] + shift[c];
+            to[c] = before.relu && x < A(0) ? A(0) : x;
+        }
+    }
+}
+
 template <class T, class A>
 void copy_window(const T* image, int64_t height, int64_t width, int64_t pixel_stride, int64_t channels, int64_t top,
-                 int64_t left, const Window& window, A* buffer) {
+                 int64_t left, const Before<A>& before, const Window& window, A* buffer) {
     const int64_t col_begin = smaller(window.cols, larger(0, -left));
     const int64_t col_end = larger(col_begin, smaller(window.cols, width - left));
     const int64_t blocks = ceil_div(channels, kBlock);
@@ -46,6 +81,9 @@ void copy_window(const T* image, int64_t height, int64_t width, int64_t pixel_st
                     for (int64_t c = 0; c < count; ++c) to[col * kBlock + c] = to_acc(pixel[c]);
                     for (int64_t c = count; c < kBlock; ++c) to[col * kBlock + c] = A(0);
                 }
+            }
+            if (!before.empty()) {
+                apply(before, block * kBlock, count, col_end - col_begin, to + col_begin * kBlock);
             }
             std::memset(to + col_end * kBlock, 0, size_t((window.cols - col_end) * kBlock) * sizeof(A));
         }
@@ -135,16 +173,23 @@ inline void finish_pixel(typename Vec<A>::type (&acc)[NV], const PanelEpilogue<A
                          int64_t filled) {
     typedef typename Vec<A>::type V;
     constexpr int L = lanes<A>;
-    A line[panel<A>] __attribute__((aligned(64)));
+    A line[NV * L] __attribute__((aligned(64)));
+    A padded[NV * L] __attribute__((aligned(64)));
+    const A* added = nullptr;
     if (residual != nullptr) {
-        for (int i = 0; i < panel<A>; ++i) line[i] = i < filled ? to_acc(residual[i]) : A(0);
+        if (sizeof(T) == sizeof(A) && filled == NV * L) {
+            added = reinterpret_cast<const A*>(residual);
+        } else {
+            for (int i = 0; i < NV * L; ++i) padded[i] = i < filled ? to_acc(residual[i]) : A(0);
+            added = padded;
+        }
     }
     for (int v = 0; v < NV; ++v) {
         V y = acc[v];
         if (e.has_bias) y += load(e.bias + v * L);
         if (e.has_gate) y *= gate;
         if (e.has_affine) y = y * load(e.scale + v * L) + load(e.shift + v * L);
-        if (residual != nullptr) y += load(line + v * L);
+        if (added != nullptr) y += load(added + v * L);
         if (e.relu) y = y < A(0) ? V{} : y;  // NaN compares false and stays
         acc[v] = y;
     }
@@ -155,7 +200,7 @@ inline void finish_pixel(typename Vec<A>::type (&acc)[NV], const PanelEpilogue<A
         }
     }
     for (int v = 0; v < NV; ++v) store(line + v * L, acc[v]);
-    for (int64_t i = 0; i < filled; ++i) to[i] = from_acc<T>(line[i]);
+    for (int64_t i = 0; i < smaller(filled, NV * L); ++i) to[i] = from_acc<T>(line[i]);
 }
 
 // The pixels that a tile holds beside a panel: as many as the registers take. Columns of a tile divide the image's where
@@ -231,10 +276,12 @@ struct Walk {
         const A gate = epilogue.has_gate ? static_cast<const A*>(job.epilogue.gate)[sample] : A(1);
         const int64_t line = (sample * job.dst_h + pass.oo_h + pass.os_h * (row_begin + row.y)) * job.dst_w + pass.oo_w;
         for (int j = 0; j < NC && col + j < pass.cols; ++j) {
-            const int64_t offset = (line + pass.os_w * (col + j)) * job.dst_c + channel_begin + channel;
-            const T* residual =
-                job.epilogue.residual != nullptr ? static_cast<const T*>(job.epilogue.residual) + offset : nullptr;
-            finish_pixel<T, A, NV>(acc[j], epilogue, gate, residual, static_cast<T*>(job.dst) + offset, filled);
+            const int64_t pixel = line + pass.os_w * (col + j), first = channel_begin + channel;
+            const T* residual = job.epilogue.residual != nullptr
+                                    ? static_cast<const T*>(job.epilogue.residual) + pixel * job.residual_c + first
+                                    : nullptr;
+            T* to = static_cast<T*>(job.dst) + pixel * job.dst_c + first;
+            finish_pixel<T, A, NV>(acc[j], epilogue, gate, residual, to, filled);
         }
     }
 
@@ -392,7 +439,8 @@ bool run_task(const ConvJob& job, const Cut& cut, int64_t g, int64_t chunk, int6
                 const T* image =
                     static_cast<const T*>(job.src) + from * job.src_h * job.src_w * job.src_c + conv_group * job.red;
                 copy_window<T, A>(image, job.src_h, job.src_w, job.src_c, job.red, p.row_begin * pass.is_h + pass.org_h,
-                                  pass.org_w, p.window, p.buffer + s * p.window.size);
+                                  pass.org_w, Before<A>::of(job.prologue, from, conv_group * job.red), p.window,
+                                  p.buffer + s * p.window.size);
             }
         } else if (pass.taps == 0 && panel_part == 0) {  // a stride that skips these pixels: nothing reaches them
             for (int64_t s = 0; s < count; ++s) {

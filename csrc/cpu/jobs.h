@@ -47,12 +47,25 @@ struct PackJob {
     int threads;
 };
 
+// What a layer does to each number before it reads it: relu(scale * x + shift), by channel. A normalisation and ReLU that
+// several layers read are not written out.
+struct Prologue {
+    const void* scale = nullptr;      // [rows, channels], accumulation type; null: 1
+    const void* shift = nullptr;      // as scale; null: 0
+    const int64_t* expert = nullptr;  // each sample's row; null: row 0
+    int64_t channels = 0;             // of a row
+    bool relu = false;
+
+    bool empty() const { return scale == nullptr && shift == nullptr && !relu; }
+};
+
 struct ConvJob {
-    const void* src;  // [., src_h, src_w, src_c], channels last
+    const void* src;  // [., src_h, src_w, src_c], channels last; src_c and dst_c count what lies between two pixels
     int64_t src_h, src_w, src_c;
     int64_t src_div;  // virtual sample v reads sample v / src_div
     void* dst;        // [V, dst_h, dst_w, dst_c]
     int64_t dst_h, dst_w, dst_c;
+    int64_t residual_c;  // as dst_c, of the epilogue's residual
     int64_t out, red;
     int64_t conv_groups;
     const Pass* passes;
@@ -63,7 +76,48 @@ struct ConvJob {
     const void* packed;
     bool dense_index;
     const PackJob* fresh;  // not null: each task packs its own panels of these weights, instead of `packed`
+    Prologue prologue;
     Epilogue epilogue;
+    int threads;
+};
+
+// Pixels of samples as a program's small layers read and write them; sample s lies height * width * pixel_stride behind
+// sample s - 1. A vector is an image of one pixel.
+struct View {
+    void* data;
+    int64_t height, width, channels, pixel_stride;
+};
+
+// The layers of a program (program.h) that are no convolutions. Of float32 and float64 only.
+enum class LayerOp : int {
+    mean = 0,    // over the pixels
+    group_norm,  // layer_norm is one group of one pixel
+    linear,      // of a vector
+    argmax,      // of a vector, into index; the lowest of equals
+    softmax,
+    gather,      // one number of a vector, by index
+    copy,        // every step-th pixel, into channels at_channel ... of dst; others are set to 0
+    add,         // src + other
+    scale_rows,  // src * other, one number for each sample
+    max_pool,
+    average_pool,
+    flatten,  // an image into a vector in the order [C, H, W]
+};
+
+struct LayerJob {
+    LayerOp op;
+    int64_t samples;
+    View src, other, dst;
+    Prologue prologue;      // of src
+    const void* weight;     // linear: [outputs, channels]; norms: [channels]
+    const void* bias;       // as many as outputs or channels
+    int64_t* index;         // argmax writes, gather reads
+    int64_t groups;         // of group_norm
+    double eps;             // of the norms
+    int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;  // of pools; copy: the stride is the step
+    bool count_padding;     // average_pool divides by the kernel's size at the border too
+    int64_t at_channel;     // of copy
+    bool relu;              // of what is written
     int threads;
 };
 
@@ -82,7 +136,7 @@ struct GradWeightJob {
     int threads;
 };
 
-enum class Result { ok, out_of_memory };
+enum class Result { ok, out_of_memory, not_a_number };
 
 struct KernelTable {
     const char* isa;
@@ -90,6 +144,7 @@ struct KernelTable {
     Result (*pack)(DType, const PackJob&);
     Result (*conv)(DType, const ConvJob&);
     Result (*grad_weight)(DType, const GradWeightJob&);
+    Result (*layer)(DType, const LayerJob&);
 };
 
 // Memory that a thread keeps from call to call, 64-byte aligned; null when there is none. Contents are not kept.

@@ -2,6 +2,7 @@
 // The kernels of one instruction set. Compiled once for each, with MOE_ISA naming it; see dispatch.cpp.
 #include "cpu/convolution.h"
 #include "cpu/grad_weight.h"
+#include "cpu/layers.h"
 #include "cpu/pack.h"
 
 #define MOE_CONCAT_(a, b) a##b
@@ -56,10 +57,14 @@ Result grad_weight_of(DType dtype, const GradWeightJob& job) {
     }
 }
 
+Result layer_of(DType dtype, const LayerJob& job) {
+    return dtype == DType::float64 ? layer<double>(job) : layer<float>(job);
+}
+
 }  // namespace
 
 extern const KernelTable MOE_CONCAT(kernels_, MOE_ISA);
 const KernelTable MOE_CONCAT(kernels_, MOE_ISA) = {MOE_STRING(MOE_ISA), packed_channels_of, pack_of, conv_of,
-                                                   grad_weight_of};
+                                                   grad_weight_of, layer_of};
 
 }  // namespace moe::cpu

@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/program.h"
+
+#include <omp.h>
+
+#include <cstdlib>
+#include <new>
+#include <utility>
+
+#include "common/plan.h"
+#include "cpu/dispatch.h"
+
+namespace moe::cpu {
+
+// Samples begin .. begin + count - 1 of a run, in memory of their own.
+struct Program::Part {
+    char* memory;
+    int64_t begin, count;
+    const std::vector<External>* inputs;
+    const std::vector<External>* outputs;
+    int threads;
+
+    void* at(int64_t offset) const { return offset == kNowhere ? nullptr : memory + offset * count; }
+    int64_t* index(int64_t offset) const { return static_cast<int64_t*>(at(offset)); }
+};
+
+namespace {
+
+int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
+
+template <class A>
+A before(const ProgramPrologue& p, const int64_t* expert, int64_t sample, int64_t channel, A x) {
+    const int64_t at = (expert != nullptr ? expert[sample] * p.channels : 0) + channel;
+    if (p.scale != nullptr) x *= static_cast<const A*>(p.scale)[at];
+    if (p.shift != nullptr) x += static_cast<const A*>(p.shift)[at];
+    return p.relu && x < A(0) ? A(0) : x;
+}
+
+// Between a tensor from outside and a place. Both directions read and write each number once; images from outside have
+// few channels, results few numbers.
+template <class A, bool LOADS>
+void move(const External& outside, int64_t begin, int64_t count, const Place& place, void* data, const ProgramPrologue& p,
+          const int64_t* expert, int threads) {
+    const int64_t* strides = outside.strides;
+    const int64_t size = place.height * place.width * place.channels;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && count * size > 32768)
+    for (int64_t row = 0; row < count * place.height; ++row) {
+        const int64_t s = row / place.height, y = row % place.height;
+        A* out = static_cast<A*>(outside.data) + (begin + s) * strides[0] + y * strides[2];
+        A* in = static_cast<A*>(data) + row * place.width * place.pixel_stride;
+        for (int64_t x = 0; x < place.width; ++x, in += place.pixel_stride, out += strides[3]) {
+            for (int64_t c = 0; c < place.channels; ++c) {
+                if (LOADS) {
+                    in[c] = before<A>(p, expert, s, c, out[c * strides[1]]);
+                } else {
+                    out[c * strides[1]] = before<A>(p, expert, s, c, in[c]);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+Program::Memory::~Memory() { std::free(data); }
+
+Program::Program(DType dtype, int64_t sample_bytes, int64_t chunk)
+    : dtype_(dtype), sample_bytes_(sample_bytes), chunk_(chunk) {}
+
+void Program::load(int64_t input, Place dst, ProgramPrologue prologue) {
+    Step step{Step::Kind::load};
+    step.external = input, step.place = dst, step.prologue = prologue;
+    steps_.push_back(step);
+}
+
+void Program::store(int64_t output, Place src, ProgramPrologue prologue) {
+    Step step{Step::Kind::store};
+    step.external = output, step.place = src, step.prologue = prologue;
+    steps_.push_back(step);
+}
+
+void Program::load_index(int64_t input, int64_t dst) {
+    Step step{Step::Kind::load_index};
+    step.external = input, step.index = dst;
+    steps_.push_back(step);
+}
+
+void Program::store_index(int64_t output, int64_t src) {
+    Step step{Step::Kind::store_index};
+    step.external = output, step.index = src;
+    steps_.push_back(step);
+}
+
+void Program::conv(ProgramConv conv) {
+    Step step{Step::Kind::conv};
+    step.which = convs_.size();
+    Conv made;
+    made.passes = forward_passes(conv.shape);
+    made.given = std::move(conv);
+    convs_.push_back(std::move(made));
+    steps_.push_back(step);
+}
+
+void Program::layer(ProgramLayer layer) {
+    Step step{Step::Kind::layer};
+    step.which = layers_.size();
+    layers_.push_back(std::move(layer));
+    steps_.push_back(step);
+}
+
+// With enough samples each thread takes parts of the batch through the whole network, without waiting for the others
+// between layers; otherwise all threads work on each layer. No bit depends on it.
+int64_t Program::part_of(int64_t samples, int threads) const {
+    if (threads > 1 && samples < 4 * threads) return samples;
+    const int64_t each = (samples + threads - 1) / threads;
+    const int64_t rounds = (each + chunk_ - 1) / chunk_;
+    return rounds > 0 ? (each + rounds - 1) / rounds : 1;
+}
+
+int64_t Program::memory(int64_t samples, int threads) const {
+    const int64_t part = part_of(samples, threads);
+    return sample_bytes_ * part * (part < samples ? threads : 1);
+}
+
+std::unique_ptr<Program::Memory> Program::take_memory(size_t bytes) const {
+    std::unique_ptr<Memory> memory;
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (!free_.empty()) {
+            memory = std::move(free_.back());
+            free_.pop_back();
+        }
+    }
+    if (memory == nullptr) memory = std::make_unique<Memory>();
+    if (memory->size < bytes) {
+        std::free(memory->data);
+        memory->size = 0;
+        memory->data = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
+        if (memory->data == nullptr) throw std::bad_alloc();
+        memory->size = bytes;
+    }
+    return memory;
+}
+
+std::string Program::run(int64_t samples, const std::vector<External>& inputs, const std::vector<External>& outputs,
+                         int threads) const {
+    if (samples == 0) return {};
+    const int64_t part = part_of(samples, threads), parts = (samples + part - 1) / part;
+    std::unique_ptr<Memory> own = take_memory(size_t(this->memory(samples, threads)));
+    std::string error;
+    if (parts == 1) {
+        error = run_part({static_cast<char*>(own->data), 0, samples, &inputs, &outputs, threads});
+    } else {
+        bool no_memory = false;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
+        for (int64_t i = 0; i < parts; ++i) {
+            std::string mine;
+            try {
+                char* memory = static_cast<char*>(own->data) + omp_get_thread_num() * part * sample_bytes_;
+                const int64_t begin = i * part, left = samples - begin;
+                mine = run_part({memory, begin, left < part ? left : part, &inputs, &outputs, 1});
+            } catch (const std::bad_alloc&) {
+#pragma omp atomic write
+                no_memory = true;
+            }
+            if (!mine.empty()) {
+#pragma omp critical(moe_program_error)
+                error = mine;
+            }
+        }
+        if (no_memory) throw std::bad_alloc();
+    }
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.push_back(std::move(own));
+    return error;
+}
+
+std::string Program::run_part(const Part& part) const {
+    for (const Step& step : steps_) {
+        const int64_t* expert = part.index(step.prologue.expert);
+        std::string error;
+        switch (step.kind) {
+            case Step::Kind::load:
+            case Step::Kind::store: {
+                const bool loads = step.kind == Step::Kind::load;
+                const External& outside = (loads ? *part.inputs : *part.outputs)[size_t(step.external)];
+                void* data = static_cast<char*>(part.at(step.place.offset)) + step.place.channel * size_of(dtype_);
+                const auto moves = dtype_ == DType::float64 ? (loads ? move<double, true> : move<double, false>)
+                                                            : (loads ? move<float, true> : move<float, false>);
+                moves(outside, part.begin, part.count, step.place, data, step.prologue, expert, part.threads);
+                break;
+            }
+            case Step::Kind::load_index:
+            case Step::Kind::store_index: {
+                const bool loads = step.kind == Step::Kind::load_index;
+                const External& outside = (loads ? *part.inputs : *part.outputs)[size_t(step.external)];
+                int64_t* out = static_cast<int64_t*>(outside.data) + part.begin * outside.strides[0];
+                int64_t* in = part.index(step.index);
+                for (int64_t s = 0; s < part.count; ++s, out += outside.strides[0]) (loads ? in[s] : *out) = loads ? *out : in[s];
+                break;
+            }
+            case Step::Kind::conv:
+                error = run_conv(convs_[step.which], part);
+                break;
+            case Step::Kind::layer:
+                error = run_layer(layers_[step.which], part);
+                break;
+        }
+        if (!error.empty()) return error;
+    }
+    return {};
+}
+
+std::string Program::run_conv(const Conv& conv, const Part& part) const {
+    const ProgramConv& c = conv.given;
+    Conv2dShape s = c.shape;
+    s.V = part.count;
+    const Slices slices{{part.index(c.out_expert), c.out_count, c.out_starts.empty() ? nullptr : c.out_starts.data()},
+                        {part.index(c.in_expert), c.in_count, c.in_starts.empty() ? nullptr : c.in_starts.data()}};
+    Plan plan;
+    std::string error = make_plan(s, slices, plan);
+    if (!error.empty()) return error;
+    auto data = [&](const Place& place) { return static_cast<char*>(part.at(place.offset)) + place.channel * size_of(dtype_); };
+    ConvJob job{};
+    job.src = data(c.src);
+    job.src_h = s.H, job.src_w = s.W, job.src_c = c.src.pixel_stride;
+    job.src_div = 1;
+    job.dst = data(c.dst);
+    job.dst_h = s.P, job.dst_w = s.Q, job.dst_c = c.dst.pixel_stride;
+    job.out = s.K / s.groups, job.red = s.C / s.groups;
+    job.conv_groups = s.groups;
+    job.passes = conv.passes.list.data();
+    job.pass_count = int64_t(conv.passes.list.size());
+    job.groups = plan.groups.data();
+    job.group_count = int64_t(plan.groups.size());
+    job.order = plan.order.data();
+    job.packed = c.packed;
+    job.prologue = {c.prologue.scale, c.prologue.shift, part.index(c.prologue.expert), c.prologue.channels, c.prologue.relu};
+    job.epilogue = c.epilogue;
+    job.epilogue.gate = part.at(c.gate);
+    if (!c.residual.none()) {
+        job.epilogue.residual = data(c.residual);
+        job.residual_c = c.residual.pixel_stride;
+    }
+    job.threads = part.threads;
+    if (kernels().conv(dtype_, job) == Result::out_of_memory) throw std::bad_alloc();
+    return {};
+}
+
+std::string Program::run_layer(const ProgramLayer& layer, const Part& part) const {
+    LayerJob job = layer.job;
+    auto view = [&](const Place& p) -> View {
+        if (p.none()) return {};
+        char* data = static_cast<char*>(part.at(p.offset)) + p.channel * size_of(dtype_);
+        return {data, p.height, p.width, p.channels, p.pixel_stride};
+    };
+    job.samples = part.count;
+    job.src = view(layer.src), job.other = view(layer.other), job.dst = view(layer.dst);
+    const ProgramPrologue& p = layer.prologue;
+    job.prologue = {p.scale, p.shift, part.index(p.expert), p.channels, p.relu};
+    job.index = part.index(layer.index);
+    job.threads = part.threads;
+    if (kernels().layer(dtype_, job) == Result::not_a_number) return "scores: a router gave NaN";
+    return {};
+}
+
+}  // namespace moe::cpu

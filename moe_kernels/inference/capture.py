@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's forward as a graph of torch's operators and the routed ones, its parameters as constants."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from ..tracing import for_fusion
+
+__all__ = ["Captured", "capture", "schema_of", "tensor_of"]
+
+_aten = torch.ops.aten
+
+# What changes no value in eval mode.
+_NOTHING = {
+    _aten.detach.default, _aten.clone.default, _aten.contiguous.default, _aten.alias.default, _aten.lift_fresh_copy.default,
+    _aten.dropout.default, _aten.feature_dropout.default, _aten.alpha_dropout.default, _aten.lift_fresh.default,
+}  # fmt: skip
+_CASTS = {_aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, _aten._to_copy.default}
+# What changes nothing where the shape stays.
+_SAME = {
+    _aten.slice.Tensor, _aten.expand.default, _aten.reshape.default, _aten.view.default, _aten.flatten.using_ints,
+    _aten.view_as.default,
+}  # fmt: skip
+_OUT_OF_PLACE = {
+    _aten.relu_.default: _aten.relu.default, _aten.add_.Tensor: _aten.add.Tensor, _aten.mul_.Tensor: _aten.mul.Tensor,
+    _aten.sub_.Tensor: _aten.sub.Tensor, _aten.hardtanh_.default: _aten.hardtanh.default,
+    _aten.silu_.default: _aten.silu.default, _aten.dropout_.default: _aten.dropout.default,
+}  # fmt: skip
+
+
+@dataclass
+class Captured:
+    """The graph, and what its ``get_attr`` nodes name.
+
+    A tensor's shape, dtype and device are those of ``node.meta["val"]``; the batch is a symbol there.
+    """
+
+    graph: torch.fx.Graph
+    constants: dict[str, Tensor]
+    inputs: list[torch.fx.Node]
+    out_spec: pytree.TreeSpec
+    _names: Iterator[int] = field(default_factory=itertools.count)
+
+    def constant(self, value: Any) -> Tensor | None:
+        """The tensor of a ``get_attr`` node; None for anything else."""
+        if isinstance(value, torch.fx.Node) and value.op == "get_attr":
+            return self.constants[str(value.target)]
+        return None
+
+    def add_constant(self, tensor: Tensor, before: torch.fx.Node) -> torch.fx.Node:
+        name = f"constant_{next(self._names)}"
+        self.constants[name] = tensor
+        with self.graph.inserting_before(before):
+            node = self.graph.create_node("get_attr", name)
+        node.meta["val"] = tensor
+        return node
+
+    def drop_unused(self) -> None:
+        for node in reversed(list(self.graph.nodes)):
+            if node.op in ("call_function", "get_attr") and not node.users and not _mutates(node):
+                self.graph.erase_node(node)
+        named = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        self.constants = {name: tensor for name, tensor in self.constants.items() if name in named}
+
+
+def tensor_of(node: Any) -> Tensor | None:
+    """The stand-in tensor of a node's value; None where it has none."""
+    value = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
+    return value if isinstance(value, Tensor) else None
+
+
+def schema_of(node: torch.fx.Node) -> torch._C.FunctionSchema | None:
+    return getattr(node.target, "_schema", None) if node.op == "call_function" else None
+
+
+def capture(model: nn.Module, example: tuple[Tensor, ...]) -> Captured:
+    """By torch.export, for batches of any size.
+
+    Raises:
+        ValueError: if torch.export cannot trace the model.
+    """
+    # 0 and 1 would be taken for constants, and so might the number of a model's experts
+    size = 7
+    with torch.no_grad():
+        examples = tuple(_resized(x, size) for x in example)
+        dims = tuple({0: torch.export.Dim.AUTO} for _ in example)
+        try:
+            with for_fusion():
+                program = torch.export.export(model, examples, dynamic_shapes=dims, strict=False)
+        except Exception as error:  # whatever a model's forward does with a stand-in for a tensor
+            raise ValueError(f"model: torch.export cannot trace it ({type(error).__name__}: {error})") from error
+    if not _batch_is_free(program, size):
+        raise ValueError("model: its forward depends on the size of the batch, which a fused form leaves open")
+    return _simplified(_taken_apart(program))
+
+
+def _resized(x: Tensor, size: int) -> Tensor:
+    """The first sample ``size`` times, in the same memory format."""
+    repeated = x[:1].repeat(size, *[1] * (x.dim() - 1)) if len(x) else x.new_zeros(size, *x.shape[1:])
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        repeated = repeated.contiguous(memory_format=torch.channels_last)
+    return repeated
+
+
+def _batch_is_free(program: torch.export.ExportedProgram, size: int) -> bool:
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in program.graph_signature.user_inputs:
+            value = tensor_of(node)
+            if value is not None and value.dim() and isinstance(value.shape[0], int):
+                return False
+    return True
+
+
+def _taken_apart(program: torch.export.ExportedProgram) -> Captured:
+    """The exported graph with its parameters and buffers as ``get_attr`` nodes."""
+    signature, graph = program.graph_signature, program.graph
+    state = {**program.state_dict, **program.constants}
+    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    captured = Captured(graph, {}, [], program.call_spec.out_spec)
+    for node in list(graph.nodes):
+        if node.op != "placeholder":
+            continue
+        if node.name not in named:
+            captured.inputs.append(node)
+            continue
+        if node.users:
+            tensor = state[named[node.name]].detach()
+            node.replace_all_uses_with(captured.add_constant(tensor, node))
+        graph.erase_node(node)
+    return captured
+
+
+def _simplified(captured: Captured) -> Captured:
+    graph = captured.graph
+    pinned = _pinned(captured)
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node in pinned:
+            continue
+        if node.target is _aten._assert_tensor_metadata.default or node.target is _aten._assert_scalar.default:
+            graph.erase_node(node)
+        elif _does_nothing(node):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph.erase_node(node)
+    _fold_constants(captured, pinned)
+    captured.drop_unused()
+    return captured
+
+
+def _does_nothing(node: torch.fx.Node) -> bool:
+    if node.target in _NOTHING:
+        return True
+    source, result = tensor_of(node.args[0] if node.args else None), tensor_of(node)
+    if source is None or result is None:
+        return False
+    if node.target in _CASTS:
+        return source.dtype == result.dtype and source.device == result.device
+    return node.target in _SAME and [str(s) for s in source.shape] == [str(s) for s in result.shape]
+
+
+def _mutates(node: torch.fx.Node) -> bool:
+    schema = schema_of(node)
+    return schema is not None and schema.is_mutable
+
+
+def _pinned(captured: Captured) -> set[torch.fx.Node]:
+    """Nodes that write in place, and those that may share memory with what they write: they stay as they are, in order.
+
+    An in-place operation on what nobody else sees becomes the other form first.
+    """
+    nodes = list(captured.graph.nodes)
+    order = {node: i for i, node in enumerate(nodes)}
+    for node in nodes:
+        if node.target not in _OUT_OF_PLACE or not isinstance(node.args[0], torch.fx.Node):
+            continue
+        written = node.args[0]
+        if _is_fresh(written) and not any(_may_alias(user) for user in written.users if user is not node):
+            node.target = _OUT_OF_PLACE[node.target]
+            for user in [u for u in written.users if order[u] > order[node]]:
+                user.replace_input_with(written, node)
+    pinned: set[torch.fx.Node] = set()
+    pending = [node for node in nodes if _mutates(node)]
+    while pending:
+        node = pending.pop()
+        if node in pinned:
+            continue
+        pinned.add(node)
+        if _mutates(node) or _may_alias(node):
+            pending += [n for n in node.all_input_nodes[:1] if n.op == "call_function"]
+        pending += [user for user in node.users if _may_alias(user)]
+    return pinned
+
+
+def _is_fresh(node: torch.fx.Node) -> bool:
+    return node.op == "call_function" and schema_of(node) is not None and not _may_alias(node) and not _mutates(node)
+
+
+def _may_alias(node: torch.fx.Node) -> bool:
+    """Whether a result may be a view of an argument."""
+    if node.op != "call_function":
+        return False
+    if node.target is operator.getitem:
+        return True
+    schema = schema_of(node)
+    if schema is None:
+        return False
+    composite = node.target in (_aten.reshape.default, _aten.flatten.using_ints, _aten.contiguous.default, _aten.view_as.default)
+    return composite or node.target in _CASTS or any(r.alias_info is not None for r in schema.returns)
+
+
+def _fold_constants(captured: Captured, pinned: set[torch.fx.Node]) -> None:
+    """Computes what depends on constants alone."""
+    graph = captured.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node in pinned or not node.all_input_nodes or _is_random(node):
+            continue
+        if any(captured.constant(n) is None for n in node.all_input_nodes) or tensor_of(node) is None:
+            continue
+        args, kwargs = pytree.tree_map(
+            lambda a: captured.constants[str(a.target)] if isinstance(a, torch.fx.Node) else a, (node.args, node.kwargs)
+        )
+        with torch.no_grad():
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+        node.replace_all_uses_with(captured.add_constant(value, node))
+        graph.erase_node(node)
+
+
+def _is_random(node: torch.fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The inference form of a model: :func:`fuse`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from .. import backends
+from ..backends import BackendUnavailable
+from ..layout import memory_format_of
+from . import lowering
+from .capture import Captured, capture
+from .folding import fold
+from .graphs import CudaGraphs
+from .lowering import Program
+
+__all__ = ["Fallback", "FusedModel", "fuse"]
+
+# Samples that go through a network together on the CPU.
+_CHUNK = 16
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """An operation that runs as torch's own: its name, the module that it belongs to, and why."""
+
+    operation: str
+    module: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.operation} of {self.module or 'the model'}: {self.reason}"
+
+
+@dataclass
+class _Torch:
+    """Nodes that run one after the other as torch's operators."""
+
+    nodes: list[torch.fx.Node]
+
+
+_Stage = Program | _Torch
+
+
+def fuse(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> FusedModel:
+    """An inference form of a model with routed layers: what it computes in eval mode, with less work.
+
+    BatchNorm, residual and ReLU become part of the convolution before them (or, where that cannot be, of the layers that
+    read the result), weights are packed once, and memory is planned once and used again. On the CPU, in float32 and
+    float64, the whole network is recorded as one sequence of C++ kernel calls, without Python between layers; on a CUDA
+    device it runs as a CUDA graph for each size of batch, with each router of pooled features as one kernel. What has no
+    native form runs as torch's operator between two such sequences: see :attr:`FusedModel.fallbacks`, of which a warning
+    tells.
+
+    The form is a copy of the model's values at this moment: after training on, fuse again. It takes batches of any size,
+    of images of the example's size; it has no backward.
+
+    Args:
+        model: in eval mode; ``torch.export`` must be able to trace it.
+        example_input: an input ``[B, ...]`` with B >= 1, or a tuple of them, for the sizes, dtype and device.
+
+    Raises:
+        ValueError: if the model is in training mode, or cannot be traced; TypeError: for an example that is no tensor.
+    """
+    examples = example_input if isinstance(example_input, tuple) else (example_input,)
+    for x in examples:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"example_input: expected a tensor or a tuple of tensors, got {type(x).__name__}")
+        if x.dim() < 1 or not len(x):
+            raise ValueError(f"example_input: expected a batch of at least one sample, got shape {tuple(x.shape)}")
+    training = [name or "the model" for name, module in model.named_modules() if module.training]
+    if training:
+        raise ValueError(f"model: expected eval mode, call model.eval() first; {training[0]} is in training mode")
+    captured = capture(model, examples)
+    device, dtype = examples[0].device, examples[0].dtype
+    on_cpu = device.type == "cpu" and dtype in lowering.DTYPES and _runs_native_code(device)
+    fold(captured, dense=on_cpu, routers=device.type != "cpu")
+    fused = FusedModel(captured, examples, native=on_cpu)
+    if fused.fallbacks and on_cpu:
+        shown = "; ".join(str(f) for f in fused.fallbacks[:3])
+        more = f"; and {len(fused.fallbacks) - 3} more" if len(fused.fallbacks) > 3 else ""
+        warnings.warn(f"fuse: {len(fused.fallbacks)} operations run as torch's own: {shown}{more}", stacklevel=2)
+    return fused
+
+
+def _runs_native_code(device: torch.device) -> bool:
+    try:
+        return backends.choose(device).name == "cpu"
+    except BackendUnavailable:
+        return False
+
+
+class FusedModel(nn.Module):
+    """What :func:`fuse` makes. Called as the model is; without a backward.
+
+    Attributes:
+        fallbacks: the operations that have no native form, as :class:`Fallback`; on a CUDA device empty.
+    """
+
+    fallbacks: tuple[Fallback, ...]
+
+    def __init__(self, captured: Captured, examples: tuple[Tensor, ...], *, native: bool) -> None:
+        super().__init__()
+        self._captured = captured
+        self._like = [(tuple(x.shape[1:]), x.dtype, x.device) for x in examples]
+        self._outputs = [n for n in pytree.tree_leaves(_result(captured.graph)) if isinstance(n, torch.fx.Node)]
+        self._stages, self.fallbacks = _stages(captured, self._outputs, examples[0].dtype if native else None)
+        self._dead = _last_uses(self._stages, self._outputs)
+        self._graphs = CudaGraphs(self._run) if examples[0].device.type == "cuda" else None
+        super().train(False)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """As the model's.
+
+        Raises:
+            ValueError: for inputs of another size, dtype or device than the example's, or a router that gives NaN.
+            RuntimeError: if an input needs a gradient.
+        """
+        self._check(inputs)
+        with torch.no_grad():
+            leaves = self._run(inputs) if self._graphs is None else self._graphs(inputs)
+        return pytree.tree_unflatten(leaves, self._captured.out_spec)
+
+    def train(self, mode: bool = True) -> FusedModel:
+        """Raises ValueError for ``mode=True``: there is nothing to train."""
+        if mode:
+            raise ValueError("mode: a fused model is for inference; train the model that it was made of, and fuse again")
+        return self
+
+    def extra_repr(self) -> str:
+        native = [s for s in self._stages if isinstance(s, Program)]
+        text = f"{sum(s.steps for s in native)} native steps in {len(native)} programs, {len(self.fallbacks)} fallbacks"
+        return "\n".join([text, *map(str, self.fallbacks)])
+
+    def _check(self, inputs: Sequence[Tensor]) -> None:
+        if len(inputs) != len(self._like):
+            raise TypeError(f"inputs: expected {len(self._like)}, got {len(inputs)}")
+        for x, (shape, dtype, device) in zip(inputs, self._like, strict=True):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"input: expected a tensor, got {type(x).__name__}")
+            if tuple(x.shape[1:]) != shape or x.dtype != dtype or x.device.type != device.type:
+                raise ValueError(
+                    f"input: expected [B, {', '.join(map(str, shape))}] of {dtype} on {device} as the example's, got "
+                    f"{list(x.shape)} of {x.dtype} on {x.device}; fuse once more for another size"
+                )
+            if len(x) != len(inputs[0]):
+                raise ValueError(f"inputs: expected batches of one size, got {[len(i) for i in inputs]}")
+            if x.requires_grad and torch.is_grad_enabled():
+                raise RuntimeError("input: a fused model has no backward; use the model it was made of, or torch.no_grad()")
+
+    def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        values: dict[Any, Any] = dict(zip(self._captured.inputs, inputs, strict=True))
+        layout = memory_format_of(inputs[0]) if inputs[0].dim() == 4 else torch.contiguous_format
+        for stage, dead in zip(self._stages, self._dead, strict=True):
+            if isinstance(stage, Program):
+                results = stage.run([values[n] for n in stage.inputs], layout)
+                values.update(zip(stage.outputs, results, strict=True))
+            else:
+                for node in stage.nodes:
+                    values[node] = self._call(node, values)
+            for node in dead:
+                del values[node]
+        return [self._value(n, values) for n in self._outputs]
+
+    def _value(self, node: torch.fx.Node, values: dict[Any, Any]) -> Any:
+        return values[node] if node in values else self._captured.constants[str(node.target)]
+
+    def _call(self, node: torch.fx.Node, values: dict[Any, Any]) -> Any:
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: self._value(n, values))
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _result(graph: torch.fx.Graph) -> Any:
+    return next(n for n in graph.nodes if n.op == "output").args
+
+
+def _stages(
+    captured: Captured, outputs: list[torch.fx.Node], dtype: torch.dtype | None
+) -> tuple[list[_Stage], tuple[Fallback, ...]]:
+    """Runs of neighbouring nodes of one kind. ``dtype`` None: torch's operators for all."""
+    fallbacks: list[Fallback] = []
+    runs: list[tuple[bool, list[torch.fx.Node]]] = []
+    for node in captured.graph.nodes:
+        if node.op != "call_function":
+            continue
+        reason = "" if dtype is None else lowering.why_not(node, captured, dtype)
+        if reason and _is_work(node):
+            fallbacks.append(Fallback(_operation(node), _module(node), reason))
+        native = reason is None
+        if not runs or runs[-1][0] != native:
+            runs.append((native, []))
+        runs[-1][1].append(node)
+    stages: list[_Stage] = []
+    for native, nodes in runs:
+        own = set(nodes)
+        if native:
+            assert dtype is not None
+            wanted = [n for n in nodes if n in outputs or any(user not in own and user.op != "output" for user in n.users)]
+            stages.append(lowering.lower(captured, nodes, wanted, dtype, _CHUNK))
+        else:
+            stages.append(_Torch(nodes))
+    return stages, tuple(fallbacks)
+
+
+def _is_work(node: torch.fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def _operation(node: torch.fx.Node) -> str:
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return getattr(packet, "__name__", str(packet))
+
+
+def _module(node: torch.fx.Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]).removeprefix("L['self'].") if stack else ""
+
+
+def _last_uses(stages: Sequence[_Stage], outputs: Sequence[torch.fx.Node]) -> list[list[torch.fx.Node]]:
+    """After each stage the values that nobody reads again."""
+    last: dict[torch.fx.Node, int] = {}
+    for i, stage in enumerate(stages):
+        made = stage.outputs if isinstance(stage, Program) else stage.nodes
+        read = stage.inputs if isinstance(stage, Program) else [n for node in stage.nodes for n in node.all_input_nodes]
+        for node in (*made, *read):
+            if node.op == "call_function":
+                last[node] = i
+    return [[n for n, at in last.items() if at == i and n not in outputs] for i in range(len(stages))]

@@ -1,0 +1,692 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of a graph's nodes as programs of the C++ kernels (csrc/cpu/program.h): what each node becomes, where its result
+lies, and how memory is used again.
+
+Images lie channels last. A vector is an image of one pixel, so that flattening one changes nothing. What is concatenated
+is written where it will be read. An affine map and a ReLU that no convolution could take behind it go before what reads
+the result: a prologue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.fx
+from torch import Tensor
+
+from .. import ops
+from ..backends import choose as choose_backend
+from ..backends import native
+from ..routing import choose
+from .capture import Captured, tensor_of
+from .folding import NORMS, Affine, affine_of, as_fused, is_mean_of_pixels
+
+__all__ = ["DTYPES", "Program", "Unsupported", "lower", "why_not"]
+
+_aten = torch.ops.aten
+DTYPES = (torch.float32, torch.float64)
+_ALIGNMENT = 64  # bytes
+_NOWHERE = -1
+# As moe::cpu::LayerOp.
+_MEAN, _GROUP_NORM, _LINEAR, _ARGMAX, _SOFTMAX, _GATHER, _COPY, _ADD, _SCALE_ROWS, _MAX_POOL, _AVERAGE_POOL, _FLATTEN = range(12)
+# Outputs from which on a linear layer is a 1x1 convolution.
+_WIDE_LINEAR = 32
+_VIEWS = {
+    _aten.view.default, _aten.reshape.default, _aten.flatten.using_ints, _aten.squeeze.dim, _aten.squeeze.dims,
+    _aten.unsqueeze.default, _aten.permute.default, _aten.transpose.int, _aten.view_as.default, _aten.squeeze.default,
+    _aten.expand.default,
+}  # fmt: skip
+
+
+class Unsupported(Exception):
+    """Why a node has no native form."""
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Memory of one value for each sample; ``parent``: a range of another's channels instead of its own."""
+
+    bytes: int
+    channels: int = 0
+    parent: tuple[Buffer, int] | None = None
+    first: int = 1 << 60  # steps in which it is in use
+    last: int = -1
+    offset: int = _NOWHERE
+
+    def root(self) -> tuple[Buffer, int]:
+        """The buffer whose memory it is, and its first channel there."""
+        buffer, channel = self, 0
+        while buffer.parent is not None:
+            channel += buffer.parent[1]
+            buffer = buffer.parent[0]
+        return buffer, channel
+
+
+@dataclass(eq=False)
+class Prologue:
+    """``relu(scale * x + shift)``; with ``expert`` a row of ``[N, C]`` for each sample."""
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    expert: Buffer | None = None
+    relu: bool = False
+
+
+_NO_PROLOGUE = Prologue()
+
+
+@dataclass(eq=False)
+class Value:
+    """A node's result: pixels of a buffer, and what is done to them when they are read; or, of ``index``, int64."""
+
+    buffer: Buffer
+    channels: int = 1
+    height: int = 1
+    width: int = 1
+    prologue: Prologue = _NO_PROLOGUE
+    index: bool = False
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        return self.channels, self.height, self.width
+
+
+class Step(NamedTuple):
+    """A call of the native program's method, once places are known."""
+
+    reads: tuple[Buffer, ...]
+    writes: Buffer | None
+    record: Callable[[Any], None]
+
+
+@dataclass
+class Program:
+    """A native program, and what it reads and gives."""
+
+    native: Any
+    inputs: list[torch.fx.Node]
+    outputs: list[torch.fx.Node]
+    shapes: list[tuple[tuple[int, ...], torch.dtype]]  # of the outputs, without the batch
+    keep: list[Tensor]  # what the program's pointers point to
+    steps: int
+
+    def run(self, inputs: Sequence[Tensor], layout: torch.memory_format) -> list[Tensor]:
+        """Images among the results are in the memory format ``layout``."""
+        batch = inputs[0].shape[0]
+        given = [(x.data_ptr(), _strides(x)) for x in inputs]
+        results = []
+        for shape, dtype in self.shapes:
+            memory_format = layout if len(shape) == 3 else torch.contiguous_format
+            results.append(torch.empty((batch, *shape), dtype=dtype, memory_format=memory_format))
+        self.native.run(batch, given, [(y.data_ptr(), _strides(y)) for y in results], torch.get_num_threads())
+        return results
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Of samples, channels, rows and columns; what a vector has not is 0."""
+    stride = x.stride()
+    if x.dim() == 4:
+        return stride
+    long = [s for s, size in zip(stride[1:], x.shape[1:], strict=True) if size != 1]
+    return stride[0], long[0] if long else 0, 0, 0
+
+
+def per_sample(node: Any) -> tuple[int, ...]:
+    """The sizes behind the batch.
+
+    Raises:
+        Unsupported: if it is no tensor whose first size is the batch and whose others are numbers.
+    """
+    value = tensor_of(node)
+    if value is None:
+        raise Unsupported("not a tensor")
+    if not value.dim() or not isinstance(value.shape[0], torch.SymInt) or not str(value.shape[0]).isidentifier():
+        raise Unsupported("its first dimension is not the batch")
+    if any(not isinstance(s, int) for s in value.shape[1:]):
+        raise Unsupported("a size depends on the batch")
+    return tuple(value.shape[1:])
+
+
+def _image(node: Any) -> tuple[int, int, int]:
+    """Channels, rows and columns of an image or a vector, of which the native kernels know."""
+    shape = per_sample(node)
+    if len(shape) == 3:
+        return shape  # type: ignore[return-value]
+    long = [s for s in shape if s != 1]
+    if len(long) > 1:
+        raise Unsupported(f"neither an image nor a vector: {list(shape)} a sample")
+    return (long[0] if long else 1), 1, 1
+
+
+def _is_vector(shape: tuple[int, ...]) -> bool:
+    return sum(s != 1 for s in shape) <= 1
+
+
+@dataclass
+class _Lowering:
+    """One program in the making."""
+
+    captured: Captured
+    dtype: torch.dtype
+    values: dict[torch.fx.Node, Value] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
+    keep: list[Tensor] = field(default_factory=list)
+
+    # --- values -------------------------------------------------------------------------------------------------------
+
+    def buffer(self, channels: int, pixels: int) -> Buffer:
+        return Buffer(channels * pixels * self.dtype.itemsize, channels)
+
+    def index_buffer(self) -> Buffer:
+        return Buffer(8, 1)
+
+    def image(self, node: torch.fx.Node) -> Value:
+        channels, height, width = _image(node)
+        value = Value(self.buffer(channels, height * width), channels, height, width)
+        self.values[node] = value
+        return value
+
+    def plain(self, node: torch.fx.Node) -> Value:
+        """With nothing left to be done to it when it is read."""
+        value = self.values[node]
+        if value.prologue is _NO_PROLOGUE:
+            return value
+        made = Value(self.buffer(value.channels, value.pixels), *value.size)
+        self.layer(_COPY, value, made)
+        self.values[node] = made
+        return made
+
+    def pointer(self, tensor: Tensor | None) -> int:
+        """Of a copy in the program's dtype that lives as long as the program."""
+        if tensor is None:
+            return 0
+        tensor = tensor.detach().to(self.dtype).contiguous().resolve_neg()
+        self.keep.append(tensor)
+        return tensor.data_ptr()
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    def add(self, reads: Sequence[Value | Buffer | None], writes: Value | Buffer | None, record: Any) -> None:
+        buffers: list[Buffer] = []
+        for read in reads:
+            if isinstance(read, Value):
+                buffers += [read.buffer, *([read.prologue.expert] if read.prologue.expert is not None else [])]
+            elif read is not None:
+                buffers.append(read)
+        self.steps.append(Step(tuple(buffers), writes.buffer if isinstance(writes, Value) else writes, record))
+
+    def prologue(self, value: Value) -> Callable[[], tuple[int, int, int, int, bool]]:
+        p = value.prologue
+        scale, shift = self.pointer(p.scale), self.pointer(p.shift)
+        return lambda: (scale, shift, _offset(p.expert), value.channels, p.relu)
+
+    def layer(
+        self,
+        op: int,
+        source: Value,
+        result: Value | Buffer,
+        *,
+        other: Value | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        index: Buffer | None = None,
+        groups: int = 1,
+        kernel: tuple[int, int] = (1, 1),
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        at_channel: int = 0,
+        eps: float = 0.0,
+        count_padding: bool = False,
+        relu: bool = False,
+    ) -> None:
+        before = self.prologue(source)
+        weights = self.pointer(weight), self.pointer(bias)
+        numbers = (groups, *kernel, *stride, *padding, at_channel)
+        chosen = result if isinstance(result, Buffer) else index
+
+        def record(program: Any) -> None:
+            to = _place(result) if isinstance(result, Value) else _NO_PLACE
+            program.layer(
+                op, _place(source), _place(other), to, *weights, _offset(chosen), numbers, eps, count_padding, relu, before()
+            )
+
+        self.add([source, other, index], result, record)
+
+
+_NO_PLACE = (_NOWHERE, 0, 1, 1, 0, 0)
+
+
+def _offset(buffer: Buffer | None) -> int:
+    return _NOWHERE if buffer is None else buffer.root()[0].offset
+
+
+def _place(value: Value | None) -> tuple[int, ...]:
+    if value is None:
+        return _NO_PLACE
+    root, channel = value.buffer.root()
+    return root.offset, channel, value.height, value.width, value.channels, root.channels
+
+
+# --- what each operator becomes ---------------------------------------------------------------------------------------------
+
+_Handler = Callable[[_Lowering, torch.fx.Node], None]
+
+
+def _conv(low: _Lowering, node: torch.fx.Node) -> None:
+    conv = as_fused(node)
+    assert conv is not None
+    e, g = conv.epilogue, conv.geometry
+    weight = low.captured.constant(conv.weight)
+    constants = [low.captured.constant(n) for n in (e.bias, e.scale, e.shift)]
+    if weight is None or any(n is not None and c is None for n, c in zip((e.bias, e.scale, e.shift), constants, strict=True)):
+        raise Unsupported("its weights are computed")
+    if g.samples_per_input != 1:
+        raise Unsupported("several experts a sample")
+    source, result = low.values[conv.input], low.image(node)
+    sides = [
+        (_experts(low, conv.out_expert), g.num_out, list(g.out_starts)),
+        (_experts(low, conv.in_expert), g.num_in, list(g.in_starts)),
+    ]
+    gate = None if e.gate is None else low.plain(e.gate)
+    residual = None if e.residual is None else low.plain(e.residual)
+    packed = choose_backend(weight.device).pack(weight.to(low.dtype), g, False)
+    if packed is None:
+        raise Unsupported("its packed weights would take more than eight times the weights' memory")
+    low.keep.append(packed)
+    shape = native.conv2d_shape(1, g, *source.size, result.height, result.width, *weight.shape[2:])
+    bias, scale, shift = (low.pointer(c) for c in constants)
+    affine = constants[1] if constants[1] is not None else constants[2]
+    per_slice = affine is not None and affine.shape[0] != g.out_width
+    before = low.prologue(source)
+
+    def record(program: Any) -> None:
+        program.conv(
+            _place(source), _place(result), _place(residual), shape, *((_offset(s[0]), *s[1:]) for s in sides),
+            packed.data_ptr(), bias, _NOWHERE if gate is None else _offset(gate.buffer), scale, shift, per_slice, e.relu,
+            before(),
+        )  # fmt: skip
+
+    low.add([source, residual, gate, sides[0][0], sides[1][0]], result, record)
+
+
+def _experts(low: _Lowering, node: torch.fx.Node | None) -> Buffer | None:
+    return None if node is None else low.values[node].buffer
+
+
+def _linear(low: _Lowering, node: torch.fx.Node) -> None:
+    weight, bias = (low.captured.constant(a) for a in (*node.args, None)[1:3])
+    if weight is None:
+        raise Unsupported("its weights are computed")
+    _image(node)
+    if weight.shape[0] < _WIDE_LINEAR:
+        low.layer(_LINEAR, low.plain(node.args[0]), low.image(node), weight=weight, bias=bias)  # type: ignore[arg-type]
+        return
+    source, result = low.values[node.args[0]], low.image(node)  # type: ignore[index]
+    g = ops.Conv2dGeometry((), (), 0, 0, weight.shape[0], weight.shape[1], (1, 1), (0, 0), (1, 1), 1)
+    packed = choose_backend(weight.device).pack(weight.to(low.dtype)[:, :, None, None], g, False)
+    assert packed is not None
+    low.keep.append(packed)
+    shape = native.conv2d_shape(1, g, weight.shape[1], 1, 1, 1, 1, 1, 1)
+    before, of_bias = low.prologue(source), low.pointer(bias)
+    whole = (_NOWHERE, 0, [])
+
+    def record(program: Any) -> None:
+        program.conv(
+            _place(source), _place(result), _NO_PLACE, shape, whole, whole, packed.data_ptr(), of_bias, _NOWHERE, 0, 0,
+            False, False, before(),
+        )  # fmt: skip
+
+    low.add([source], result, record)
+
+
+def _affine(low: _Lowering, node: torch.fx.Node) -> None:
+    affine = affine_of(node, low.captured)
+    if affine is None:
+        raise Unsupported("by the batch's own statistics")
+    _read_through(low, node.args[0], node, affine)  # type: ignore[arg-type]
+
+
+def _read_through(low: _Lowering, source: torch.fx.Node, node: torch.fx.Node, affine: Affine) -> None:
+    """An affine map of ``source``, done by whoever reads it."""
+    channels = _image(node)[0]
+    scale, shift, expert = affine.scale, affine.shift, None
+    if affine.expert is not None:
+        expert = low.values[affine.expert].buffer
+        starts = affine.starts or [e * channels for e in range(affine.count)]
+        scale, shift = (torch.stack([t[s : s + channels] for s in starts]) for t in (scale, shift))
+    value = low.values[source]
+    p = value.prologue
+    if p.relu or (p is not _NO_PROLOGUE and (p.expert is not None or expert is not None)):
+        value = low.plain(source)
+    elif p is not _NO_PROLOGUE:
+        shift = shift if p.shift is None else shift + scale * p.shift
+        scale = scale if p.scale is None else scale * p.scale
+    low.values[node] = Value(value.buffer, *value.size, prologue=Prologue(scale, shift, expert))
+
+
+def _relu(low: _Lowering, node: torch.fx.Node) -> None:
+    _image(node)
+    value = low.values[node.args[0]]  # type: ignore[index]
+    p = value.prologue
+    low.values[node] = Value(value.buffer, *value.size, prologue=Prologue(p.scale, p.shift, p.expert, True))
+
+
+def _by_constant(low: _Lowering, node: torch.fx.Node) -> None:
+    """Addition, subtraction, multiplication or division of an image and a constant for each channel."""
+    a, b = node.args[:2]
+    channels = _image(node)[0]
+    first = isinstance(a, torch.fx.Node) and low.captured.constant(a) is None
+    other = b if first else a
+    number = low.captured.constant(other)
+    if node.kwargs or (number is None and not isinstance(other, (int, float))):
+        raise Unsupported("neither of two values is a constant")
+    value = torch.tensor(float(other), dtype=torch.float64) if number is None else number.double()  # type: ignore[arg-type]
+    rank = len(per_sample(node)) + 1
+    spread = value.reshape([1] * (rank - value.dim()) + list(value.shape))
+    if rank < 2 or any(size != 1 for i, size in enumerate(spread.shape) if i != 1):
+        raise Unsupported("a constant that is not one for each channel")
+    constant = spread.flatten().expand(channels) if spread.numel() == 1 else spread.flatten()
+    one, zero = torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+    kind = node.target
+    if kind is _aten.add.Tensor:
+        affine = Affine(one, constant)
+    elif kind is _aten.sub.Tensor:
+        affine = Affine(one, -constant) if first else Affine(-one, constant)
+    elif kind is _aten.mul.Tensor:
+        affine = Affine(constant, zero)
+    elif first:
+        affine = Affine(1 / constant, zero)
+    else:
+        raise Unsupported("a constant divided by a value")
+    _read_through(low, a if first else b, node, affine)  # type: ignore[arg-type]
+
+
+def _sum(low: _Lowering, node: torch.fx.Node) -> None:
+    a, b = node.args[:2]
+    if any(not isinstance(n, torch.fx.Node) or low.captured.constant(n) is not None for n in (a, b)):
+        return _by_constant(low, node)
+    if node.kwargs or per_sample(a) != per_sample(b):
+        raise Unsupported("a sum of different shapes")
+    low.layer(_ADD, low.values[a], low.image(node), other=low.plain(b))  # type: ignore[arg-type,index]
+    return None
+
+
+def _product(low: _Lowering, node: torch.fx.Node) -> None:
+    a, b = node.args[:2]
+    if any(not isinstance(n, torch.fx.Node) or low.captured.constant(n) is not None for n in (a, b)):
+        return _by_constant(low, node)
+    if all(s == 1 for s in per_sample(a)):
+        a, b = b, a
+    if any(s != 1 for s in per_sample(b)) or len(per_sample(b)) not in (len(per_sample(a)), 0):
+        raise Unsupported("a product of two images")
+    low.layer(_SCALE_ROWS, low.values[a], low.image(node), other=low.plain(b))  # type: ignore[arg-type,index]
+    return None
+
+
+def _mean(low: _Lowering, node: torch.fx.Node) -> None:
+    if not is_mean_of_pixels(node):
+        raise Unsupported("a mean over other dimensions than an image's pixels")
+    low.layer(_MEAN, low.values[node.args[0]], low.image(node))  # type: ignore[index]
+
+
+def _layer_norm(low: _Lowering, node: torch.fx.Node) -> None:
+    x, shape = node.args[:2]
+    weight, bias = (low.captured.constant(a) for a in (*node.args, None, None)[2:4])
+    eps = node.args[4] if len(node.args) > 4 else 1e-5
+    if len(shape) != 1 or len(per_sample(node)) != 1:  # type: ignore[arg-type]
+        raise Unsupported("a LayerNorm of several dimensions")
+    low.layer(_GROUP_NORM, low.plain(x), low.image(node), weight=weight, bias=bias, eps=eps)  # type: ignore[arg-type]
+
+
+def _group_norm(low: _Lowering, node: torch.fx.Node) -> None:
+    x, groups = node.args[:2]
+    weight, bias = (low.captured.constant(a) for a in (*node.args, None, None)[2:4])
+    eps = node.args[4] if len(node.args) > 4 else 1e-5
+    source = low.plain(x)  # type: ignore[arg-type]
+    low.layer(_GROUP_NORM, source, low.image(node), weight=weight, bias=bias, groups=groups, eps=eps)  # type: ignore[arg-type]
+
+
+def _choice(low: _Lowering, node: torch.fx.Node) -> None:
+    chosen = low.index_buffer()
+    low.layer(_ARGMAX, low.plain(node.args[0]), chosen)  # type: ignore[arg-type]
+    low.values[node] = Value(chosen, index=True)
+
+
+def _softmax(low: _Lowering, node: torch.fx.Node) -> None:
+    if len(per_sample(node)) != 1 or node.args[1] not in (1, -1):
+        raise Unsupported("a softmax over another dimension than a vector's")
+    low.layer(_SOFTMAX, low.plain(node.args[0]), low.image(node))  # type: ignore[arg-type]
+
+
+def _gather(low: _Lowering, node: torch.fx.Node) -> None:
+    x, dim, index = node.args[:3]
+    if dim not in (1, -1) or per_sample(node) != (1,) or not low.values[index].index:  # type: ignore[index]
+        raise Unsupported("it gathers something else than one number of each vector")
+    low.layer(_GATHER, low.plain(x), low.image(node), index=low.values[index].buffer)  # type: ignore[arg-type,index]
+
+
+def _view(low: _Lowering, node: torch.fx.Node) -> None:
+    source = node.args[0]
+    before, after = per_sample(source), per_sample(node)
+    value = low.values[source]  # type: ignore[index]
+    if _is_vector(before) and _is_vector(after):
+        low.values[node] = value
+        return
+    if node.target in (_aten.permute.default, _aten.transpose.int, _aten.expand.default) or len(after) != 1:
+        raise Unsupported("it changes an image's shape")
+    low.layer(_FLATTEN, value, low.image(node))
+
+
+def _cat(low: _Lowering, node: torch.fx.Node) -> None:
+    parts = node.args[0]
+    dim = node.args[1] if len(node.args) > 1 else 0
+    if dim not in (1, 1 - len(per_sample(node)) - 1):
+        raise Unsupported("it concatenates something else than channels")
+    sizes = [_image(part)[1:] for part in parts]  # type: ignore[union-attr]
+    if any(size != sizes[0] for size in sizes):
+        raise Unsupported("it concatenates images of different sizes")
+    values = [low.plain(part) for part in parts]  # type: ignore[union-attr]
+    result = low.image(node)
+    channel = 0
+    for value in values:
+        buffer = value.buffer
+        if buffer.parent is None and buffer.channels == value.channels:
+            buffer.parent = result.buffer, channel  # it is written there in the first place
+        else:
+            piece = Value(Buffer(0, value.channels, (result.buffer, channel)), *value.size)
+            low.layer(_COPY, value, piece)
+        channel += value.channels
+
+
+def _pool(low: _Lowering, node: torch.fx.Node) -> None:
+    source, kernel, *rest = node.args
+    _image(node)
+    kernel = _pair(kernel)
+    stride = _pair(rest[0]) if rest and rest[0] else kernel
+    padding = _pair(rest[1]) if len(rest) > 1 else (0, 0)
+    value = low.values[source]  # type: ignore[index]
+    if node.target is _aten.max_pool2d.default:
+        dilation = _pair(rest[2]) if len(rest) > 2 else (1, 1)
+        ceil = rest[3] if len(rest) > 3 else False
+        if dilation != (1, 1) or ceil:
+            raise Unsupported("a max-pool with dilation or ceil_mode")
+        low.layer(_MAX_POOL, value, low.image(node), kernel=kernel, stride=stride, padding=padding)
+        return
+    ceil, count, divisor = (*rest[2:], *(False, True, None)[len(rest[2:]) :])
+    if ceil or divisor is not None:
+        raise Unsupported("an average pool with ceil_mode or a divisor of its own")
+    low.layer(
+        _AVERAGE_POOL, value, low.image(node), kernel=kernel, stride=stride, padding=padding, count_padding=bool(count)
+    )
+
+
+def _adaptive_pool(low: _Lowering, node: torch.fx.Node) -> None:
+    value = low.values[node.args[0]]  # type: ignore[index]
+    _, height, width = _image(node)
+    if value.height % height or value.width % width:
+        raise Unsupported("an adaptive pool whose windows differ in size")
+    kernel = value.height // height, value.width // width
+    op = _MEAN if (height, width) == (1, 1) else _AVERAGE_POOL
+    low.layer(op, value, low.image(node), kernel=kernel, stride=kernel)
+
+
+def _slice(low: _Lowering, node: torch.fx.Node) -> None:
+    """Every step-th row or column."""
+    x, dim, start, end, step = (*node.args, *(None, 0, 0, None, 1)[len(node.args) :])
+    sizes = per_sample(x)
+    if len(sizes) != 3 or dim not in (2, 3) or start not in (0, None) or (end is not None and end < sizes[dim - 1]):  # type: ignore[operator]
+        raise Unsupported("a slice of something else than every so manieth pixel")
+    stride = (step, 1) if dim == 2 else (1, step)
+    low.layer(_COPY, low.values[x], low.image(node), stride=stride)  # type: ignore[index,arg-type]
+
+
+def _pad(low: _Lowering, node: torch.fx.Node) -> None:
+    """Channels of zeros before and behind."""
+    x, widths = node.args[:2]
+    widths = list(widths)  # type: ignore[arg-type]
+    value = node.args[-1] if node.target is _aten.pad.default and len(node.args) > 3 else None
+    if node.target is _aten.constant_pad_nd.default and len(node.args) > 2:
+        value = node.args[2]
+    mode = node.args[2] if node.target is _aten.pad.default and len(node.args) > 2 else "constant"
+    if len(widths) != 6 or any(widths[:4]) or min(widths) < 0 or value not in (None, 0, 0.0) or mode != "constant":
+        raise Unsupported("padding of something else than channels with zeros")
+    low.layer(_COPY, low.values[x], low.image(node), at_channel=widths[4])  # type: ignore[index]
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else tuple(value) * (2 if len(value) == 1 else 1)  # type: ignore[return-value]
+
+
+_HANDLERS: dict[Any, _Handler] = {
+    ops.conv2d_fused: _conv,
+    choose: _choice,
+    _aten.linear.default: _linear,
+    _aten.relu.default: _relu,
+    _aten.add.Tensor: _sum,
+    _aten.sub.Tensor: _by_constant,
+    _aten.mul.Tensor: _product,
+    _aten.div.Tensor: _by_constant,
+    _aten.mean.dim: _mean,
+    _aten.layer_norm.default: _layer_norm,
+    _aten.group_norm.default: _group_norm,
+    _aten.softmax.int: _softmax,
+    _aten.gather.default: _gather,
+    _aten.cat.default: _cat,
+    _aten.max_pool2d.default: _pool,
+    _aten.avg_pool2d.default: _pool,
+    _aten.adaptive_avg_pool2d.default: _adaptive_pool,
+    _aten.slice.Tensor: _slice,
+    _aten.pad.default: _pad,
+    _aten.constant_pad_nd.default: _pad,
+    **dict.fromkeys(NORMS, _affine),
+    **dict.fromkeys(_VIEWS, _view),
+}
+
+
+def why_not(node: torch.fx.Node, captured: Captured, dtype: torch.dtype) -> str | None:
+    """None if a node has a native form, else why it has none. Looks at the node alone, with inputs of any origin."""
+    try:
+        low = _Lowering(captured, dtype)
+        for source in node.all_input_nodes:
+            if captured.constant(source) is None:
+                _read(low, source)
+        handler = _HANDLERS.get(node.target)
+        if handler is None:
+            raise Unsupported("no native kernel")
+        result = tensor_of(node)
+        if result is None or (result.dtype != dtype and node.target not in (choose, *_VIEWS)):
+            raise Unsupported(f"computes in {result.dtype if result is not None else 'no tensor'}, the model in {dtype}")
+        handler(low, node)
+    except Unsupported as reason:
+        return str(reason)
+    return None
+
+
+def _read(low: _Lowering, node: torch.fx.Node) -> None:
+    """A value from outside."""
+    tensor = tensor_of(node)
+    if tensor is not None and tensor.dtype == torch.int64 and all(s == 1 for s in per_sample(node)):
+        low.values[node] = Value(low.index_buffer(), index=True)
+        return
+    low.image(node)
+    if tensor is None or tensor.dtype != low.dtype:
+        raise Unsupported(f"reads {tensor.dtype if tensor is not None else 'no tensor'}, the model computes in {low.dtype}")
+
+
+def lower(
+    captured: Captured, nodes: Sequence[torch.fx.Node], outputs: Sequence[torch.fx.Node], dtype: torch.dtype, chunk: int
+) -> Program:
+    """The nodes, for each of which :func:`why_not` is None, as one program.
+
+    Args:
+        outputs: those of the nodes whose values are wanted.
+        chunk: samples that go through the network together at most, where there are many.
+    """
+    low = _Lowering(captured, dtype)
+    own = set(nodes)
+    inputs: list[torch.fx.Node] = []
+    for node in nodes:
+        for source in node.all_input_nodes:
+            if source not in own and source not in low.values and captured.constant(source) is None:
+                _load(low, source, len(inputs))
+                inputs.append(source)
+        _HANDLERS[node.target](low, node)
+    for i, node in enumerate(outputs):
+        _store(low, node, i)
+    program = native.module.Program(native.DTYPE[dtype], _plan_memory(low.steps), chunk)
+    for step in low.steps:
+        step.record(program)
+    shapes = [(per_sample(n), tensor_of(n).dtype) for n in outputs]  # type: ignore[union-attr]
+    return Program(program, inputs, list(outputs), shapes, low.keep, len(low.steps))
+
+
+def _load(low: _Lowering, node: torch.fx.Node, number: int) -> None:
+    _read(low, node)
+    value = low.values[node]
+    if value.index:
+        low.add([], value, lambda program: program.load_index(number, _offset(value.buffer)))
+        return
+    low.add([], value, lambda program: program.load(number, _place(value), (0, 0, _NOWHERE, 0, False)))
+
+
+def _store(low: _Lowering, node: torch.fx.Node, number: int) -> None:
+    value = low.values[node]
+    if value.index:
+        low.add([value], None, lambda program: program.store_index(number, _offset(value.buffer)))
+        return
+    before = low.prologue(value)
+    low.add([value], None, lambda program: program.store(number, _place(value), before()))
+
+
+def _plan_memory(steps: Sequence[Step]) -> int:
+    """Gives each buffer its offset, so that those in use at the same time do not overlap: the bytes of one sample."""
+    buffers: dict[int, Buffer] = {}
+    for i, step in enumerate(steps):
+        for buffer in (*step.reads, *([step.writes] if step.writes is not None else [])):
+            root, _ = buffer.root()
+            root.first, root.last = min(root.first, i), max(root.last, i)
+            buffers[id(root)] = root
+    placed: list[Buffer] = []
+    total = 0
+    # the largest first, each as low as it fits between those that live with it
+    for buffer in sorted(buffers.values(), key=lambda b: (-b.bytes, b.first)):
+        offset = 0
+        for other in sorted((p for p in placed if p.first <= buffer.last and buffer.first <= p.last), key=lambda p: p.offset):
+            if offset + _aligned(buffer.bytes) <= other.offset:
+                break
+            offset = max(offset, other.offset + _aligned(other.bytes))
+        buffer.offset = offset
+        placed.append(buffer)
+        total = max(total, offset + _aligned(buffer.bytes))
+    return total
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
