@@ -27,8 +27,9 @@ __all__ = ["CpuBackend"]
 
 _FORWARD, _GRAD_INPUT = 0, 1
 _NHWC = torch.channels_last
-# Two sliced sides have a packed block for each pair of slices; more than this many times the weight is not worth keeping.
-_MAX_PACKED_RATIO = 8
+# Two sliced sides have a packed block for each pair of slices; more than this many times the weight is not worth keeping,
+# but for small weights, whose few channels are padded to a whole panel.
+_MAX_PACKED_RATIO, _SMALL_PACKED = 8, 1 << 18
 
 
 class CpuBackend(Backend):
@@ -140,7 +141,7 @@ class CpuBackend(Backend):
         slices = (0, g.num_out, g.out_starts, 0, g.num_in, g.in_starts)
         direction, dtype = (_GRAD_INPUT if backward else _FORWARD), _DTYPE[weight.dtype]
         numel = _C.pack_numel(direction, dtype, shape, slices)
-        if numel > _MAX_PACKED_RATIO * weight.numel():
+        if numel > max(_MAX_PACKED_RATIO * weight.numel(), _SMALL_PACKED):
             return None
         weight = weight.resolve_neg()
         block = torch.empty(numel, dtype=_accumulation(weight.dtype), device=weight.device)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..tracing import for_fusion
 
-__all__ = ["Captured", "capture", "schema_of", "tensor_of"]
+__all__ = ["Captured", "capture", "is_size", "schema_of", "size_for", "tensor_of"]
 
 _aten = torch.ops.aten
 
@@ -77,6 +77,17 @@ def tensor_of(node: Any) -> Tensor | None:
     """The stand-in tensor of a node's value; None where it has none."""
     value = node.meta.get("val") if isinstance(node, torch.fx.Node) else None
     return value if isinstance(value, Tensor) else None
+
+
+def is_size(node: torch.fx.Node) -> bool:
+    """Whether a node's value is a size that depends on the batch."""
+    return isinstance(node.meta.get("val"), torch.SymInt)
+
+
+def size_for(node: torch.fx.Node, batch: int) -> int:
+    """What such a node gives for a batch of that size."""
+    expression = node.meta["val"].node.expr
+    return int(expression.xreplace(dict.fromkeys(expression.free_symbols, batch)))
 
 
 def schema_of(node: torch.fx.Node) -> torch._C.FunctionSchema | None:

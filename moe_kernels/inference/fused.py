@@ -17,7 +17,7 @@ from .. import backends
 from ..backends import BackendUnavailable
 from ..layout import memory_format_of
 from . import lowering
-from .capture import Captured, capture
+from .capture import Captured, capture, is_size, size_for
 from .folding import fold
 from .graphs import CudaGraphs
 from .lowering import Program
@@ -171,6 +171,8 @@ class FusedModel(nn.Module):
         return [self._value(n, values) for n in self._outputs]
 
     def _value(self, node: torch.fx.Node, values: dict[Any, Any]) -> Any:
+        if is_size(node):
+            return size_for(node, len(values[self._captured.inputs[0]]))
         return values[node] if node in values else self._captured.constants[str(node.target)]
 
     def _call(self, node: torch.fx.Node, values: dict[Any, Any]) -> Any:
@@ -189,7 +191,7 @@ def _stages(
     fallbacks: list[Fallback] = []
     runs: list[tuple[bool, list[torch.fx.Node]]] = []
     for node in captured.graph.nodes:
-        if node.op != "call_function":
+        if node.op != "call_function" or is_size(node):
             continue
         reason = "" if dtype is None else lowering.why_not(node, captured, dtype)
         if reason and _is_work(node):
@@ -231,6 +233,6 @@ def _last_uses(stages: Sequence[_Stage], outputs: Sequence[torch.fx.Node]) -> li
         made = stage.outputs if isinstance(stage, Program) else stage.nodes
         read = stage.inputs if isinstance(stage, Program) else [n for node in stage.nodes for n in node.all_input_nodes]
         for node in (*made, *read):
-            if node.op == "call_function":
+            if node.op == "call_function" and not is_size(node):
                 last[node] = i
     return [[n for n, at in last.items() if at == i and n not in outputs] for i in range(len(stages))]

@@ -21,7 +21,7 @@ from .. import ops
 from ..backends import choose as choose_backend
 from ..backends import native
 from ..routing import choose
-from .capture import Captured, tensor_of
+from .capture import Captured, is_size, tensor_of
 from .folding import NORMS, Affine, affine_of, as_fused, is_mean_of_pixels
 
 __all__ = ["DTYPES", "Program", "Unsupported", "lower", "why_not"]
@@ -157,9 +157,9 @@ def per_sample(node: Any) -> tuple[int, ...]:
 def _image(node: Any) -> tuple[int, int, int]:
     """Channels, rows and columns of an image or a vector, of which the native kernels know."""
     shape = per_sample(node)
-    if len(shape) == 3:
-        return shape  # type: ignore[return-value]
     long = [s for s in shape if s != 1]
+    if len(shape) == 3 and len(long) > 1:
+        return shape  # type: ignore[return-value]
     if len(long) > 1:
         raise Unsupported(f"neither an image nor a vector: {list(shape)} a sample")
     return (long[0] if long else 1), 1, 1
@@ -290,6 +290,8 @@ def _conv(low: _Lowering, node: torch.fx.Node) -> None:
     if g.samples_per_input != 1:
         raise Unsupported("several experts a sample")
     source, result = low.values[conv.input], low.image(node)
+    if (source.size, result.size) != (per_sample(conv.input), per_sample(node)):
+        raise Unsupported("images of one row or column")
     sides = [
         (_experts(low, conv.out_expert), g.num_out, list(g.out_starts)),
         (_experts(low, conv.in_expert), g.num_in, list(g.in_starts)),
@@ -595,7 +597,7 @@ def why_not(node: torch.fx.Node, captured: Captured, dtype: torch.dtype) -> str 
     try:
         low = _Lowering(captured, dtype)
         for source in node.all_input_nodes:
-            if captured.constant(source) is None:
+            if _is_value(source, captured):
                 _read(low, source)
         handler = _HANDLERS.get(node.target)
         if handler is None:
@@ -607,6 +609,11 @@ def why_not(node: torch.fx.Node, captured: Captured, dtype: torch.dtype) -> str 
     except Unsupported as reason:
         return str(reason)
     return None
+
+
+def _is_value(node: torch.fx.Node, captured: Captured) -> bool:
+    """Neither a constant nor a size."""
+    return captured.constant(node) is None and not is_size(node)
 
 
 def _read(low: _Lowering, node: torch.fx.Node) -> None:
@@ -634,7 +641,7 @@ def lower(
     inputs: list[torch.fx.Node] = []
     for node in nodes:
         for source in node.all_input_nodes:
-            if source not in own and source not in low.values and captured.constant(source) is None:
+            if source not in own and source not in low.values and _is_value(source, captured):
                 _load(low, source, len(inputs))
                 inputs.append(source)
         _HANDLERS[node.target](low, node)
