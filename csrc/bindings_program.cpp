@@ -6,9 +6,11 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/program.h"
@@ -86,15 +88,27 @@ std::vector<cpu::External> externals(const std::vector<ExternalTuple>& given) {
     return made;
 }
 
-void run(const Program& program, int64_t samples, const std::vector<ExternalTuple>& inputs,
-         const std::vector<ExternalTuple>& outputs, int threads) {
+void run_with(const Program& program, int64_t samples, const std::vector<ExternalTuple>& inputs,
+              const std::vector<ExternalTuple>& outputs, int threads, std::vector<double>* seconds) {
     const auto from = externals(inputs), to = externals(outputs);
     std::string error;
     {
         const py::gil_scoped_release unlocked;
-        error = program.run(samples, from, to, threads);
+        error = program.run(samples, from, to, threads, seconds);
     }
     if (!error.empty()) throw std::invalid_argument(error);
+}
+
+void run(const Program& program, int64_t samples, const std::vector<ExternalTuple>& inputs,
+         const std::vector<ExternalTuple>& outputs, int threads) {
+    run_with(program, samples, inputs, outputs, threads, nullptr);
+}
+
+std::vector<double> profile(const Program& program, int64_t samples, const std::vector<ExternalTuple>& inputs,
+                            const std::vector<ExternalTuple>& outputs, int threads) {
+    std::vector<double> seconds;
+    run_with(program, samples, inputs, outputs, threads, &seconds);
+    return seconds;
 }
 
 DType dtype_of(int dtype) {
@@ -118,7 +132,8 @@ void bind_program(py::module_& m) {
         .def("conv", &conv)
         .def("layer", &layer)
         .def("memory", &Program::memory)
-        .def("run", &run);
+        .def("run", &run)
+        .def("profile", &profile);
 }
 
 }  // namespace moe

@@ -12,6 +12,7 @@ from . import functional
 from ._version import __version__
 from .backends import BackendUnavailable, available_backends, use_backend
 from .convert import LightRouter, ScoreNorm, SelfRoutedConv2d, convert
+from .inference import FusedModel, fuse
 from .nn import RoutedBatchNorm2d, RoutedConv2d, RoutedLinear
 from .routing import Routing
 from .slices import ExpertSlices
@@ -19,6 +20,7 @@ from .slices import ExpertSlices
 __all__ = [
     "BackendUnavailable",
     "ExpertSlices",
+    "FusedModel",
     "LightRouter",
     "RoutedBatchNorm2d",
     "RoutedConv2d",
@@ -30,5 +32,6 @@ __all__ = [
     "available_backends",
     "convert",
     "functional",
+    "fuse",
     "use_backend",
 ]

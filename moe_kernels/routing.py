@@ -208,8 +208,8 @@ def _choose_fake(scores: Tensor) -> Tensor:
     return torch.empty(scores.shape[0], dtype=torch.int64, device=scores.device)
 
 
-# The choice of one expert as one operator, for graphs that are to be fused: the highest of scores [B, N], the lowest index
-# of equals; a NaN raises on the CPU, and gives index N elsewhere.
+# The choice of one expert as one operator, for graphs that are to be fused: the highest of scores [B, N], the lowest
+# index of equals; a NaN raises on the CPU, and gives index N elsewhere.
 _lib = torch.library.Library("moe_kernels", "FRAGMENT")
 _lib.define("choose(Tensor scores) -> Tensor")
 _lib.impl("choose", _choose, "CompositeExplicitAutograd")

@@ -143,13 +143,14 @@ std::unique_ptr<Program::Memory> Program::take_memory(size_t bytes) const {
 }
 
 std::string Program::run(int64_t samples, const std::vector<External>& inputs, const std::vector<External>& outputs,
-                         int threads) const {
+                         int threads, std::vector<double>* seconds) const {
+    if (seconds != nullptr) seconds->assign(steps_.size(), 0);
     if (samples == 0) return {};
     const int64_t part = part_of(samples, threads), parts = (samples + part - 1) / part;
     std::unique_ptr<Memory> own = take_memory(size_t(this->memory(samples, threads)));
     std::string error;
     if (parts == 1) {
-        error = run_part({static_cast<char*>(own->data), 0, samples, &inputs, &outputs, threads});
+        error = run_part({static_cast<char*>(own->data), 0, samples, &inputs, &outputs, threads}, seconds);
     } else {
         bool no_memory = false;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
@@ -158,7 +159,7 @@ std::string Program::run(int64_t samples, const std::vector<External>& inputs, c
             try {
                 char* memory = static_cast<char*>(own->data) + omp_get_thread_num() * part * sample_bytes_;
                 const int64_t begin = i * part, left = samples - begin;
-                mine = run_part({memory, begin, left < part ? left : part, &inputs, &outputs, 1});
+                mine = run_part({memory, begin, left < part ? left : part, &inputs, &outputs, 1}, seconds);
             } catch (const std::bad_alloc&) {
 #pragma omp atomic write
                 no_memory = true;
@@ -175,38 +176,45 @@ std::string Program::run(int64_t samples, const std::vector<External>& inputs, c
     return error;
 }
 
-std::string Program::run_part(const Part& part) const {
-    for (const Step& step : steps_) {
-        const int64_t* expert = part.index(step.prologue.expert);
-        std::string error;
-        switch (step.kind) {
-            case Step::Kind::load:
-            case Step::Kind::store: {
-                const bool loads = step.kind == Step::Kind::load;
-                const External& outside = (loads ? *part.inputs : *part.outputs)[size_t(step.external)];
-                void* data = static_cast<char*>(part.at(step.place.offset)) + step.place.channel * size_of(dtype_);
-                const auto moves = dtype_ == DType::float64 ? (loads ? move<double, true> : move<double, false>)
-                                                            : (loads ? move<float, true> : move<float, false>);
-                moves(outside, part.begin, part.count, step.place, data, step.prologue, expert, part.threads);
-                break;
-            }
-            case Step::Kind::load_index:
-            case Step::Kind::store_index: {
-                const bool loads = step.kind == Step::Kind::load_index;
-                const External& outside = (loads ? *part.inputs : *part.outputs)[size_t(step.external)];
-                int64_t* out = static_cast<int64_t*>(outside.data) + part.begin * outside.strides[0];
-                int64_t* in = part.index(step.index);
-                for (int64_t s = 0; s < part.count; ++s, out += outside.strides[0]) (loads ? in[s] : *out) = loads ? *out : in[s];
-                break;
-            }
-            case Step::Kind::conv:
-                error = run_conv(convs_[step.which], part);
-                break;
-            case Step::Kind::layer:
-                error = run_layer(layers_[step.which], part);
-                break;
-        }
+std::string Program::run_part(const Part& part, std::vector<double>* seconds) const {
+    for (size_t i = 0; i < steps_.size(); ++i) {
+        const double begin = seconds != nullptr ? omp_get_wtime() : 0;
+        const std::string error = run_step(steps_[i], part);
         if (!error.empty()) return error;
+        if (seconds != nullptr) {
+            const double taken = omp_get_wtime() - begin;
+#pragma omp atomic
+            (*seconds)[i] += taken;
+        }
+    }
+    return {};
+}
+
+std::string Program::run_step(const Step& step, const Part& part) const {
+    const bool loads = step.kind == Step::Kind::load || step.kind == Step::Kind::load_index;
+    switch (step.kind) {
+        case Step::Kind::load:
+        case Step::Kind::store: {
+            const External& outside = (loads ? *part.inputs : *part.outputs)[size_t(step.external)];
+            void* data = static_cast<char*>(part.at(step.place.offset)) + step.place.channel * size_of(dtype_);
+            const auto moves = dtype_ == DType::float64 ? (loads ? move<double, true> : move<double, false>)
+                                                        : (loads ? move<float, true> : move<float, false>);
+            const int64_t* expert = part.index(step.prologue.expert);
+            moves(outside, part.begin, part.count, step.place, data, step.prologue, expert, part.threads);
+            return {};
+        }
+        case Step::Kind::load_index:
+        case Step::Kind::store_index: {
+            const External& outside = (loads ? *part.inputs : *part.outputs)[size_t(step.external)];
+            int64_t* out = static_cast<int64_t*>(outside.data) + part.begin * outside.strides[0];
+            int64_t* in = part.index(step.index);
+            for (int64_t s = 0; s < part.count; ++s, out += outside.strides[0]) (loads ? in[s] : *out) = loads ? *out : in[s];
+            return {};
+        }
+        case Step::Kind::conv:
+            return run_conv(convs_[step.which], part);
+        case Step::Kind::layer:
+            return run_layer(layers_[step.which], part);
     }
     return {};
 }

@@ -74,9 +74,10 @@ public:
     void conv(ProgramConv conv);
     void layer(ProgramLayer layer);
 
-    // Returns an empty string, or what was wrong: an index out of range, or a NaN score.
+    // Returns an empty string, or what was wrong: an index out of range, or a NaN score. `seconds`, if not null, gets the
+    // time of each step, summed over the parts of the batch.
     std::string run(int64_t samples, const std::vector<External>& inputs, const std::vector<External>& outputs,
-                    int threads) const;
+                    int threads, std::vector<double>* seconds = nullptr) const;
 
     // Bytes that a run for so many samples takes, and that are kept for the next.
     int64_t memory(int64_t samples, int threads) const;
@@ -102,7 +103,8 @@ private:
     struct Part;
 
     int64_t part_of(int64_t samples, int threads) const;
-    std::string run_part(const Part& part) const;
+    std::string run_part(const Part& part, std::vector<double>* seconds) const;
+    std::string run_step(const Step& step, const Part& part) const;
     std::string run_conv(const Conv& conv, const Part& part) const;
     std::string run_layer(const ProgramLayer& layer, const Part& part) const;
     std::unique_ptr<Memory> take_memory(size_t bytes) const;

@@ -5,6 +5,6 @@
 kernels, ``graphs`` into CUDA graphs; ``fused`` is what one calls.
 """
 
-from .fused import Fallback, FusedModel, fuse
+from .fused import Fallback, FusedModel, StepTime, fuse
 
-__all__ = ["Fallback", "FusedModel", "fuse"]
+__all__ = ["Fallback", "FusedModel", "StepTime", "fuse"]

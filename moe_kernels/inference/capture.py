@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from ..tracing import for_fusion
 
-__all__ = ["Captured", "capture", "is_size", "schema_of", "size_for", "tensor_of"]
+__all__ = ["Captured", "arguments", "capture", "is_size", "schema_of", "size_for", "tensor_of"]
 
 _aten = torch.ops.aten
 
 # What changes no value in eval mode.
 _NOTHING = {
-    _aten.detach.default, _aten.clone.default, _aten.contiguous.default, _aten.alias.default, _aten.lift_fresh_copy.default,
-    _aten.dropout.default, _aten.feature_dropout.default, _aten.alpha_dropout.default, _aten.lift_fresh.default,
+    _aten.detach.default, _aten.clone.default, _aten.contiguous.default, _aten.alias.default, _aten.lift_fresh.default,
+    _aten.lift_fresh_copy.default, _aten.dropout.default, _aten.feature_dropout.default, _aten.alpha_dropout.default,
 }  # fmt: skip
 _CASTS = {_aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, _aten._to_copy.default}
 # What changes nothing where the shape stays.
@@ -90,6 +90,14 @@ def size_for(node: torch.fx.Node, batch: int) -> int:
     return int(expression.xreplace(dict.fromkeys(expression.free_symbols, batch)))
 
 
+def arguments(node: torch.fx.Node) -> list[Any]:
+    """An operator's arguments in the order of its schema, those that are not given by their defaults."""
+    schema = schema_of(node)
+    assert schema is not None
+    given = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
+    return [given.get(a.name, a.default_value) for a in schema.arguments]
+
+
 def schema_of(node: torch.fx.Node) -> torch._C.FunctionSchema | None:
     return getattr(node.target, "_schema", None) if node.op == "call_function" else None
 
@@ -136,7 +144,11 @@ def _taken_apart(program: torch.export.ExportedProgram) -> Captured:
     """The exported graph with its parameters and buffers as ``get_attr`` nodes."""
     signature, graph = program.graph_signature, program.graph
     state = {**program.state_dict, **program.constants}
-    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    named = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
     captured = Captured(graph, {}, [], program.call_spec.out_spec)
     for node in list(graph.nodes):
         if node.op != "placeholder":
@@ -160,7 +172,7 @@ def _simplified(captured: Captured) -> Captured:
         if node.target is _aten._assert_tensor_metadata.default or node.target is _aten._assert_scalar.default:
             graph.erase_node(node)
         elif _does_nothing(node):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     _fold_constants(captured, pinned)
     captured.drop_unused()
@@ -224,7 +236,12 @@ def _may_alias(node: torch.fx.Node) -> bool:
     schema = schema_of(node)
     if schema is None:
         return False
-    composite = node.target in (_aten.reshape.default, _aten.flatten.using_ints, _aten.contiguous.default, _aten.view_as.default)
+    composite = node.target in (
+        _aten.reshape.default,
+        _aten.flatten.using_ints,
+        _aten.contiguous.default,
+        _aten.view_as.default,
+    )
     return composite or node.target in _CASTS or any(r.alias_info is not None for r in schema.returns)
 
 
@@ -240,7 +257,7 @@ def _fold_constants(captured: Captured, pinned: set[torch.fx.Node]) -> None:
             lambda a: captured.constants[str(a.target)] if isinstance(a, torch.fx.Node) else a, (node.args, node.kwargs)
         )
         with torch.no_grad():
-            value = node.target(*args, **kwargs)  # type: ignore[operator]
+            value = node.target(*args, **kwargs)
         node.replace_all_uses_with(captured.add_constant(value, node))
         graph.erase_node(node)
 

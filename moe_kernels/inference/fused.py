@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .. import backends
-from ..backends import BackendUnavailable
 from ..layout import memory_format_of
 from . import lowering
 from .capture import Captured, capture, is_size, size_for
@@ -22,7 +22,7 @@ from .folding import fold
 from .graphs import CudaGraphs
 from .lowering import Program
 
-__all__ = ["Fallback", "FusedModel", "fuse"]
+__all__ = ["Fallback", "FusedModel", "StepTime", "fuse"]
 
 # Samples that go through a network together on the CPU.
 _CHUNK = 16
@@ -50,6 +50,15 @@ class _Torch:
 _Stage = Program | _Torch
 
 
+@dataclass(frozen=True)
+class StepTime:
+    """What a part of a fused model took: its operation, the module that it belongs to, and seconds of all threads."""
+
+    operation: str
+    module: str
+    seconds: float
+
+
 def fuse(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> FusedModel:
     """An inference form of a model with routed layers: what it computes in eval mode, with less work.
 
@@ -69,6 +78,7 @@ def fuse(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> FusedM
 
     Raises:
         ValueError: if the model is in training mode, or cannot be traced; TypeError: for an example that is no tensor.
+        BackendUnavailable: if no backend computes on the example's device.
     """
     examples = example_input if isinstance(example_input, tuple) else (example_input,)
     for x in examples:
@@ -81,21 +91,15 @@ def fuse(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> FusedM
         raise ValueError(f"model: expected eval mode, call model.eval() first; {training[0]} is in training mode")
     captured = capture(model, examples)
     device, dtype = examples[0].device, examples[0].dtype
-    on_cpu = device.type == "cpu" and dtype in lowering.DTYPES and _runs_native_code(device)
-    fold(captured, dense=on_cpu, routers=device.type != "cpu")
+    backend = backends.choose(device)
+    on_cpu = backend.name == "cpu" and dtype in lowering.DTYPES
+    fold(captured, dense=on_cpu, routers=backend.routes)
     fused = FusedModel(captured, examples, native=on_cpu)
     if fused.fallbacks and on_cpu:
         shown = "; ".join(str(f) for f in fused.fallbacks[:3])
         more = f"; and {len(fused.fallbacks) - 3} more" if len(fused.fallbacks) > 3 else ""
         warnings.warn(f"fuse: {len(fused.fallbacks)} operations run as torch's own: {shown}{more}", stacklevel=2)
     return fused
-
-
-def _runs_native_code(device: torch.device) -> bool:
-    try:
-        return backends.choose(device).name == "cpu"
-    except BackendUnavailable:
-        return False
 
 
 class FusedModel(nn.Module):
@@ -135,9 +139,35 @@ class FusedModel(nn.Module):
             raise ValueError("mode: a fused model is for inference; train the model that it was made of, and fuse again")
         return self
 
+    def profile(self, *inputs: Tensor) -> list[StepTime]:
+        """The time of each step in one call, after another one that is not timed; on the CPU.
+
+        Where each thread takes a part of the batch through the network, seconds are the sum of the threads'.
+
+        Raises:
+            ValueError: on another device; and as :meth:`forward`.
+        """
+        if self._graphs is not None:
+            raise ValueError("profile: a CUDA graph has no steps to be timed one by one; use torch.profiler")
+        self(*inputs)
+        times: list[StepTime] = []
+        with torch.no_grad():
+            self._run(inputs, times)
+        return times
+
+    def memory(self, batch: int) -> int:
+        """Bytes of activations that a batch of this size takes on the CPU, beside inputs, results and fallbacks. They are
+        kept for the next call."""
+        return sum(s.native.memory(batch, torch.get_num_threads()) for s in self._stages if isinstance(s, Program))
+
+    def __getstate__(self) -> Any:
+        raise TypeError("a fused model is neither saved nor copied: save the model that it was made of, and fuse that")
+
     def extra_repr(self) -> str:
         native = [s for s in self._stages if isinstance(s, Program)]
-        text = f"{sum(s.steps for s in native)} native steps in {len(native)} programs, {len(self.fallbacks)} fallbacks"
+        text = (
+            f"{sum(len(s.steps) for s in native)} native steps in {len(native)} programs, {len(self.fallbacks)} fallbacks"
+        )
         return "\n".join([text, *map(str, self.fallbacks)])
 
     def _check(self, inputs: Sequence[Tensor]) -> None:
@@ -154,18 +184,26 @@ class FusedModel(nn.Module):
             if len(x) != len(inputs[0]):
                 raise ValueError(f"inputs: expected batches of one size, got {[len(i) for i in inputs]}")
             if x.requires_grad and torch.is_grad_enabled():
-                raise RuntimeError("input: a fused model has no backward; use the model it was made of, or torch.no_grad()")
+                raise RuntimeError(
+                    "input: a fused model has no backward; use the model it was made of, or torch.no_grad()"
+                )
 
-    def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def _run(self, inputs: Sequence[Tensor], times: list[StepTime] | None = None) -> list[Tensor]:
         values: dict[Any, Any] = dict(zip(self._captured.inputs, inputs, strict=True))
         layout = memory_format_of(inputs[0]) if inputs[0].dim() == 4 else torch.contiguous_format
         for stage, dead in zip(self._stages, self._dead, strict=True):
             if isinstance(stage, Program):
-                results = stage.run([values[n] for n in stage.inputs], layout)
+                seconds: list[float] | None = None if times is None else []
+                results = stage.run([values[n] for n in stage.inputs], layout, seconds)
                 values.update(zip(stage.outputs, results, strict=True))
+                if times is not None and seconds is not None:
+                    times += [StepTime(n, _module(at), t) for (n, at), t in zip(stage.steps, seconds, strict=True)]
             else:
                 for node in stage.nodes:
+                    begin = time.perf_counter()
                     values[node] = self._call(node, values)
+                    if times is not None:
+                        times.append(StepTime(_operation(node), _module(node), time.perf_counter() - begin))
             for node in dead:
                 del values[node]
         return [self._value(n, values) for n in self._outputs]
@@ -205,7 +243,9 @@ def _stages(
         own = set(nodes)
         if native:
             assert dtype is not None
-            wanted = [n for n in nodes if n in outputs or any(user not in own and user.op != "output" for user in n.users)]
+            wanted = [
+                n for n in nodes if n in outputs or any(user not in own and user.op != "output" for user in n.users)
+            ]
             stages.append(lowering.lower(captured, nodes, wanted, dtype, _CHUNK))
         else:
             stages.append(_Torch(nodes))

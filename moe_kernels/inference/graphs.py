@@ -46,7 +46,9 @@ class CudaGraphs:
             try:
                 captured = self._capture(inputs)
             except RuntimeError as error:
-                warnings.warn(f"fuse: the model cannot be captured as a CUDA graph, and runs without: {error}", stacklevel=4)
+                warnings.warn(
+                    f"fuse: the model cannot be captured as a CUDA graph, and runs without: {error}", stacklevel=4
+                )
                 self._fails = True
                 return self._function(inputs)
             self._graphs[key] = captured

@@ -20,8 +20,9 @@ from torch import Tensor
 from .. import ops
 from ..backends import choose as choose_backend
 from ..backends import native
+from ..geometry import Conv2dGeometry
 from ..routing import choose
-from .capture import Captured, is_size, tensor_of
+from .capture import Captured, arguments, is_size, tensor_of
 from .folding import NORMS, Affine, affine_of, as_fused, is_mean_of_pixels
 
 __all__ = ["DTYPES", "Program", "Unsupported", "lower", "why_not"]
@@ -31,7 +32,12 @@ DTYPES = (torch.float32, torch.float64)
 _ALIGNMENT = 64  # bytes
 _NOWHERE = -1
 # As moe::cpu::LayerOp.
-_MEAN, _GROUP_NORM, _LINEAR, _ARGMAX, _SOFTMAX, _GATHER, _COPY, _ADD, _SCALE_ROWS, _MAX_POOL, _AVERAGE_POOL, _FLATTEN = range(12)
+_NAMES = (
+    "mean", "norm", "linear", "argmax", "softmax", "gather", "copy", "add", "gate", "max-pool", "average pool", "flatten",
+)  # fmt: skip
+(
+    _MEAN, _GROUP_NORM, _LINEAR, _ARGMAX, _SOFTMAX, _GATHER, _COPY, _ADD, _SCALE_ROWS, _MAX_POOL, _AVERAGE_POOL, _FLATTEN,
+) = range(len(_NAMES))  # fmt: skip
 # Outputs from which on a linear layer is a 1x1 convolution.
 _WIDE_LINEAR = 32
 _VIEWS = {
@@ -101,6 +107,8 @@ class Value:
 class Step(NamedTuple):
     """A call of the native program's method, once places are known."""
 
+    name: str
+    node: torch.fx.Node
     reads: tuple[Buffer, ...]
     writes: Buffer | None
     record: Callable[[Any], None]
@@ -115,17 +123,24 @@ class Program:
     outputs: list[torch.fx.Node]
     shapes: list[tuple[tuple[int, ...], torch.dtype]]  # of the outputs, without the batch
     keep: list[Tensor]  # what the program's pointers point to
-    steps: int
+    steps: list[tuple[str, torch.fx.Node]]  # what each does, and for which node
 
-    def run(self, inputs: Sequence[Tensor], layout: torch.memory_format) -> list[Tensor]:
-        """Images among the results are in the memory format ``layout``."""
+    def run(
+        self, inputs: Sequence[Tensor], layout: torch.memory_format, seconds: list[float] | None = None
+    ) -> list[Tensor]:
+        """Images among the results are in the memory format ``layout``. ``seconds`` gets the time of each step, summed
+        over the threads where each takes a part of the batch."""
         batch = inputs[0].shape[0]
         given = [(x.data_ptr(), _strides(x)) for x in inputs]
         results = []
         for shape, dtype in self.shapes:
             memory_format = layout if len(shape) == 3 else torch.contiguous_format
             results.append(torch.empty((batch, *shape), dtype=dtype, memory_format=memory_format))
-        self.native.run(batch, given, [(y.data_ptr(), _strides(y)) for y in results], torch.get_num_threads())
+        arguments = batch, given, [(y.data_ptr(), _strides(y)) for y in results], torch.get_num_threads()
+        if seconds is None:
+            self.native.run(*arguments)
+        else:
+            seconds[:] = self.native.profile(*arguments)
         return results
 
 
@@ -159,7 +174,7 @@ def _image(node: Any) -> tuple[int, int, int]:
     shape = per_sample(node)
     long = [s for s in shape if s != 1]
     if len(shape) == 3 and len(long) > 1:
-        return shape  # type: ignore[return-value]
+        return shape
     if len(long) > 1:
         raise Unsupported(f"neither an image nor a vector: {list(shape)} a sample")
     return (long[0] if long else 1), 1, 1
@@ -175,9 +190,10 @@ class _Lowering:
 
     captured: Captured
     dtype: torch.dtype
-    values: dict[torch.fx.Node, Value] = field(default_factory=dict)
+    values: dict[Any, Value] = field(default_factory=dict)
     steps: list[Step] = field(default_factory=list)
     keep: list[Tensor] = field(default_factory=list)
+    node: Any = None  # that is being lowered
 
     # --- values -------------------------------------------------------------------------------------------------------
 
@@ -193,7 +209,7 @@ class _Lowering:
         self.values[node] = value
         return value
 
-    def plain(self, node: torch.fx.Node) -> Value:
+    def plain(self, node: Any) -> Value:
         """With nothing left to be done to it when it is read."""
         value = self.values[node]
         if value.prologue is _NO_PROLOGUE:
@@ -213,14 +229,15 @@ class _Lowering:
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
-    def add(self, reads: Sequence[Value | Buffer | None], writes: Value | Buffer | None, record: Any) -> None:
+    def add(self, name: str, reads: Sequence[Value | Buffer | None], writes: Value | Buffer | None, record: Any) -> None:
         buffers: list[Buffer] = []
         for read in reads:
             if isinstance(read, Value):
                 buffers += [read.buffer, *([read.prologue.expert] if read.prologue.expert is not None else [])]
             elif read is not None:
                 buffers.append(read)
-        self.steps.append(Step(tuple(buffers), writes.buffer if isinstance(writes, Value) else writes, record))
+        written = writes.buffer if isinstance(writes, Value) else writes
+        self.steps.append(Step(name, self.node, tuple(buffers), written, record))
 
     def prologue(self, value: Value) -> Callable[[], tuple[int, int, int, int, bool]]:
         p = value.prologue
@@ -254,10 +271,65 @@ class _Lowering:
         def record(program: Any) -> None:
             to = _place(result) if isinstance(result, Value) else _NO_PLACE
             program.layer(
-                op, _place(source), _place(other), to, *weights, _offset(chosen), numbers, eps, count_padding, relu, before()
+                op,
+                _place(source),
+                _place(other),
+                to,
+                *weights,
+                _offset(chosen),
+                numbers,
+                eps,
+                count_padding,
+                relu,
+                before(),
             )
 
-        self.add([source, other, index], result, record)
+        self.add(_NAMES[op], [source, other, index], result, record)
+
+    def pool(
+        self,
+        op: int,
+        x: Any,
+        node: torch.fx.Node,
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        count_padding: bool = False,
+    ) -> None:
+        sizes = {"kernel": kernel, "stride": stride, "padding": padding}
+        self.layer(op, self.values[x], self.image(node), **sizes, count_padding=count_padding)  # type: ignore[arg-type]
+
+    def convolution(
+        self,
+        node: torch.fx.Node,
+        source: Value,
+        result: Value,
+        weight: Tensor,
+        g: Conv2dGeometry,
+        sides: Sequence[tuple[Buffer | None, int, list[int]]],  # out, in: expert, number of slices, starts
+        residual: Value | None,
+        gate: Value | None,
+        bias: int,
+        scale: int = 0,
+        shift: int = 0,
+        per_slice: bool = False,
+        relu: bool = False,
+    ) -> None:
+        packed = choose_backend(weight.device).pack(weight.to(self.dtype), g, False)
+        if packed is None:
+            raise Unsupported("its packed weights would take more than eight times the weights' memory")
+        self.keep.append(packed)
+        shape = native.conv2d_shape(1, g, *source.size, result.height, result.width, *weight.shape[2:])
+        before = self.prologue(source)
+
+        def record(program: Any) -> None:
+            program.conv(
+                _place(source), _place(result), _place(residual), shape, *((_offset(s[0]), *s[1:]) for s in sides),
+                packed.data_ptr(), bias, _offset(None if gate is None else gate.buffer), scale, shift, per_slice, relu,
+                before(),
+            )  # fmt: skip
+
+        self.add("convolution", [source, residual, gate, sides[0][0], sides[1][0]], result, record)
 
 
 _NO_PLACE = (_NOWHERE, 0, 1, 1, 0, 0)
@@ -274,7 +346,7 @@ def _place(value: Value | None) -> tuple[int, ...]:
     return root.offset, channel, value.height, value.width, value.channels, root.channels
 
 
-# --- what each operator becomes ---------------------------------------------------------------------------------------------
+# --- what each operator becomes -----------------------------------------------------------------------------------------
 
 _Handler = Callable[[_Lowering, torch.fx.Node], None]
 
@@ -284,8 +356,9 @@ def _conv(low: _Lowering, node: torch.fx.Node) -> None:
     assert conv is not None
     e, g = conv.epilogue, conv.geometry
     weight = low.captured.constant(conv.weight)
-    constants = [low.captured.constant(n) for n in (e.bias, e.scale, e.shift)]
-    if weight is None or any(n is not None and c is None for n, c in zip((e.bias, e.scale, e.shift), constants, strict=True)):
+    given = e.bias, e.scale, e.shift
+    constants = [low.captured.constant(n) for n in given]
+    if weight is None or any(n is not None and c is None for n, c in zip(given, constants, strict=True)):
         raise Unsupported("its weights are computed")
     if g.samples_per_input != 1:
         raise Unsupported("several experts a sample")
@@ -298,70 +371,44 @@ def _conv(low: _Lowering, node: torch.fx.Node) -> None:
     ]
     gate = None if e.gate is None else low.plain(e.gate)
     residual = None if e.residual is None else low.plain(e.residual)
-    packed = choose_backend(weight.device).pack(weight.to(low.dtype), g, False)
-    if packed is None:
-        raise Unsupported("its packed weights would take more than eight times the weights' memory")
-    low.keep.append(packed)
-    shape = native.conv2d_shape(1, g, *source.size, result.height, result.width, *weight.shape[2:])
     bias, scale, shift = (low.pointer(c) for c in constants)
     affine = constants[1] if constants[1] is not None else constants[2]
     per_slice = affine is not None and affine.shape[0] != g.out_width
-    before = low.prologue(source)
-
-    def record(program: Any) -> None:
-        program.conv(
-            _place(source), _place(result), _place(residual), shape, *((_offset(s[0]), *s[1:]) for s in sides),
-            packed.data_ptr(), bias, _NOWHERE if gate is None else _offset(gate.buffer), scale, shift, per_slice, e.relu,
-            before(),
-        )  # fmt: skip
-
-    low.add([source, residual, gate, sides[0][0], sides[1][0]], result, record)
+    low.convolution(node, source, result, weight, g, sides, residual, gate, bias, scale, shift, per_slice, bool(e.relu))
 
 
-def _experts(low: _Lowering, node: torch.fx.Node | None) -> Buffer | None:
+def _experts(low: _Lowering, node: Any) -> Buffer | None:
     return None if node is None else low.values[node].buffer
 
 
 def _linear(low: _Lowering, node: torch.fx.Node) -> None:
-    weight, bias = (low.captured.constant(a) for a in (*node.args, None)[1:3])
-    if weight is None:
+    x, *given = arguments(node)
+    weight, bias = map(low.captured.constant, given)
+    if weight is None or (given[1] is not None and bias is None):
         raise Unsupported("its weights are computed")
-    _image(node)
     if weight.shape[0] < _WIDE_LINEAR:
-        low.layer(_LINEAR, low.plain(node.args[0]), low.image(node), weight=weight, bias=bias)  # type: ignore[arg-type]
+        low.layer(_LINEAR, low.plain(x), low.image(node), weight=weight, bias=bias)
         return
-    source, result = low.values[node.args[0]], low.image(node)  # type: ignore[index]
-    g = ops.Conv2dGeometry((), (), 0, 0, weight.shape[0], weight.shape[1], (1, 1), (0, 0), (1, 1), 1)
-    packed = choose_backend(weight.device).pack(weight.to(low.dtype)[:, :, None, None], g, False)
-    assert packed is not None
-    low.keep.append(packed)
-    shape = native.conv2d_shape(1, g, weight.shape[1], 1, 1, 1, 1, 1, 1)
-    before, of_bias = low.prologue(source), low.pointer(bias)
-    whole = (_NOWHERE, 0, [])
-
-    def record(program: Any) -> None:
-        program.conv(
-            _place(source), _place(result), _NO_PLACE, shape, whole, whole, packed.data_ptr(), of_bias, _NOWHERE, 0, 0,
-            False, False, before(),
-        )  # fmt: skip
-
-    low.add([source], result, record)
+    g = Conv2dGeometry((), (), 0, 0, weight.shape[0], weight.shape[1], (1, 1), (0, 0), (1, 1), 1)
+    whole: list[tuple[Buffer | None, int, list[int]]] = [(None, 0, []), (None, 0, [])]
+    weight4d = weight[:, :, None, None]
+    low.convolution(node, low.values[x], low.image(node), weight4d, g, whole, None, None, low.pointer(bias))
 
 
 def _affine(low: _Lowering, node: torch.fx.Node) -> None:
     affine = affine_of(node, low.captured)
     if affine is None:
         raise Unsupported("by the batch's own statistics")
-    _read_through(low, node.args[0], node, affine)  # type: ignore[arg-type]
+    _read_through(low, node.args[0], node, affine)
 
 
-def _read_through(low: _Lowering, source: torch.fx.Node, node: torch.fx.Node, affine: Affine) -> None:
+def _read_through(low: _Lowering, source: Any, node: torch.fx.Node, affine: Affine) -> None:
     """An affine map of ``source``, done by whoever reads it."""
     channels = _image(node)[0]
     scale, shift, expert = affine.scale, affine.shift, None
     if affine.expert is not None:
         expert = low.values[affine.expert].buffer
-        starts = affine.starts or [e * channels for e in range(affine.count)]
+        starts = affine.starts or [e * channels for e in range(affine.num_experts)]
         scale, shift = (torch.stack([t[s : s + channels] for s in starts]) for t in (scale, shift))
     value = low.values[source]
     p = value.prologue
@@ -374,110 +421,113 @@ def _read_through(low: _Lowering, source: torch.fx.Node, node: torch.fx.Node, af
 
 
 def _relu(low: _Lowering, node: torch.fx.Node) -> None:
-    _image(node)
-    value = low.values[node.args[0]]  # type: ignore[index]
+    value = low.values[node.args[0]]
     p = value.prologue
     low.values[node] = Value(value.buffer, *value.size, prologue=Prologue(p.scale, p.shift, p.expert, True))
 
 
 def _by_constant(low: _Lowering, node: torch.fx.Node) -> None:
     """Addition, subtraction, multiplication or division of an image and a constant for each channel."""
-    a, b = node.args[:2]
+    a, b, *rest = arguments(node)
     channels = _image(node)[0]
     first = isinstance(a, torch.fx.Node) and low.captured.constant(a) is None
-    other = b if first else a
+    source, other = (a, b) if first else (b, a)
     number = low.captured.constant(other)
-    if node.kwargs or (number is None and not isinstance(other, (int, float))):
+    if rest not in ([], [1]) or (number is None and not isinstance(other, (int, float))):
         raise Unsupported("neither of two values is a constant")
-    value = torch.tensor(float(other), dtype=torch.float64) if number is None else number.double()  # type: ignore[arg-type]
+    value = torch.tensor(float(other), dtype=torch.float64) if number is None else number.double()
     rank = len(per_sample(node)) + 1
     spread = value.reshape([1] * (rank - value.dim()) + list(value.shape))
     if rank < 2 or any(size != 1 for i, size in enumerate(spread.shape) if i != 1):
         raise Unsupported("a constant that is not one for each channel")
-    constant = spread.flatten().expand(channels) if spread.numel() == 1 else spread.flatten()
+    constant = spread.flatten().expand(channels)
     one, zero = torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
-    kind = node.target
-    if kind is _aten.add.Tensor:
+    if node.target is _aten.add.Tensor:
         affine = Affine(one, constant)
-    elif kind is _aten.sub.Tensor:
+    elif node.target is _aten.sub.Tensor:
         affine = Affine(one, -constant) if first else Affine(-one, constant)
-    elif kind is _aten.mul.Tensor:
+    elif node.target is _aten.mul.Tensor:
         affine = Affine(constant, zero)
     elif first:
         affine = Affine(1 / constant, zero)
     else:
         raise Unsupported("a constant divided by a value")
-    _read_through(low, a if first else b, node, affine)  # type: ignore[arg-type]
+    _read_through(low, source, node, affine)
+
+
+def _two_values(low: _Lowering, node: torch.fx.Node) -> bool:
+    return all(isinstance(n, torch.fx.Node) and low.captured.constant(n) is None for n in arguments(node)[:2])
 
 
 def _sum(low: _Lowering, node: torch.fx.Node) -> None:
-    a, b = node.args[:2]
-    if any(not isinstance(n, torch.fx.Node) or low.captured.constant(n) is not None for n in (a, b)):
+    if not _two_values(low, node):
         return _by_constant(low, node)
-    if node.kwargs or per_sample(a) != per_sample(b):
-        raise Unsupported("a sum of different shapes")
-    low.layer(_ADD, low.values[a], low.image(node), other=low.plain(b))  # type: ignore[arg-type,index]
+    a, b, alpha = arguments(node)
+    if alpha != 1 or per_sample(a) != per_sample(b):
+        raise Unsupported("a sum of different shapes, or with a factor")
+    low.layer(_ADD, low.values[a], low.image(node), other=low.plain(b))
     return None
 
 
 def _product(low: _Lowering, node: torch.fx.Node) -> None:
-    a, b = node.args[:2]
-    if any(not isinstance(n, torch.fx.Node) or low.captured.constant(n) is not None for n in (a, b)):
+    if not _two_values(low, node):
         return _by_constant(low, node)
+    a, b = arguments(node)
     if all(s == 1 for s in per_sample(a)):
         a, b = b, a
     if any(s != 1 for s in per_sample(b)) or len(per_sample(b)) not in (len(per_sample(a)), 0):
         raise Unsupported("a product of two images")
-    low.layer(_SCALE_ROWS, low.values[a], low.image(node), other=low.plain(b))  # type: ignore[arg-type,index]
+    low.layer(_SCALE_ROWS, low.values[a], low.image(node), other=low.plain(b))
     return None
 
 
 def _mean(low: _Lowering, node: torch.fx.Node) -> None:
     if not is_mean_of_pixels(node):
         raise Unsupported("a mean over other dimensions than an image's pixels")
-    low.layer(_MEAN, low.values[node.args[0]], low.image(node))  # type: ignore[index]
+    low.layer(_MEAN, low.values[node.args[0]], low.image(node))
 
 
 def _layer_norm(low: _Lowering, node: torch.fx.Node) -> None:
-    x, shape = node.args[:2]
-    weight, bias = (low.captured.constant(a) for a in (*node.args, None, None)[2:4])
-    eps = node.args[4] if len(node.args) > 4 else 1e-5
-    if len(shape) != 1 or len(per_sample(node)) != 1:  # type: ignore[arg-type]
+    x, shape, *given, eps, _ = arguments(node)
+    if len(shape) != 1 or len(per_sample(node)) != 1:
         raise Unsupported("a LayerNorm of several dimensions")
-    low.layer(_GROUP_NORM, low.plain(x), low.image(node), weight=weight, bias=bias, eps=eps)  # type: ignore[arg-type]
+    _norm(low, node, x, 1, given, eps)
 
 
 def _group_norm(low: _Lowering, node: torch.fx.Node) -> None:
-    x, groups = node.args[:2]
-    weight, bias = (low.captured.constant(a) for a in (*node.args, None, None)[2:4])
-    eps = node.args[4] if len(node.args) > 4 else 1e-5
-    source = low.plain(x)  # type: ignore[arg-type]
-    low.layer(_GROUP_NORM, source, low.image(node), weight=weight, bias=bias, groups=groups, eps=eps)  # type: ignore[arg-type]
+    x, groups, *given, eps, _ = arguments(node)
+    _norm(low, node, x, groups, given, eps)
+
+
+def _norm(low: _Lowering, node: torch.fx.Node, x: Any, groups: int, given: Sequence[Any], eps: float) -> None:
+    weight, bias = map(low.captured.constant, given)
+    low.layer(_GROUP_NORM, low.plain(x), low.image(node), weight=weight, bias=bias, groups=groups, eps=eps)
 
 
 def _choice(low: _Lowering, node: torch.fx.Node) -> None:
     chosen = low.index_buffer()
-    low.layer(_ARGMAX, low.plain(node.args[0]), chosen)  # type: ignore[arg-type]
+    low.layer(_ARGMAX, low.plain(node.args[0]), chosen)
     low.values[node] = Value(chosen, index=True)
 
 
 def _softmax(low: _Lowering, node: torch.fx.Node) -> None:
-    if len(per_sample(node)) != 1 or node.args[1] not in (1, -1):
+    x, dim, dtype = arguments(node)
+    if len(per_sample(node)) != 1 or dim not in (1, -1) or dtype is not None:
         raise Unsupported("a softmax over another dimension than a vector's")
-    low.layer(_SOFTMAX, low.plain(node.args[0]), low.image(node))  # type: ignore[arg-type]
+    low.layer(_SOFTMAX, low.plain(x), low.image(node))
 
 
 def _gather(low: _Lowering, node: torch.fx.Node) -> None:
-    x, dim, index = node.args[:3]
-    if dim not in (1, -1) or per_sample(node) != (1,) or not low.values[index].index:  # type: ignore[index]
+    x, dim, index, _ = arguments(node)
+    if dim not in (1, -1) or per_sample(node) != (1,) or not low.values[index].index:
         raise Unsupported("it gathers something else than one number of each vector")
-    low.layer(_GATHER, low.plain(x), low.image(node), index=low.values[index].buffer)  # type: ignore[arg-type,index]
+    low.layer(_GATHER, low.plain(x), low.image(node), index=low.values[index].buffer)
 
 
 def _view(low: _Lowering, node: torch.fx.Node) -> None:
     source = node.args[0]
     before, after = per_sample(source), per_sample(node)
-    value = low.values[source]  # type: ignore[index]
+    value = low.values[source]
     if _is_vector(before) and _is_vector(after):
         low.values[node] = value
         return
@@ -487,19 +537,18 @@ def _view(low: _Lowering, node: torch.fx.Node) -> None:
 
 
 def _cat(low: _Lowering, node: torch.fx.Node) -> None:
-    parts = node.args[0]
-    dim = node.args[1] if len(node.args) > 1 else 0
-    if dim not in (1, 1 - len(per_sample(node)) - 1):
+    parts, dim = arguments(node)
+    if dim not in (1, -len(per_sample(node))):
         raise Unsupported("it concatenates something else than channels")
-    sizes = [_image(part)[1:] for part in parts]  # type: ignore[union-attr]
+    sizes = [_image(part)[1:] for part in parts]
     if any(size != sizes[0] for size in sizes):
         raise Unsupported("it concatenates images of different sizes")
-    values = [low.plain(part) for part in parts]  # type: ignore[union-attr]
+    values = [low.plain(part) for part in parts]
     result = low.image(node)
     channel = 0
     for value in values:
         buffer = value.buffer
-        if buffer.parent is None and buffer.channels == value.channels:
+        if buffer.parent is None and buffer.channels == value.channels and buffer is not result.buffer:
             buffer.parent = result.buffer, channel  # it is written there in the first place
         else:
             piece = Value(Buffer(0, value.channels, (result.buffer, channel)), *value.size)
@@ -507,63 +556,51 @@ def _cat(low: _Lowering, node: torch.fx.Node) -> None:
         channel += value.channels
 
 
-def _pool(low: _Lowering, node: torch.fx.Node) -> None:
-    source, kernel, *rest = node.args
-    _image(node)
-    kernel = _pair(kernel)
-    stride = _pair(rest[0]) if rest and rest[0] else kernel
-    padding = _pair(rest[1]) if len(rest) > 1 else (0, 0)
-    value = low.values[source]  # type: ignore[index]
-    if node.target is _aten.max_pool2d.default:
-        dilation = _pair(rest[2]) if len(rest) > 2 else (1, 1)
-        ceil = rest[3] if len(rest) > 3 else False
-        if dilation != (1, 1) or ceil:
-            raise Unsupported("a max-pool with dilation or ceil_mode")
-        low.layer(_MAX_POOL, value, low.image(node), kernel=kernel, stride=stride, padding=padding)
-        return
-    ceil, count, divisor = (*rest[2:], *(False, True, None)[len(rest[2:]) :])
+def _max_pool(low: _Lowering, node: torch.fx.Node) -> None:
+    x, kernel, stride, padding, dilation, ceil = arguments(node)
+    if ceil or _pair(dilation) != (1, 1):
+        raise Unsupported("a max-pool with dilation or ceil_mode")
+    low.pool(_MAX_POOL, x, node, _pair(kernel), _pair(stride or kernel), _pair(padding))
+
+
+def _average_pool(low: _Lowering, node: torch.fx.Node) -> None:
+    x, kernel, stride, padding, ceil, count_padding, divisor = arguments(node)
     if ceil or divisor is not None:
         raise Unsupported("an average pool with ceil_mode or a divisor of its own")
-    low.layer(
-        _AVERAGE_POOL, value, low.image(node), kernel=kernel, stride=stride, padding=padding, count_padding=bool(count)
-    )
+    low.pool(_AVERAGE_POOL, x, node, _pair(kernel), _pair(stride or kernel), _pair(padding), count_padding)
 
 
 def _adaptive_pool(low: _Lowering, node: torch.fx.Node) -> None:
-    value = low.values[node.args[0]]  # type: ignore[index]
+    x = node.args[0]
     _, height, width = _image(node)
+    value = low.values[x]
     if value.height % height or value.width % width:
         raise Unsupported("an adaptive pool whose windows differ in size")
     kernel = value.height // height, value.width // width
-    op = _MEAN if (height, width) == (1, 1) else _AVERAGE_POOL
-    low.layer(op, value, low.image(node), kernel=kernel, stride=kernel)
+    low.pool(_MEAN if (height, width) == (1, 1) else _AVERAGE_POOL, x, node, kernel, kernel, (0, 0))
 
 
 def _slice(low: _Lowering, node: torch.fx.Node) -> None:
     """Every step-th row or column."""
-    x, dim, start, end, step = (*node.args, *(None, 0, 0, None, 1)[len(node.args) :])
+    x, dim, start, end, step = arguments(node)
     sizes = per_sample(x)
-    if len(sizes) != 3 or dim not in (2, 3) or start not in (0, None) or (end is not None and end < sizes[dim - 1]):  # type: ignore[operator]
-        raise Unsupported("a slice of something else than every so manieth pixel")
-    stride = (step, 1) if dim == 2 else (1, step)
-    low.layer(_COPY, low.values[x], low.image(node), stride=stride)  # type: ignore[index,arg-type]
+    if len(sizes) != 3 or dim not in (2, 3) or start or (end is not None and end < sizes[dim - 1]):
+        raise Unsupported("a slice of something else than every so manieth row or column")
+    low.layer(_COPY, low.values[x], low.image(node), stride=(step, 1) if dim == 2 else (1, step))
 
 
 def _pad(low: _Lowering, node: torch.fx.Node) -> None:
     """Channels of zeros before and behind."""
-    x, widths = node.args[:2]
-    widths = list(widths)  # type: ignore[arg-type]
-    value = node.args[-1] if node.target is _aten.pad.default and len(node.args) > 3 else None
-    if node.target is _aten.constant_pad_nd.default and len(node.args) > 2:
-        value = node.args[2]
-    mode = node.args[2] if node.target is _aten.pad.default and len(node.args) > 2 else "constant"
-    if len(widths) != 6 or any(widths[:4]) or min(widths) < 0 or value not in (None, 0, 0.0) or mode != "constant":
+    x, widths, *rest = arguments(node)
+    if len(widths) != 6 or any(widths[:4]) or min(widths) < 0 or any(r not in ("constant", 0, None) for r in rest):
         raise Unsupported("padding of something else than channels with zeros")
-    low.layer(_COPY, low.values[x], low.image(node), at_channel=widths[4])  # type: ignore[index]
+    low.layer(_COPY, low.values[x], low.image(node), at_channel=widths[4])
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value) * (2 if len(value) == 1 else 1)  # type: ignore[return-value]
+    if isinstance(value, int):
+        return value, value
+    return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
 
 
 _HANDLERS: dict[Any, _Handler] = {
@@ -581,8 +618,8 @@ _HANDLERS: dict[Any, _Handler] = {
     _aten.softmax.int: _softmax,
     _aten.gather.default: _gather,
     _aten.cat.default: _cat,
-    _aten.max_pool2d.default: _pool,
-    _aten.avg_pool2d.default: _pool,
+    _aten.max_pool2d.default: _max_pool,
+    _aten.avg_pool2d.default: _average_pool,
     _aten.adaptive_avg_pool2d.default: _adaptive_pool,
     _aten.slice.Tensor: _slice,
     _aten.pad.default: _pad,
@@ -604,7 +641,8 @@ def why_not(node: torch.fx.Node, captured: Captured, dtype: torch.dtype) -> str 
             raise Unsupported("no native kernel")
         result = tensor_of(node)
         if result is None or (result.dtype != dtype and node.target not in (choose, *_VIEWS)):
-            raise Unsupported(f"computes in {result.dtype if result is not None else 'no tensor'}, the model in {dtype}")
+            got = "no tensor" if result is None else str(result.dtype)
+            raise Unsupported(f"gives {got}, the model computes in {dtype}")
         handler(low, node)
     except Unsupported as reason:
         return str(reason)
@@ -624,7 +662,9 @@ def _read(low: _Lowering, node: torch.fx.Node) -> None:
         return
     low.image(node)
     if tensor is None or tensor.dtype != low.dtype:
-        raise Unsupported(f"reads {tensor.dtype if tensor is not None else 'no tensor'}, the model computes in {low.dtype}")
+        raise Unsupported(
+            f"reads {tensor.dtype if tensor is not None else 'no tensor'}, the model computes in {low.dtype}"
+        )
 
 
 def lower(
@@ -640,36 +680,38 @@ def lower(
     own = set(nodes)
     inputs: list[torch.fx.Node] = []
     for node in nodes:
+        low.node = node
         for source in node.all_input_nodes:
             if source not in own and source not in low.values and _is_value(source, captured):
                 _load(low, source, len(inputs))
                 inputs.append(source)
         _HANDLERS[node.target](low, node)
     for i, node in enumerate(outputs):
+        low.node = node
         _store(low, node, i)
     program = native.module.Program(native.DTYPE[dtype], _plan_memory(low.steps), chunk)
     for step in low.steps:
         step.record(program)
     shapes = [(per_sample(n), tensor_of(n).dtype) for n in outputs]  # type: ignore[union-attr]
-    return Program(program, inputs, list(outputs), shapes, low.keep, len(low.steps))
+    return Program(program, inputs, list(outputs), shapes, low.keep, [(s.name, s.node) for s in low.steps])
 
 
 def _load(low: _Lowering, node: torch.fx.Node, number: int) -> None:
     _read(low, node)
     value = low.values[node]
     if value.index:
-        low.add([], value, lambda program: program.load_index(number, _offset(value.buffer)))
+        low.add("load", [], value, lambda program: program.load_index(number, _offset(value.buffer)))
         return
-    low.add([], value, lambda program: program.load(number, _place(value), (0, 0, _NOWHERE, 0, False)))
+    low.add("load", [], value, lambda program: program.load(number, _place(value), (0, 0, _NOWHERE, 0, False)))
 
 
 def _store(low: _Lowering, node: torch.fx.Node, number: int) -> None:
     value = low.values[node]
     if value.index:
-        low.add([value], None, lambda program: program.store_index(number, _offset(value.buffer)))
+        low.add("store", [value], None, lambda program: program.store_index(number, _offset(value.buffer)))
         return
     before = low.prologue(value)
-    low.add([value], None, lambda program: program.store(number, _place(value), before()))
+    low.add("store", [value], None, lambda program: program.store(number, _place(value), before()))
 
 
 def _plan_memory(steps: Sequence[Step]) -> int:
@@ -685,7 +727,9 @@ def _plan_memory(steps: Sequence[Step]) -> int:
     # the largest first, each as low as it fits between those that live with it
     for buffer in sorted(buffers.values(), key=lambda b: (-b.bytes, b.first)):
         offset = 0
-        for other in sorted((p for p in placed if p.first <= buffer.last and buffer.first <= p.last), key=lambda p: p.offset):
+        for other in sorted(
+            (p for p in placed if p.first <= buffer.last and buffer.first <= p.last), key=lambda p: p.offset
+        ):
             if offset + _aligned(buffer.bytes) <= other.offset:
                 break
             offset = max(offset, other.offset + _aligned(other.bytes))
