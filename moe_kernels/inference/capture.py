@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +70,11 @@ class Captured:
         for node in reversed(list(self.graph.nodes)):
             if node.op in ("call_function", "get_attr") and not node.users and not _mutates(node):
                 self.graph.erase_node(node)
-        named = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        self.keep_constants_of(self.graph.nodes)
+
+    def keep_constants_of(self, nodes: Iterable[torch.fx.Node]) -> None:
+        """Forgets those that no other node reads."""
+        named = {str(n.target) for node in nodes for n in (node, *node.all_input_nodes) if n.op == "get_attr"}
         self.constants = {name: tensor for name, tensor in self.constants.items() if name in named}
 
 
@@ -118,8 +123,9 @@ def capture(model: nn.Module, example: tuple[Tensor, ...]) -> Captured:
                 program = torch.export.export(model, examples, dynamic_shapes=dims, strict=False)
         except Exception as error:  # whatever a model's forward does with a stand-in for a tensor
             raise ValueError(f"model: torch.export cannot trace it ({type(error).__name__}: {error})") from error
-    if not _batch_is_free(program, size):
-        raise ValueError("model: its forward depends on the size of the batch, which a fused form leaves open")
+    asked = _asked_of_batch(program)
+    if asked is not None:
+        raise ValueError(f"model: its forward depends on the size of the batch, which a fused form leaves open: {asked}")
     return _simplified(_taken_apart(program))
 
 
@@ -131,13 +137,26 @@ def _resized(x: Tensor, size: int) -> Tensor:
     return repeated
 
 
-def _batch_is_free(program: torch.export.ExportedProgram, size: int) -> bool:
+_SIZES_AGREE = re.compile(r"L\['?\w+'?\](\[\d+\])?\.size\(\)\[0\] == L\['?\w+'?\](\[\d+\])?\.size\(\)\[0\]")
+
+
+def _asked_of_batch(program: torch.export.ExportedProgram) -> str | None:
+    """What the model's code asked of the batch's size, for which torch.export then noted the answer; None for nothing."""
+    # private, and the only place that tells more than a range
+    for guard in getattr(program, "_guards_code", None) or ():
+        if ".size()[0]" in guard and not _SIZES_AGREE.fullmatch(guard):
+            return str(guard)
     for node in program.graph.nodes:
-        if node.op == "placeholder" and node.name in program.graph_signature.user_inputs:
-            value = tensor_of(node)
-            if value is not None and value.dim() and isinstance(value.shape[0], int):
-                return False
-    return True
+        value = tensor_of(node)
+        if node.name not in program.graph_signature.user_inputs or value is None or not value.dim():
+            continue
+        size = value.shape[0]
+        if not isinstance(size, torch.SymInt) or not size.node.expr.is_Symbol:
+            return f"{node.name} has {size} samples"
+        allowed = program.range_constraints.get(size.node.expr)
+        if allowed is not None and (allowed.lower > 2 or bool(allowed.upper < 1 << 32)):
+            return f"{node.name} has {allowed.lower} to {allowed.upper} samples"
+    return None
 
 
 def _taken_apart(program: torch.export.ExportedProgram) -> Captured:
@@ -157,7 +176,7 @@ def _taken_apart(program: torch.export.ExportedProgram) -> Captured:
             captured.inputs.append(node)
             continue
         if node.users:
-            tensor = state[named[node.name]].detach()
+            tensor = state[named[node.name]].detach().clone()  # a fused form does not change when the model does
             node.replace_all_uses_with(captured.add_constant(tensor, node))
         graph.erase_node(node)
     return captured

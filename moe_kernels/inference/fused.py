@@ -117,6 +117,8 @@ class FusedModel(nn.Module):
         self._like = [(tuple(x.shape[1:]), x.dtype, x.device) for x in examples]
         self._outputs = [n for n in pytree.tree_leaves(_result(captured.graph)) if isinstance(n, torch.fx.Node)]
         self._stages, self.fallbacks = _stages(captured, self._outputs, examples[0].dtype if native else None)
+        left = [n for stage in self._stages if isinstance(stage, _Torch) for n in stage.nodes]
+        captured.keep_constants_of([*left, *self._outputs])  # programs have copies of what they read
         self._dead = _last_uses(self._stages, self._outputs)
         self._graphs = CudaGraphs(self._run) if examples[0].device.type == "cuda" else None
         super().train(False)

@@ -429,6 +429,8 @@ def _relu(low: _Lowering, node: torch.fx.Node) -> None:
 def _by_constant(low: _Lowering, node: torch.fx.Node) -> None:
     """Addition, subtraction, multiplication or division of an image and a constant for each channel."""
     a, b, *rest = arguments(node)
+    if node.target is _aten.rsub.Scalar:
+        a, b = b, a
     channels = _image(node)[0]
     first = isinstance(a, torch.fx.Node) and low.captured.constant(a) is None
     source, other = (a, b) if first else (b, a)
@@ -444,7 +446,7 @@ def _by_constant(low: _Lowering, node: torch.fx.Node) -> None:
     one, zero = torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
     if node.target is _aten.add.Tensor:
         affine = Affine(one, constant)
-    elif node.target is _aten.sub.Tensor:
+    elif node.target in (_aten.sub.Tensor, _aten.rsub.Scalar):
         affine = Affine(one, -constant) if first else Affine(-one, constant)
     elif node.target is _aten.mul.Tensor:
         affine = Affine(constant, zero)
@@ -610,6 +612,7 @@ _HANDLERS: dict[Any, _Handler] = {
     _aten.relu.default: _relu,
     _aten.add.Tensor: _sum,
     _aten.sub.Tensor: _by_constant,
+    _aten.rsub.Scalar: _by_constant,
     _aten.mul.Tensor: _product,
     _aten.div.Tensor: _by_constant,
     _aten.mean.dim: _mean,
