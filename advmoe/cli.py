@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from moe_kernels import BackendUnavailable, __version__
+from moe_kernels import BackendUnavailable, FusedModel, __version__, fuse
 from moe_kernels.routing import GATES
 
 from . import demo
@@ -285,6 +286,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=int, default=20, help="forwards that are timed")
     p.add_argument("--threads", type=_positive, help="CPU threads; torch's own choice by default")
     p.add_argument("--layers", action="store_true", help="a line for each layer")
+    p.add_argument("--fused", action="store_true", help="times the inference forms of the models (moe_kernels.fuse)")
+    p.add_argument("--steps", action="store_true", help="what each kind of step of the fused model takes, on the CPU")
     p.add_argument("--routers", action="store_true", help="what each registered router costs here, nothing timed")
     p.add_argument(
         "--table", action="store_true", help="what every backbone costs at --ratios and --image-sizes, nothing timed"
@@ -563,15 +566,38 @@ def _profile(o: argparse.Namespace) -> None:
     for kind in kinds:
         plain = ModelConfig(config.arch, kind, ratio=config.ratio, width=config.width, stem=config.stem, **common)
         others.append(build_model(plain).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+    example = torch.rand(1, 3, o.image_size, o.image_size)
+    fused = [fuse(m.eval(), example) for m in (model, *others)] if o.fused or o.steps else []
+    timed = fused or [model, *others]
     rows = []
     for batch in o.batch_size:
-        mine, *rest = (each.median_ms for each in measure_latency([model, *others], o.image_size, batch, o.repeats))
+        mine, *rest = (each.median_ms for each in measure_latency(timed, o.image_size, batch, o.repeats))
         rows.append([str(batch), f"{mine:.2f}", *(text for t in rest for text in (f"{t:.2f}", f"{mine / t:.2f}"))])
     heads = (head for kind in kinds for head in (f"{kind} ms", "ratio"))
     print(table(["batch", f"{o.kind} ms", *heads], rows))
+    form = "fused, " if fused else ""
     print(
-        f"median of {o.repeats} forwards in turn, {torch.get_num_threads()} threads, torch {torch.__version__}, float32"
+        f"median of {o.repeats} forwards in turn, {form}{torch.get_num_threads()} threads, torch {torch.__version__}, "
+        "float32"
     )
+    if o.steps:
+        for batch in o.batch_size:
+            _print_steps(fused[0], o.image_size, batch, o.repeats)
+
+
+def _print_steps(model: FusedModel, image_size: int, batch: int, repeats: int) -> None:
+    """Summed by operation and by whether a router asks for it; medians of each step."""
+    images = torch.rand(batch, 3, image_size, image_size).contiguous(memory_format=torch.channels_last)
+    runs = [model.profile(images) for _ in range(repeats)]
+    seconds: dict[str, float] = {}
+    for step in zip(*runs, strict=True):
+        part = " (router)" if "router" in step[0].module.split(".") else ""
+        name = step[0].operation + part
+        seconds[name] = seconds.get(name, 0.0) + statistics.median(s.seconds for s in step)
+    total = sum(seconds.values())
+    rows = [[n, f"{1e3 * s:.3f}", f"{100 * s / total:.1f} %"] for n, s in sorted(seconds.items(), key=lambda i: -i[1])]
+    print(f"\nbatch {batch}: milliseconds of all threads, medians of {repeats}")
+    print(table(["step", "ms", "share"], rows))
 
 
 def _print_costs(o: argparse.Namespace) -> None:

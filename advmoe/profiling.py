@@ -147,12 +147,17 @@ class Latency:
 
 
 def measure_latency(
-    models: Sequence[nn.Module], image_size: int = 32, batch_size: int = 1, repeats: int = 30, channels: int = 3
+    models: Sequence[nn.Module],
+    image_size: int = 32,
+    batch_size: int = 1,
+    repeats: int = 30,
+    channels: int = 3,
+    device: torch.device | None = None,
 ) -> list[Latency]:
     """Times the models in turn, A B A B, so that they share what else the machine does; after a warm-up.
 
     The images are random, so that routed models use the experts that they would use. Modes are restored. On a CUDA device
-    each timing waits for it.
+    each timing waits for it. ``device`` is by default the parameters'; fused models (:func:`moe_kernels.fuse`) have none.
 
     Raises:
         ValueError: if there is nothing to time.
@@ -162,7 +167,8 @@ def measure_latency(
             raise ValueError(f"{name}: expected at least 1, got {value}")
     generator = torch.Generator().manual_seed(0)
     images = torch.rand((batch_size, channels, image_size, image_size), generator=generator)
-    device = next((p.device for model in models for p in model.parameters()), torch.device("cpu"))
+    if device is None:
+        device = next((p.device for model in models for p in model.parameters()), torch.device("cpu"))
     images = images.contiguous(memory_format=torch.channels_last).to(device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times: list[list[float]] = [[] for _ in models]

@@ -63,6 +63,7 @@ def test_train_evaluate_profile(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert record["attacks"]["pgd3"]["ra"] <= record["sa"]
     assert main(["evaluate", str(run / "last.pt"), "--attack", "pgd2", "--limit", "5"]) == 0
     assert main(["profile", "--width", "8", "--batch-size", "1", "--repeats", "2", "--layers"]) == 0
+    assert main(["profile", "--width", "8", "--batch-size", "1", "5", "--repeats", "2", "--fused", "--steps"]) == 0
     out = capsys.readouterr().out
     assert "layer1.0.conv1.router.linear" in out and "multiply-accumulate as 1" in out
     assert "| moe ms" in out and "| dense ms" in out and "| s_dense ms" in out
