@@ -115,8 +115,8 @@ def run(folder: Path, fast: bool = False, seed: int = 0) -> str:
         f"{first.images} test images of scikit-learn's digits, seed {seed}; {first.attacks[attack_name].description}.",
         "SA: accuracy on clean images, RA: on attacked ones; GFLOPs: of an image, a multiply-accumulate as 1.",
         f"Latency: of each network's fused form (moe_kernels.fuse), median on {platform.machine()}, "
-        f"{torch.get_num_threads()} threads, torch {torch.__version__}; networks this narrow on 8x8 images save less time "
-        "than operations.",
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}; networks this narrow on 8x8 images save less "
+        "time than operations.",
         "One short run each on so few small images is no comparison of methods; docs/results.md has larger runs.",
         *([f"! {SUSPECT}: {', '.join(marked)}; the page and docs/evaluation.md say more"] if marked else []),
         *(["--fast: even fewer epochs and weaker attacks."] if fast else []),

@@ -99,6 +99,7 @@ def fold(captured: Captured, *, dense: bool, routers: bool) -> None:
             _dense(node, captured)
     for node in list(graph.nodes):
         if as_fused(node) is not None:
+            _fold_steps_before(node)
             _fold_behind(node, captured)
         elif node.target is _aten.conv2d.default:
             _fold_into_weights(node, captured)
@@ -120,6 +121,24 @@ def _dense(node: torch.fx.Node, captured: Captured) -> None:
     s, p, d = (tuple(v) * 2 if len(v) == 1 else tuple(v) for v in (stride, padding, dilation))
     geometry = Conv2dGeometry((), (), 0, 0, value.shape[0], value.shape[1] * groups, s, p, d, groups)
     FusedConv(x, weight, None, None, geometry, Epilogue(bias=bias)).write(node)
+
+
+def _fold_steps_before(node: torch.fx.Node) -> None:
+    """A convolution of one pixel of every so manieth row and column is one with a stride."""
+    conv = as_fused(node)
+    assert conv is not None
+    stride = list(conv.geometry.stride)
+    if tuple(conv.weight.meta["val"].shape[2:]) != (1, 1) or any(conv.geometry.padding) or stride != [1, 1]:
+        return
+    source: Any = conv.input
+    while source.target is _aten.slice.Tensor:
+        x, dim, start, end, step = arguments(source)
+        image = tensor_of(x)
+        if image is None or dim not in (2, 3) or start or (end is not None and end < image.shape[dim]):
+            break
+        stride[dim - 2] *= step
+        source = x
+    conv._replace(input=source, geometry=conv.geometry._replace(stride=tuple(stride))).write(node)
 
 
 def _only_user(node: torch.fx.Node) -> torch.fx.Node | None:

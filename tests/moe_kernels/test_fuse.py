@@ -102,6 +102,22 @@ def test_a_residual_network_is_one_program_of_convolutions_and_routers(gate: str
     assert steps == {"load", "convolution", "mean", "norm", "linear", "copy", "argmax", "store"} | of_gate
 
 
+def test_every_so_manieth_pixel_of_a_pointwise_convolution_is_a_stride() -> None:
+    class Thinned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 7, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x[:, :, ::2, ::3])
+
+    model = Thinned().eval()
+    for size in ((3, 9, 9), (3, 8, 7)):
+        fused = fuse(model, torch.randn(1, *size))
+        _assert_equal(model, fused, size)
+        assert [s.operation for s in fused.profile(torch.randn(1, *size))] == ["load", "convolution", "store"]
+
+
 def test_images_are_given_in_the_memory_format_of_the_input() -> None:
     model = _settled(convert(nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 6, 3)), 2))
     fused = fuse(model, torch.randn(1, 3, 9, 9))
