@@ -46,7 +46,7 @@ import moe_kernels
 from advmoe.models import create_model, list_models, record_routing
 from advmoe.routers import Router
 from advmoe.tables import table
-from moe_kernels import BackendUnavailable, backends, use_backend
+from moe_kernels import BackendUnavailable, backends, fuse, use_backend
 from moe_kernels.backends import native
 
 from .contenders import SHAPES, ComputeAllAndMask, Dense, Floor, IndexSelect, Routed, Shape
@@ -63,7 +63,7 @@ TRAIN_BATCHES = (512, 128)
 KINDS = ("dense", "s_dense")  # beside "moe" with each backend
 DIRECTIONS = ("forward", "grad_input", "train")
 BACKENDS = {"cuda": ("triton", "cuda"), "cpu": ("cpu", "cuda_sim")}  # by the device's type; the latter: a rehearsal
-# "routed" is the backend that "auto" takes, and "moe" a model with it.
+# "routed" is the backend that "auto" takes, "moe" a model with it, and "fused" what moe_kernels.fuse makes of that.
 TARGETS = {
     "layers, bf16 forward, B >= 128, graph: routed/floor": ("at most", 1.15),
     **{f"layers, bf16 {d}, B >= 128, graph: cuda/floor": ("at most", 1.3) for d in DIRECTIONS},
@@ -71,6 +71,8 @@ TARGETS = {
     "resnet18 inference, B = 128, graph: dense/moe": ("at least", 1.7),
     "resnet18 inference, B = 1024, graph: dense/moe": ("at least", 2.0),
     "resnet18 training step, B = 512, graph: dense/moe": ("at least", 1.5),
+    "resnet18 inference, B = 128, graph: dense compiled/fused": ("at least", 2.0),
+    "resnet18 inference, B = 1024, graph: dense compiled/fused": ("at least", 2.5),
 }
 Row = dict[str, Any]
 # RuntimeWarning: main() makes an error of the library's warning that a call runs in its slow loop
@@ -377,11 +379,13 @@ def _mean_ratio(
 
 
 def make_model(arch: str, kind: str, scope: Scope, device: torch.device) -> nn.Module:
-    """``kind`` is "dense", "s_dense", or "moe" and a backend's name, which is to be in use."""
+    """``kind`` is "dense" (or "dense compiled"), "s_dense", or "moe" or "fused" and a backend's name, which is to be in
+    use."""
     torch.manual_seed(0)
+    routed = kind.startswith(("moe", "fused"))
     model = create_model(
         arch,
-        kind.split()[0],
+        "moe" if routed else kind.split()[0],
         num_experts=EXPERTS,
         ratio=0.5,
         router="light",
@@ -389,7 +393,7 @@ def make_model(arch: str, kind: str, scope: Scope, device: torch.device) -> nn.M
         image_size=scope.image_size,
     )
     model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if kind.startswith("moe"):
+    if routed:
         _balance(model.eval(), _images(scope, 256 if device.type == "cuda" else 8, torch.float32, device))
     return model.train()
 
@@ -426,7 +430,7 @@ def _largest_share(model: nn.Module, x: Tensor) -> float:
     return max(float(c.max()) / max(int(c.sum()), 1) for c in counts)
 
 
-def _inference(model: nn.Module, inputs: Sequence[Tensor]) -> Callable[[], object]:
+def _inference(model: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]) -> Callable[[], object]:
     def run() -> None:
         with torch.no_grad():
             for x in inputs:
@@ -460,20 +464,28 @@ def _call_with(backend: str, call: Callable[[], object]) -> object:
 
 
 def measure_models(clock: Clock, scope: Scope, names: Sequence[str], arch: str, batch: int, direction: str) -> list[Row]:
-    """The kinds of one architecture in turn, "moe" with each backend: inference in bf16, or a training step."""
+    """The kinds of one architecture in turn, "moe" with each backend: inference in bf16, or a training step. With
+    inference the fused forms too, and the dense network as torch.compile makes it."""
     functions: dict[str, Callable[[], object]] = {}
     kinds = [*(f"moe {name}" for name in names), *KINDS]
+    if direction == "inference":
+        kinds += [*(f"fused {name}" for name in names), *(["dense compiled"] if clock.cuda else [])]
     losses: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
     share = 0.0
     copies = scope.model_copies if direction == "inference" else 2
     for kind in kinds:
-        moe, backend = kind.startswith("moe"), kind.partition(" ")[2]
+        moe, backend = kind.startswith(("moe", "fused")), kind.partition(" ")[2]
         with _with(backend):
             model = make_model(arch, kind, scope, clock.device)
             if direction == "inference":
                 model = model.to(torch.bfloat16).eval()
                 inputs = [_images(scope, batch, torch.bfloat16, clock.device) for _ in range(copies)]
-                call = _inference(model, inputs)
+                form: Callable[[Tensor], Tensor] = model
+                if kind.startswith("fused"):
+                    form = fuse(model, inputs[0])
+                elif kind == "dense compiled":
+                    form = torch.compile(model)
+                call = _inference(form, inputs)
                 if not all(bool(model(x).isfinite().all()) for x in inputs):
                     raise RuntimeError(f"{arch} {kind}: logits that are not finite")
                 share = _largest_share(model, inputs[0]) if moe else share
@@ -525,6 +537,9 @@ def summarize_models(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
         row["moe_us"] = {name: times.get(f"moe {name}") for name in names}
         for kind in KINDS:
             row[f"{kind}/moe"] = times[kind] / moe if moe and kind in times else None
+        fused, compiled = (times.get(f"fused {names[0]}") if names else None), times.get("dense compiled")
+        row["fused_us"] = {name: times.get(f"fused {name}") for name in names}
+        row["dense compiled/fused"] = compiled / fused if compiled and fused else None
         found.append(row)
     return found
 
@@ -774,11 +789,17 @@ def targets(layers: Sequence[Row], models: Sequence[Row]) -> list[Row]:
     values = [mean("forward", "routed/floor graph", lambda batch: batch >= 128)]
     values += [mean(direction, "cuda/floor graph", lambda batch: batch >= 128) for direction in DIRECTIONS]
     values += [mean(direction, "cuda/triton eager", lambda batch: batch <= 16) for direction in DIRECTIONS]
-    for direction, batch in (("inference", 128), ("inference", 1024), ("training step", 512)):
+    for direction, batch, column in (
+        ("inference", 128, "dense/moe"),
+        ("inference", 1024, "dense/moe"),
+        ("training step", 512, "dense/moe"),
+        ("inference", 128, "dense compiled/fused"),
+        ("inference", 1024, "dense compiled/fused"),
+    ):
         values.append(
             next(
                 (
-                    r["dense/moe"]
+                    r[column]
                     for r in models
                     if (r["arch"], r["direction"], r["batch"], r["mode"]) == ("resnet18", direction, batch, "graph")
                 ),
@@ -835,12 +856,14 @@ def report(record: Row) -> Iterator[str]:
         yield table(header, cells)
     if models:
         yield f"\nModels: bf16 (training: autocast), channels_last, light routers; medians of n = {record['rounds']}"
-        header = ["", "B", "mode", *(f"MoE {name} ms" for name in names), "Dense/MoE", "S-Dense/MoE", "largest share"]
+        header = ["", "B", "mode", *(f"{form} {name} ms" for form in ("MoE", "fused") for name in names)]
+        header += ["Dense/MoE", "S-Dense/MoE", "Dense compiled/fused", "largest share"]
         cells = [
             [
                 f"{r['arch']} {r['direction']}", str(r["batch"]), r["mode"],
-                *("-" if value is None else f"{value / 1e3:.3f}" for value in r["moe_us"].values()),
-                _ratio(r["dense/moe"]), _ratio(r["s_dense/moe"]), f"{r['largest_share']:.2f}",
+                *("-" if v is None else f"{v / 1e3:.3f}" for v in (*r["moe_us"].values(), *r["fused_us"].values())),
+                _ratio(r["dense/moe"]), _ratio(r["s_dense/moe"]), _ratio(r["dense compiled/fused"]),
+                f"{r['largest_share']:.2f}",
             ]
             for r in models
         ]  # fmt: skip

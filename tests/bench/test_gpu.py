@@ -64,7 +64,8 @@ def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(layers) == 2 * 2 * (len(gpu.CONTENDERS) + len(names)) + 2 + len(names)
     models = {(r["direction"], r["contender"]) for r in record["rows"] if r["section"] == "models"}
     kinds = [*gpu.KINDS, *(f"moe {name}" for name in names)]
-    assert models == {(d, kind) for d in ("inference", "training step") for kind in kinds}
+    fused = {("inference", f"fused {name}") for name in names}
+    assert models == {(d, kind) for d in ("inference", "training step") for kind in kinds} | fused
     assert all(row["cpu/floor eager"] > 0 for row in record["layers"])
     if len(names) > 1:
         assert len(record["fastest"]) == 5 * 2 and all(set(r["us"]) == set(names) for r in record["fastest"])
@@ -118,12 +119,13 @@ def test_targets_are_read_from_what_was_measured() -> None:
     rows = [_layer("a", name, "graph", time) for name, time in (("triton", 1.1), ("cuda", 1.4), ("floor", 1.0))]
     rows += [_layer("a", name, "eager", time, batch=8) for name, time in (("triton", 2.0), ("cuda", 1.0))]
     of = {"section": "models", "arch": "resnet18", "batch": 1024, "mode": "graph", "largest_share": 0.5}
-    times = (("moe triton", 1.0), ("moe cuda", 5.0), ("dense", 1.9))
+    times = (("moe triton", 1.0), ("moe cuda", 5.0), ("dense", 1.9), ("fused triton", 0.5), ("dense compiled", 1.5))
     rows += [{**of, "direction": "inference", "contender": k, "median_us": v} for k, v in times]
     found = targets(summarize_layers(rows, NAMES), summarize_models(rows, NAMES))
-    assert [t["met"] for t in found] == [True, False, None, None, True, None, None, None, False, None]
+    assert [t["met"] for t in found] == [True, False, None, None, True, None, None, None, False, None, None, True]
     assert found[0]["measured"] == pytest.approx(1.1) and found[1]["measured"] == pytest.approx(1.4)
     assert found[4]["measured"] == pytest.approx(0.5) and found[8]["measured"] == pytest.approx(1.9)
+    assert found[11]["measured"] == pytest.approx(3.0)
 
 
 def test_the_table_for_auto_is_of_eager_means_over_what_all_backends_computed() -> None:
