@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Sequence
@@ -70,7 +71,7 @@ def fuse(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> FusedM
     tells.
 
     The form is a copy of the model's values at this moment: after training on, fuse again. It takes batches of any size,
-    of images of the example's size; it has no backward.
+    of images of the example's size; it has no backward, and autocast does not reach into it.
 
     Args:
         model: in eval mode; ``torch.export`` must be able to trace it.
@@ -131,7 +132,7 @@ class FusedModel(nn.Module):
             RuntimeError: if an input needs a gradient.
         """
         self._check(inputs)
-        with torch.no_grad():
+        with torch.no_grad(), _without_autocast(inputs[0].device.type):
             leaves = self._run(inputs) if self._graphs is None else self._graphs(inputs)
         return pytree.tree_unflatten(leaves, self._captured.out_spec)
 
@@ -218,6 +219,13 @@ class FusedModel(nn.Module):
     def _call(self, node: torch.fx.Node, values: dict[Any, Any]) -> Any:
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: self._value(n, values))
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """What was traced without it is computed without it."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _result(graph: torch.fx.Graph) -> Any:

@@ -131,6 +131,13 @@ class Program:
         """Images among the results are in the memory format ``layout``. ``seconds`` gets the time of each step, summed
         over the threads where each takes a part of the batch."""
         batch = inputs[0].shape[0]
+        inputs = [x.resolve_neg() for x in inputs]
+        for node, x in zip(self.inputs, inputs, strict=True):  # the native code reads memory as what was traced
+            traced = tensor_of(node)
+            assert traced is not None
+            if x.dtype != traced.dtype or x.shape[1:] != traced.shape[1:] or x.shape[0] != batch:
+                expected = f"{[batch, *traced.shape[1:]]} of {traced.dtype}"
+                raise RuntimeError(f"{node.name}: expected {expected}, got {list(x.shape)} of {x.dtype}")
         given = [(x.data_ptr(), _strides(x)) for x in inputs]
         results = []
         for shape, dtype in self.shapes:
@@ -145,12 +152,10 @@ class Program:
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
-    """Of samples, channels, rows and columns; what a vector has not is 0."""
+    """Of samples, channels, rows and columns; a vector's numbers are channels, wherever they lie."""
     stride = x.stride()
-    if x.dim() == 4:
-        return stride
     long = [s for s, size in zip(stride[1:], x.shape[1:], strict=True) if size != 1]
-    return stride[0], long[0] if long else 0, 0, 0
+    return stride if len(long) > 1 else (stride[0], long[0] if long else 0, 0, 0)
 
 
 def per_sample(node: Any) -> tuple[int, ...]:

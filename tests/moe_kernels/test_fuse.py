@@ -206,6 +206,20 @@ class _InPlace(nn.Module):
         return z
 
 
+class _Shapes(nn.Module):
+    """Vectors in every shape, between what is known and what is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 5, 1), nn.Linear(5, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.sin(x.mean((2, 3))[:, None, None, :])  # [B, 1, 1, 3]
+        y = self.one(rows.permute(0, 3, 1, 2))  # [B, 5, 1, 1]
+        z = torch.sin(self.two(y.flatten(1)).reshape(-1, 1, 40, 1))
+        return z.squeeze(3).transpose(1, 2).relu() - 1  # [B, 40, 1]
+
+
 class _Constants(nn.Module):
     """Images normalised, scaled and shifted by numbers and by constants for each channel, gated for each sample."""
 
@@ -232,6 +246,7 @@ class _Constants(nn.Module):
         (_Mixture, (3, 6, 6), None),
         (_InPlace, (3, 7, 7), None),
         (_Constants, (3, 9, 7), set()),
+        (_Shapes, (3, 5, 5), {"sin"}),
     ],
 )
 def test_other_networks(make: Callable[[], nn.Module], size: tuple[int, ...], fallbacks: set[str] | None) -> None:
@@ -357,6 +372,29 @@ def test_memory_of_a_call_is_that_of_the_largest_layers_of_a_part_of_the_batch()
     assert 4 * 81 * 20 <= one <= 4 * (81 * 20 + 2 * 25 * 33 + 81 * 3) + 4096
     torch.set_num_threads(2)
     assert fused.memory(1000) <= 2 * 16 * one
+
+
+def test_autocast_and_lazy_signs_do_not_reach_into_it() -> None:
+    class Wave(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.again = RoutedConv2d(3, 4, 3, num_experts=2), nn.Conv2d(4, 4, 3)
+            self.router = LightRouter(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x, Routing.from_scores(self.router(x)))
+            return self.again(torch.matmul(y, torch.ones(y.shape[3], y.shape[3])))
+
+    model = Wave().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fused = fuse(model, torch.randn(1, 3, 9, 9))
+    x = torch.randn(4, 3, 9, 9)
+    expected = fused(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused(x).equal(expected)
+    signed = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert signed.is_neg() and fused(signed).equal(expected)
 
 
 def test_it_is_a_copy_of_the_models_values() -> None:
