@@ -273,8 +273,10 @@ def test_a_run_s_program_and_package_load_without_advmoe(tmp_path: Path) -> None
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", [*ROUTED, *MORE, *PLAIN])
-@pytest.mark.parametrize("freezing", [True, False])
+@pytest.mark.parametrize(
+    ("name", "freezing"),
+    [*((name, True) for name in ROUTED | MORE | PLAIN), ("resnet18", False), ("resnet18-dense", False)],
+)
 def test_a_package_gives_the_same_in_another_process(name: str, freezing: bool, tmp_path: Path) -> None:
     model = made(name).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     package_program(export_program(model, batch_of(1)), tmp_path / "package.pt2", freezing)

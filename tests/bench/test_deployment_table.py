@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from advmoe.tables import table
-from bench.deployment import measure, report
+from bench.deployment import check, measure, report
 from bench.machine import describe
 
 
@@ -27,5 +27,5 @@ def test_the_table_holds_ratios_of_medians() -> None:
 def test_what_gives_other_logits_is_not_timed() -> None:
     forms = {"eager": lambda x: x.mean((1, 2, 3)), "other": lambda x: x.mean((1, 2, 3)) + 1}
     with pytest.raises(AssertionError, match="Tensor-likes are not close"):
-        measure(forms, 2, 1)
+        check(forms, 2)
     assert {name: len(ms) for name, ms in measure({"eager": forms["eager"]}, 2, 3).items()} == {"eager": 3}
