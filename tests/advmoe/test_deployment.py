@@ -38,7 +38,7 @@ ROUTED: dict[str, dict[str, Any]] = {
 }
 MORE: dict[str, dict[str, Any]] = {
     "resnet18-softmax": {"gate": "softmax", "gate_after": "norm"},
-    "resnet18-global": {"router": "global", "num_experts": 3},
+    "resnet18-global": {"router": "global", "num_experts": 3, "standardize": True},
     "resnet18-stage": {"route_per": "stage"},
     "resnet18-moe_at": {"moe_at": (3, 4)},
     "resnet18-upcycled": {"kind": "upcycled"},
@@ -70,6 +70,9 @@ def cases(quick: dict[str, Any], long: dict[str, Any]) -> list[Any]:
 def lively(model: nn.Module) -> nn.Module:
     """The model in eval mode with statistics of images, whose logits differ from image to image by about 1."""
     images = torch.rand(16, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    for module in model.modules():
+        if hasattr(module, "momentum"):
+            module.momentum = None  # averages of all batches: routers' scores are soon standardised
     with torch.no_grad():
         for _ in range(4):
             model(images)
