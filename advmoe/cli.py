@@ -33,7 +33,7 @@ from .config import (
 )
 from .data import download, list_data
 from .evaluation import SUSPECT
-from .export import export
+from .export import FORMATS, export
 from .models import list_models, router_parameters
 from .models.base import KINDS, LAYOUTS, ROUTE_PER, STEMS
 from .objectives import BALANCE_LOSSES
@@ -257,9 +257,16 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--data-dir", help="the folder that holds the data, if it has moved")
     p.set_defaults(run=_report)
 
-    p = commands.add_parser("export", help="write a trained model as one safetensors file", **common)
+    p = commands.add_parser("export", help="write a trained model as one file", **common)
     p.add_argument("source", metavar="RUN", help="a run folder or a checkpoint in one")
-    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
+    p.add_argument("--out", type=Path, required=True, metavar="FILE", help="to write; .safetensors, .pt2 or .onnx")
+    p.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="safetensors",
+        help="weights and settings; or the network itself, which needs no advmoe: torch_export and aotinductor (compiled "
+        "for this kind of processor) with any kind, onnx without routed operators",
+    )
     p.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run folder")
     p.set_defaults(run=_export)
 
@@ -527,7 +534,7 @@ def _report(o: argparse.Namespace) -> None:
 
 
 def _export(o: argparse.Namespace) -> None:
-    model = export(o.source, o.out, o.checkpoint)
+    model = export(o.source, o.out, o.checkpoint, o.format)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"written to {o.out}: {parameters / 1e6:.3f} M parameters, {o.out.stat().st_size / 1e6:.2f} MB")
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model as one safetensors file, that holds weights and settings and nothing else of the run."""
+"""A trained model as one file that holds nothing else of the run: weights and settings (safetensors), or the network
+itself in a form of :mod:`advmoe.deployment`."""
 
 from __future__ import annotations
 
@@ -14,42 +15,72 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .config import ModelConfig, read_room
+from .deployment import export_program, package_program, write_onnx
+from .registry import unknown_name
 from .sparse import compact, masked_convolutions, update_alive
 from .training.runs import RunError, build_model, load_model
 
-__all__ = ["export", "load_exported"]
+__all__ = ["FORMATS", "export", "load_exported"]
 
-FORMAT = "advmoe-1"
+FORMATS = {"safetensors": ".safetensors", "torch_export": ".pt2", "aotinductor": ".pt2", "onnx": ".onnx"}
+FORMAT = "advmoe-1"  # of the safetensors file
 _MASK = "mask:"  # prefix of the masks that a sparse network was made smaller by
 
 
-def export(source: str | Path, path: str | Path, checkpoint: str = "best") -> nn.Module:
-    """Writes the model of a run or checkpoint to a ``.safetensors`` file and returns it.
+def export(source: str | Path, path: str | Path, checkpoint: str = "best", format: str = "safetensors") -> nn.Module:
+    """Writes the model of a run or checkpoint to a file and returns it.
 
     A model of kind sparse is written without its removed channels (:func:`advmoe.sparse.compact`).
 
+    Args:
+        format: ``"safetensors"``, which :func:`load_exported` reads; ``"torch_export"``, ``"aotinductor"`` or ``"onnx"``:
+            the network for any number of contiguous float32 images, without advmoe (:mod:`advmoe.deployment`).
+
     Raises:
         RunError: if there is no such run or checkpoint.
+        ValueError: for an unknown format, another suffix than the format's (but for safetensors), or a model that has no
+            such form.
     """
+    path = Path(path)
+    if format not in FORMATS:
+        raise unknown_name("format", format, FORMATS)
+    if format != "safetensors" and path.suffix != FORMATS[format]:
+        raise ValueError(f"path: expected a name that ends in {FORMATS[format]} for format {format}, got {path}")
     model, config = load_model(source, checkpoint)
     if config is None:
         raise RunError(f"{source}: only models of runs can be exported, whose settings are known")
+    size = config.model.image_size or 32
     masks = {_MASK + name: conv.mask for name, conv in masked_convolutions(model).items()}
     if masks:
-        model = compact(model, config.model.image_size or 32)
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in {**model.state_dict(), **masks}.items()}
-    settings = json.dumps(dataclasses.asdict(config.model))
-    temporary = Path(path).with_name(Path(path).name + ".tmp")
-    save_file(tensors, temporary, metadata={"format": FORMAT, "model": settings})
-    temporary.replace(path)
+        model = compact(model, size)
+    if format == "safetensors":
+        _write_tensors(model, masks, config.model, path)
+        return model
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    program = export_program(model, torch.zeros(1, 3, size, size))
+    if format == "onnx":
+        write_onnx(program, path)
+    elif format == "aotinductor":
+        package_program(program, path)
+    else:
+        temporary = path.with_name(f"{path.stem}.tmp.pt2")
+        torch.export.save(program, temporary)
+        temporary.replace(path)
     return model
+
+
+def _write_tensors(model: nn.Module, masks: dict[str, Any], config: ModelConfig, path: Path) -> None:
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in {**model.state_dict(), **masks}.items()}
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors, temporary, metadata={"format": FORMAT, "model": json.dumps(dataclasses.asdict(config))})
+    temporary.replace(path)
 
 
 def load_exported(path: str | Path) -> tuple[nn.Module, ModelConfig]:
     """The model of an exported file, in eval mode, and its settings.
 
     Raises:
-        RunError: if the file is missing, damaged, or not of :func:`export`.
+        RunError: if the file is missing, damaged, or not a safetensors file of :func:`export`.
     """
     try:
         with safe_open(path, framework="pt") as file:

@@ -49,7 +49,10 @@ def affine(x: Tensor, scale: Tensor, mean: Tensor, shift: Tensor | None, side: S
 
 
 def _side(args: Sequence[Any]) -> tuple[Side, Tensor | None]:
-    return Side(*args[:-1]), args[-1]
+    side = Side(*args[:-1])
+    if side.starts is None:  # what a package of AOTInductor makes of an empty list (torch 2.13)
+        side = side._replace(starts=())
+    return side, args[-1]
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -98,8 +98,12 @@ plan = torch.ops.moe_kernels.plan.default
 
 
 def _geometry(args: Sequence[Any]) -> Conv2dGeometry:
-    """The geometry out of an operator's flat arguments; through the dispatcher its tuples come as lists."""
-    return Conv2dGeometry._make(args)
+    """The geometry out of an operator's flat arguments; through the dispatcher its tuples come as lists, and out of a
+    package of AOTInductor an empty list as None (torch 2.13)."""
+    g = Conv2dGeometry._make(args)
+    if g.out_starts is None or g.in_starts is None:
+        g = g._replace(out_starts=g.out_starts or (), in_starts=g.in_starts or ())
+    return g
 
 
 # --- the backends' calls ------------------------------------------------------------------------------------------------
