@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from moe_kernels.inference.capture import unused_size
+
 from .modes import undisturbed
 
 __all__ = ["export_program", "package_program", "routed_nodes", "write_onnx"]
@@ -34,19 +36,13 @@ def export_program(model: nn.Module, example: Tensor) -> ExportedProgram:
     """
     if example.dim() < 2:
         raise ValueError(f"example: expected a batch axis and at least one more, got shape {tuple(example.shape)}")
-    images = example.new_zeros((_batch_for(model, example), *example.shape[1:]))
+    # Inductor's freezing (torch 2.13) compares shapes by the example's numbers: of scores [B, N] less a mean [N], with
+    # B = N = 2, it made what is right for a batch of 2 alone
+    images = example.new_zeros((unused_size(model, [example]), *example.shape[1:]))
     if example.dim() == 4 and not example.is_contiguous():
         images = images.contiguous(memory_format=torch.channels_last)
     with undisturbed(model), torch.no_grad():
         return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch", min=1)},), strict=False)
-
-
-def _batch_for(model: nn.Module, example: Tensor) -> int:
-    """A batch that no tensor of the model has as a size. Inductor's freezing (torch 2.13) compares shapes by the
-    example's numbers: of scores ``[B, N]`` less a mean ``[N]``, with B = N = 2, it made what is right for a batch of 2
-    alone."""
-    sizes = {n for t in (*model.parameters(), *model.buffers(), example) for n in t.shape}
-    return next(n for n in (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, *range(47, 10**6)) if n not in sizes)
 
 
 def routed_nodes(program: ExportedProgram) -> list[str]:

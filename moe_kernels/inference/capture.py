@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..tracing import for_fusion
 
-__all__ = ["Captured", "arguments", "capture", "is_size", "schema_of", "size_for", "tensor_of"]
+__all__ = ["Captured", "arguments", "capture", "is_size", "schema_of", "size_for", "tensor_of", "unused_size"]
 
 _aten = torch.ops.aten
 
@@ -113,8 +113,7 @@ def capture(model: nn.Module, example: tuple[Tensor, ...]) -> Captured:
     Raises:
         ValueError: if torch.export cannot trace the model.
     """
-    # 0 and 1 would be taken for constants, and so might the number of a model's experts
-    size = 7
+    size = unused_size(model, example)
     with torch.no_grad():
         examples = tuple(_resized(x, size) for x in example)
         dims = tuple({0: torch.export.Dim.AUTO} for _ in example)
@@ -127,6 +126,12 @@ def capture(model: nn.Module, example: tuple[Tensor, ...]) -> Captured:
     if asked is not None:
         raise ValueError(f"model: its forward depends on the size of the batch, which a fused form leaves open: {asked}")
     return _simplified(_taken_apart(program))
+
+
+def unused_size(model: nn.Module, example: Iterable[Tensor]) -> int:
+    """A batch to trace with: 0 and 1 would be taken for constants, and one that is also a tensor's size for that size."""
+    sizes = {n for t in (*model.parameters(), *model.buffers(), *example) for n in t.shape}
+    return next(n for n in (11, 13, 17, 19, 23, 29, 31, 37, 41, 43, *range(47, 10**6)) if n not in sizes)
 
 
 def _resized(x: Tensor, size: int) -> Tensor:
