@@ -131,14 +131,26 @@ def _fold_steps_before(node: torch.fx.Node) -> None:
     if tuple(conv.weight.meta["val"].shape[2:]) != (1, 1) or any(conv.geometry.padding) or stride != [1, 1]:
         return
     source: Any = conv.input
-    while source.target is _aten.slice.Tensor:
-        x, dim, start, end, step = arguments(source)
+    while (step := _step(source)) is not None:
+        stride = [a * b for a, b in zip(stride, step, strict=True)]
+        source = source.args[0]
+    conv._replace(input=source, geometry=conv.geometry._replace(stride=tuple(stride))).write(node)
+
+
+def _step(node: torch.fx.Node) -> tuple[int, int] | None:
+    """Of a node that takes every so manieth row and column, by slicing or by pooling single pixels: how manieth."""
+    if node.target is _aten.slice.Tensor:
+        x, dim, start, end, step = arguments(node)
         image = tensor_of(x)
         if image is None or dim not in (2, 3) or start or (end is not None and end < image.shape[dim]):
-            break
-        stride[dim - 2] *= step
-        source = x
-    conv._replace(input=source, geometry=conv.geometry._replace(stride=tuple(stride))).write(node)
+            return None
+        return (step, 1) if dim == 2 else (1, step)
+    if node.target is _aten.avg_pool2d.default:
+        _, kernel, stride, padding, ceil, _, divisor = arguments(node)
+        if set(kernel) != {1} or any(padding) or ceil or divisor is not None or not stride:
+            return None
+        return stride[0], stride[-1]
+    return None
 
 
 def _only_user(node: torch.fx.Node) -> torch.fx.Node | None:
@@ -274,4 +286,6 @@ def is_mean_of_pixels(node: Any) -> bool:
         return False
     x, dims, _, dtype = arguments(node)
     source = tensor_of(x)
-    return source is not None and source.dim() == 4 and dtype is None and {d % 4 for d in dims or ()} == {2, 3}
+    if source is None or source.dim() != 4 or dtype not in (None, source.dtype):
+        return False
+    return {d % 4 for d in dims or ()} == {2, 3}
