@@ -22,6 +22,8 @@ _aten = torch.ops.aten
 _BATCH_NORM = _aten.batch_norm.default
 _ROUTED_NORM = torch.ops.moe_kernels.batch_norm_affine.default
 NORMS = {_BATCH_NORM, _ROUTED_NORM}
+# Output channels of a group, below which torch's convolution is faster: the library's works on vectors of them.
+_FEW = 16
 _GEOMETRY, _EPILOGUE = len(Conv2dGeometry._fields), len(Epilogue._fields)
 
 
@@ -87,12 +89,14 @@ def fold(captured: Captured, *, dense: bool, routers: bool) -> None:
     """In place.
 
     Args:
-        dense: dense convolutions become the library's too, with an epilogue; otherwise BatchNorm is folded into their
-            weights.
+        dense: dense convolutions become the library's too, with an epilogue, but those of many groups; otherwise BatchNorm
+            is folded into their weights.
         routers: whether a router of pooled features becomes one call.
     """
     graph = captured.graph
     for node in list(graph.nodes):
+        if node.target is _aten.conv2d.padding:
+            _pad_by_numbers(node)
         if node.target is ops.conv2d:
             _routed(node)
         elif dense and node.target is _aten.conv2d.default:
@@ -113,10 +117,22 @@ def _routed(node: torch.fx.Node) -> None:
     FusedConv(x, weight, out, inner, Conv2dGeometry._make(rest[:_GEOMETRY]), Epilogue()).write(node)
 
 
+def _pad_by_numbers(node: torch.fx.Node) -> None:
+    """``"same"`` and ``"valid"`` as numbers, where those are alike on both sides."""
+    x, weight, bias, stride, padding, dilation, groups = arguments(node)
+    kernel = weight.meta["val"].shape[2:]
+    total = [0, 0] if padding == "valid" else [d * (k - 1) for d, k in zip(dilation * 2, kernel, strict=False)]
+    if not any(t % 2 for t in total):
+        node.target = _aten.conv2d.default
+        node.args, node.kwargs = (x, weight, bias, stride, [t // 2 for t in total], dilation, groups), {}
+
+
 def _dense(node: torch.fx.Node, captured: Captured) -> None:
     x, weight, bias, stride, padding, dilation, groups = arguments(node)
     value, image = captured.constant(weight), tensor_of(x)
     if value is None or image is None or image.dim() != 4 or (bias is not None and captured.constant(bias) is None):
+        return
+    if groups > 1 and value.shape[0] // groups < _FEW:
         return
     s, p, d = (tuple(v) * 2 if len(v) == 1 else tuple(v) for v in (stride, padding, dilation))
     geometry = Conv2dGeometry((), (), 0, 0, value.shape[0], value.shape[1] * groups, s, p, d, groups)

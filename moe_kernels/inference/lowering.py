@@ -646,7 +646,8 @@ def why_not(node: torch.fx.Node, captured: Captured, dtype: torch.dtype) -> str 
                 _read(low, source)
         handler = _HANDLERS.get(node.target)
         if handler is None:
-            raise Unsupported("no native kernel")
+            many = node.target is _aten.conv2d.default
+            raise Unsupported("many groups, or weights that are computed" if many else "no native kernel")
         result = tensor_of(node)
         if result is None or (result.dtype != dtype and node.target not in (choose, *_VIEWS)):
             got = "no tensor" if result is None else str(result.dtype)

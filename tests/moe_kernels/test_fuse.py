@@ -273,6 +273,19 @@ def test_a_converted_model() -> None:
     _assert_equal(model, fused, (3, 9, 9))
 
 
+def test_depthwise_convolutions_are_left_to_torch_with_their_norm_in_their_weights() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 1), nn.Conv2d(24, 24, 3, 1, 1, groups=24), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 8, 1),
+        nn.Conv2d(8, 8, 3, padding="same", bias=False), nn.BatchNorm2d(8),
+    )  # fmt: skip
+    model = _settled(convert(model, 2, where="4"))
+    with pytest.warns(UserWarning, match="conv2d of 1: many groups"):
+        fused = fuse(model, torch.randn(1, 3, 9, 9))
+    _assert_equal(model, fused, (3, 9, 9))
+    steps = [s.operation for s in fused.profile(torch.randn(2, 3, 9, 9))]
+    assert steps.count("conv2d") == 1 and "batch_norm" not in steps
+
+
 def test_the_function_with_its_own_epilogue() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
