@@ -89,8 +89,8 @@ def fold(captured: Captured, *, dense: bool, routers: bool) -> None:
     """In place.
 
     Args:
-        dense: dense convolutions become the library's too, with an epilogue, but those of many groups; otherwise BatchNorm
-            is folded into their weights.
+        dense: dense convolutions become the library's too, with an epilogue, but those of many groups; otherwise
+            BatchNorm is folded into their weights.
         routers: whether a router of pooled features becomes one call.
     """
     graph = captured.graph
