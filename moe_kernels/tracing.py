@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
+
 __all__ = ["for_fusion", "fusing"]
 
 _fusing: ContextVar[bool] = ContextVar("moe_kernels_fusing", default=False)
 
 
 def fusing() -> bool:
-    return _fusing.get()
+    # torch.compile cannot trace the variable; fuse() traces without Dynamo
+    return not torch.compiler.is_dynamo_compiling() and _fusing.get()
 
 
 @contextmanager
