@@ -49,11 +49,13 @@ def medians(functions: Sequence[Callable[[], object]], repeats: int, least: floa
     return [statistics.median(mine) for mine in times]
 
 
-def quiet_medians(functions: Sequence[Callable[[], object]], repeats: int, tries: int = TRIES) -> Timing:
+def quiet_medians(
+    functions: Sequence[Callable[[], object]], repeats: int, tries: int = TRIES, least: float = 2e-3
+) -> Timing:
     """:func:`medians` with the first function once more at the end of each round: until its two medians agree, or
     ``tries`` times. Its seconds are the mean of both."""
     for attempt in range(1, tries + 1):
-        first, *rest, again = medians([*functions, functions[0]], repeats)
+        first, *rest, again = medians([*functions, functions[0]], repeats, least)
         timing = Timing(((first + again) / 2, *rest), again / first, attempt)
         if timing.quiet:
             break
