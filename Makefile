@@ -10,7 +10,7 @@ export MOE_KERNELS_CUDA ?= 0
 export MOE_KERNELS_SIMULATOR ?= 1
 CHOICE := $(MOE_KERNELS_CUDA) $(MOE_KERNELS_CUDA_ARCHS) $(MOE_KERNELS_SIMULATOR)
 
-.PHONY: demo test lint nightly aot cuda bench gpu sanitize-gpu table examples install clean FORCE
+.PHONY: demo test lint nightly aot cuda bench gpu sanitize-gpu table gate examples install clean FORCE
 
 install: $(VENV)/.installed
 
@@ -78,6 +78,10 @@ bench: install
 
 table: install
 	$(BIN)/python -m bench.table
+
+# Fails where something has become much slower, by ratios in one process.
+gate: install
+	$(BIN)/python -m bench.gate
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info moe_kernels/_C*.so

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moe_kernels import RoutedConv2d, Routing
 
-__all__ = ["CONTENDERS", "DIRECTIONS", "SHAPES", "Shape", "make"]
+__all__ = ["CONTENDERS", "DIRECTIONS", "SHAPES", "Shape", "gather_and_scatter", "make", "mask_and_select"]
 
 DIRECTIONS = ("forward", "train", "grad_input")
 
@@ -37,6 +37,28 @@ SHAPES = tuple(
         (64, 128, 16, 2), (128, 128, 8, 1), (128, 256, 8, 2), (256, 256, 4, 1),
     )
 )  # fmt: skip
+
+
+def mask_and_select(y: Tensor, expert: Tensor, num_experts: int) -> Tensor:
+    """Of all experts' outputs ``[B, N * C, H, W]`` each sample's own ``[B, C, H, W]``, behind a mask of 0 and 1."""
+    mask = F.one_hot(expert, num_experts).to(y.dtype).repeat_interleave(y.shape[1] // num_experts, 1)
+    y = y * mask[:, :, None, None]
+    return y.unflatten(1, (num_experts, -1))[torch.arange(len(y), device=y.device), expert]
+
+
+def gather_and_scatter(x: Tensor, expert: Tensor, num_experts: int, convolve: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """``convolve(samples of expert e, e)`` for each expert that has samples, put where the samples were."""
+    out: Tensor | None = None
+    for e in range(num_experts):
+        index = (expert == e).nonzero().squeeze(1)
+        if not len(index):
+            continue
+        y = convolve(x.index_select(0, index), e)
+        if out is None:
+            out = y.new_zeros((len(x), *y.shape[1:])).contiguous(memory_format=torch.channels_last)
+        out = out.index_copy(0, index, y)
+    assert out is not None
+    return out
 
 
 class _Contender(nn.Module):
@@ -103,27 +125,14 @@ class ComputeAllAndMask(_Contender):
     """All experts, then a mask and a selection: what AdvMoE's released code does."""
 
     def forward(self, x: Tensor, expert: Tensor) -> Tensor:
-        y = self._conv(x, self.weight)
-        mask = F.one_hot(expert, self.num_experts).to(y.dtype).repeat_interleave(self.shape.out_channels, 1)
-        y = y * mask[:, :, None, None]
-        return y.unflatten(1, (self.num_experts, -1))[torch.arange(len(x), device=x.device), expert]
+        return mask_and_select(self._conv(x, self.weight), expert, self.num_experts)
 
 
 class IndexSelect(_Contender):
     """For each expert its samples gathered, convolved and scattered."""
 
     def forward(self, x: Tensor, expert: Tensor) -> Tensor:
-        out: Tensor | None = None
-        for e in range(self.num_experts):
-            index = (expert == e).nonzero().squeeze(1)
-            if not len(index):
-                continue
-            y = self._conv(x.index_select(0, index), self._expert(e))
-            if out is None:
-                out = y.new_zeros((len(x), *y.shape[1:])).contiguous(memory_format=torch.channels_last)
-            out = out.index_copy(0, index, y)
-        assert out is not None
-        return out
+        return gather_and_scatter(x, expert, self.num_experts, lambda part, e: self._conv(part, self._expert(e)))
 
 
 class GroupedConvolution(_Contender):

@@ -50,7 +50,7 @@ from moe_kernels import BackendUnavailable, backends, fuse, use_backend
 from moe_kernels.backends import native
 
 from .contenders import SHAPES, ComputeAllAndMask, Dense, Floor, IndexSelect, Routed, Shape
-from .table import geometric_mean
+from .timing import geometric_mean
 
 __all__ = ["Budget", "Clock", "main", "measure_layer", "measure_models", "summarize_layers", "table_for_auto"]
 

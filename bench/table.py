@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m bench.table``: RoutedConv2d against the alternatives, paired in one run.
+"""``python -m bench.table``: RoutedConv2d against the alternatives, paired in one run; ``--level model`` and ``--level
+training`` the same of whole networks, with options of their own (``--level model --help``).
 
 Functions of a shape are timed in turn, round by round, so that they share what else the machine does. The floor is among
 them twice, and a shape whose floor/floor ratio of medians leaves 0.95 .. 1.05 is timed again. Printed are geometric means
@@ -11,14 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +25,10 @@ import torch
 
 from advmoe.tables import table
 
+from . import model_table
 from .contenders import CONTENDERS, DIRECTIONS, SHAPES, Shape, make
 from .machine import describe
-
-LIMITS = (0.95, 1.05)
-TRIES = 5
-
-
-def _medians(functions: Sequence[Callable[[], object]], repeats: int, least: float) -> list[float]:
-    """Median seconds of one call of each function, timed ``repeats`` times in turn for ``least`` seconds or more; each
-    timing follows an untimed call of the same function, so that none pays for what the one before left in the caches."""
-    inner = []
-    for function in functions:
-        function()
-        start = time.perf_counter()
-        function()
-        inner.append(max(1, math.ceil(least / max(time.perf_counter() - start, 1e-7))))
-    times: list[list[float]] = [[] for _ in functions]
-    for _ in range(repeats):
-        for function, count, mine in zip(functions, inner, times, strict=True):
-            function()
-            start = time.perf_counter()
-            for _ in range(count):
-                function()
-            mine.append((time.perf_counter() - start) / count)
-    return [statistics.median(mine) for mine in times]
+from .timing import LIMITS, TRIES, geometric_mean, medians, quiet_medians
 
 
 def measure(
@@ -60,30 +38,32 @@ def measure(
     then the alternatives against the routed layer."""
     floor, routed = (make(name, shape, batch, experts, direction) for name in ("floor", "routed"))
     more = make("routed", shape, batch, more_experts, direction)
-    attempt, a_a, medians = 0, 0.0, [0.0]
-    while attempt < TRIES and not LIMITS[0] <= a_a <= LIMITS[1]:
-        attempt += 1
-        medians = _medians([floor, routed, floor], repeats, 2e-3)
-        a_a = medians[2] / medians[0]
-    base = (medians[0] + medians[2]) / 2
-    fewer, many = _medians([routed, more], repeats, 2e-3)
-    ratios = {"routed/floor": medians[1] / base, f"N={more_experts}/N={experts}": many / fewer}
+    timing = quiet_medians([floor, routed], repeats)
+    base, seconds = timing.seconds
+    fewer, many = medians([routed, more], repeats)
+    ratios = {"routed/floor": seconds / base, f"N={more_experts}/N={experts}": many / fewer}
     others = [n for n in names if n not in ("routed", "floor")]
     if others:
         against = [routed, *(make(n, shape, batch, experts, direction) for n in others)]
-        first, *rest = _medians(against, max(3, repeats // 2), 2e-3)
+        first, *rest = medians(against, max(3, repeats // 2))
         ratios |= {f"{name}/routed": seconds / first for name, seconds in zip(others, rest, strict=True)}
     return {
-        "shape": str(shape), "batch": batch, "direction": direction, "floor_us": base * 1e6, "ratios": ratios, "a_a": a_a,
-        "tries": attempt, "quiet": LIMITS[0] <= a_a <= LIMITS[1],
+        "shape": str(shape), "batch": batch, "direction": direction, "floor_us": base * 1e6, "ratios": ratios,
+        "a_a": timing.a_a, "tries": timing.tries, "quiet": timing.quiet,
     }  # fmt: skip
 
 
-def geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
 def main() -> None:
+    levels = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    levels.add_argument("--level", choices=("layer", *model_table.LEVELS), default="layer")
+    chosen, arguments = levels.parse_known_args()
+    if chosen.level == "layer":
+        _layers(arguments)
+    else:
+        model_table.main(chosen.level, arguments)
+
+
+def _layers(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
@@ -96,7 +76,7 @@ def main() -> None:
     parser.add_argument("--isa", choices=("avx512", "avx2"), help="hold both sides to this instruction set")
     parser.add_argument("--shapes", action="store_true", help="print a line for each shape")
     parser.add_argument("--json", type=Path, help="write all figures there")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for name in ("batch", "experts", "more_experts", "repeats", "threads", "processes"):
         value = getattr(options, name)
         if value is not None and min(value if isinstance(value, list) else [value]) < 1:
@@ -105,9 +85,9 @@ def main() -> None:
         # both libraries read their variable once, at the start of the process
         onednn = {"avx2": "AVX2", "avx512": "AVX512_CORE"}[options.isa]
         environment = {**os.environ, "MOE_KERNELS_CPU_ISA": options.isa, "ONEDNN_MAX_CPU_ISA": onednn}
-        raise SystemExit(subprocess.call([sys.executable, "-m", "bench.table", *sys.argv[1:]], env=environment))
+        raise SystemExit(subprocess.call([sys.executable, "-m", "bench.table", *arguments], env=environment))
     if options.processes > 1:
-        runs = [_child() for _ in range(options.processes)]
+        runs = [_child(arguments) for _ in range(options.processes)]
         record = {**runs[0], "processes": options.processes, "results": _merge([run["results"] for run in runs])}
     else:
         record = _measure_all(options)
@@ -135,11 +115,11 @@ def _measure_all(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _child() -> dict[str, Any]:
+def _child(arguments: Sequence[str]) -> dict[str, Any]:
     """The same command in a process of its own, once."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.json"
-        command = [sys.executable, "-m", "bench.table", *sys.argv[1:], "--processes", "1", "--json", str(path)]
+        command = [sys.executable, "-m", "bench.table", *arguments, "--processes", "1", "--json", str(path)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         return json.loads(path.read_text())
 
