@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings_features.h"
 #include "bindings_gpu.h"
 #include "cpu/conv2d.h"
 #include "cpu/dispatch.h"
@@ -110,5 +111,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("conv2d_grad_weight", &conv2d_grad_weight, unlocked);
     m.def("pack_numel", &pack_numel, unlocked);
     m.def("pack", &pack, unlocked);
+    moe::bind_features(m);
     moe::bind_gpu(m);
 }

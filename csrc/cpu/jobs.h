@@ -8,6 +8,7 @@
 
 #include "common/conv2d.h"
 #include "common/plan.h"
+#include "cpu/feature_jobs.h"
 
 namespace moe::cpu {
 
@@ -90,6 +91,7 @@ struct KernelTable {
     Result (*pack)(DType, const PackJob&);
     Result (*conv)(DType, const ConvJob&);
     Result (*grad_weight)(DType, const GradWeightJob&);
+    Result (*features)(DType, FeatureKernel, const FeatureJob&);
 };
 
 // Memory that a thread keeps from call to call, 64-byte aligned; null when there is none. Contents are not kept.
