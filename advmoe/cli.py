@@ -192,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--precision", choices=PRECISIONS, default=o.precision, help="of forwards in training; bfloat16 by autocast"
     )
+    g.add_argument("--compile", action="store_true", help="training's forwards through torch.compile (minutes at first)")
     g.add_argument("--lr", type=float, default=o.lr, help="at the start; goes to 0 by a cosine")
     g.add_argument("--router-lr", type=float, help="the routers' own rate; --lr by default")
     g.add_argument("--momentum", type=float, default=o.momentum, help="of SGD")
@@ -411,7 +412,9 @@ def _train(o: argparse.Namespace) -> None:
             model=model,
             data=DataConfig(o.data, o.data_dir, o.train_limit, o.test_limit, augment=not o.no_augment, workers=o.workers),
             attack=AttackConfig(o.epsilon, o.step_size, o.attack_steps, o.attack_loss, "gaussian" if gaussian else True),
-            optim=OptimConfig(o.lr, o.router_lr, o.momentum, o.weight_decay, o.freeze_unused, o.accumulate, o.precision),
+            optim=OptimConfig(
+                o.lr, o.router_lr, o.momentum, o.weight_decay, o.freeze_unused, o.accumulate, o.precision, o.compile
+            ),
             method=_method_config(o),
             routing=RoutingConfig(o.balance, o.balance_weight, o.experts_start, share_epochs),
             init=o.init,

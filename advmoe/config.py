@@ -89,7 +89,9 @@ class OptimConfig:
         accumulate: parts of a batch that go through the model one after the other, attack included; each has batch
             statistics of its own.
         precision: of forwards in training, ``float32`` or ``bfloat16`` (autocast); routers, losses and weights are
-        float32.
+            float32.
+        compile: the model's forward in training and its attacks goes through ``torch.compile``; for one process, and
+            without settings that look at the routers of each forward. Results differ in the last digits.
     """
 
     lr: float = 0.1
@@ -99,6 +101,7 @@ class OptimConfig:
     freeze_unused: bool = False
     accumulate: int = 1
     precision: str = "float32"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         _require(self, ("lr", "router_lr", "weight_decay"))
@@ -222,6 +225,17 @@ class RunConfig:
         shared = self.routing.share_epochs
         if shared and shared >= self.epochs:
             raise ValueError(f"share_epochs: expected less than the {self.epochs} epochs, got {shared}")
+        m = self.method
+        watching = {
+            "balance": self.routing.balance != "none",
+            "freeze_unused": self.optim.freeze_unused,
+            "attack_routers": m.attack_routers,
+            "router_objective": m.router_objective != "trades",
+            "at_sparse": m.name == "at_sparse",
+        }
+        if self.optim.compile and any(watching.values()):
+            name = next(name for name, given in watching.items() if given)
+            raise ValueError(f"compile: not with {name}, which looks into the model's forwards")
         phases = self.method.pretrain_epochs + self.method.mask_epochs
         if phases > self.epochs:
             raise ValueError(f"pretrain_epochs + mask_epochs: expected at most the {self.epochs} epochs, got {phases}")

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -102,6 +102,12 @@ class Router(nn.Module):
 
     level: ClassVar[str] = "layer"  # or "image"
     standardized: ClassVar[bool] = True  # whether scores are standardised by default
+    reads_means: ClassVar[bool] = False  # whether forward takes channel means that are there already: forward(x, means)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in cls.__dict__ and "reads_means" not in cls.__dict__:
+            cls.reads_means = False  # a forward of its own takes the features
 
     def __init__(self, in_channels: int, num_experts: int) -> None:
         super().__init__()
@@ -119,8 +125,11 @@ class Router(nn.Module):
         """A router for features of ``in_channels`` channels, or, of level image, for images of ``image_size`` pixels."""
         return cls(in_channels, num_experts)
 
-    def route(self, x: Tensor) -> Routing:
+    def route(self, x: Tensor, means: Tensor | None = None) -> Routing:
         """The chosen expert of each sample of ``x``.
+
+        Args:
+            means: the channel means of ``x``, where they are there already; for a router that ``reads_means``.
 
         Raises:
             NonFiniteRouterError: if a score is not finite (looked at on the CPU, outside a trace).
@@ -130,7 +139,7 @@ class Router(nn.Module):
         if self.only is not None:
             expert = torch.full((x.shape[0],), self.only, dtype=torch.int64, device=x.device)
             return Routing(expert, num_experts=self.num_experts)
-        scores = self._scores(x)
+        scores = self._scores(x, means)
         if self.options.temperature != 1:
             scores = scores / self.options.temperature
         if scores.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -143,12 +152,13 @@ class Router(nn.Module):
             observer(self, scores, routing)
         return routing
 
-    def _scores(self, x: Tensor) -> Tensor:
+    def _scores(self, x: Tensor, means: Tensor | None = None) -> Tensor:
         """Standardised; in float32 also under autocast: a choice between close scores is a matter of digits."""
         if _under_autocast(x):
             with torch.autocast(x.device.type, enabled=False):
-                return self._scores(x.float())
-        scores = self(x)
+                return self._scores(x.float()) if means is None else self._scores(x, means.float())
+        # a forward put in this router's place takes the features
+        scores = self(x) if means is None or "forward" in self.__dict__ else self(x, means)
         return scores if self.score_norm is None else self.score_norm(scores)
 
     def require_finite(self, scores: Tensor) -> None:
@@ -245,19 +255,23 @@ class LightRouter(Router):
     and a choice must not depend on the rest of the batch. The paper leaves its layer routers open; this is our choice.
     """
 
+    reads_means = True
+
     def __init__(self, in_channels: int, num_experts: int) -> None:
         super().__init__(in_channels, num_experts)
         self.norm = nn.LayerNorm(in_channels)
         self.linear = nn.Linear(in_channels, num_experts)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.norm(x.mean((2, 3))))
+    def forward(self, x: Tensor, means: Tensor | None = None) -> Tensor:
+        """Scores; ``means [B, C]`` of ``x [B, C, H, W]`` are taken where they are given."""
+        means = x.mean((2, 3)) if means is None else means.to(self.linear.weight.dtype)
+        return self.linear(self.norm(means))
 
-    def route(self, x: Tensor) -> Routing:
+    def route(self, x: Tensor, means: Tensor | None = None) -> Routing:
         # the CPU has no kernel for it, and there the scores are looked at
         watched = x.device.type == "cpu" or torch.compiler.is_compiling() or _under_autocast(x)
         if watched or not self._is_plain():
-            return super().route(x)
+            return super().route(x, means)
         weight, bias = self._as_one_layer()
         return functional.pooled_routing(
             x, weight, bias, self.norm.weight, self.norm.bias, eps=self.norm.eps, gate=self.options.gate

@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from advmoe.attacks import PGD
 from advmoe.config import MethodConfig, ModelConfig, OptimConfig
 from advmoe.models import router_parameters
+from advmoe.registry import unknown_name
 from advmoe.tables import table
 from advmoe.training.methods import AdvMoE, Batch, Method, build_method
 from advmoe.training.runs import build_model
@@ -65,22 +67,37 @@ def make(contender: Contender, model: ModelConfig) -> Method:
     return build_method(network, contender.method, OptimConfig(), attack)
 
 
-def measure(model: ModelConfig, batch_size: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of ``PERIOD`` steps of each contender, ``rounds`` times in turn."""
+def measure(
+    model: ModelConfig, batch_size: int, rounds: int, contenders: Sequence[Contender] = CONTENDERS, period: int = PERIOD
+) -> dict[str, list[float]]:
+    """Seconds of ``period`` steps of each contender, ``rounds`` times in turn."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand((batch_size, 3, 32, 32), generator=generator).contiguous(memory_format=torch.channels_last)
     batch = Batch(images, torch.randint(0, 10, (batch_size,), generator=generator), generator)
-    methods = {c.name: make(c, model) for c in CONTENDERS}
+    methods = {c.name: make(c, model) for c in contenders}
     times: dict[str, list[float]] = {name: [] for name in methods}
     for round in range(rounds + 1):
         for name, method in methods.items():
             start = time.perf_counter()
-            for step in range(PERIOD):
+            for step in range(period if round else 1):  # a first step, with all that it has to do, is the warm-up
                 method.position = step
                 method.step([batch] * method.batches_per_step)
-            if round:  # the first is a warm-up
+            if round:
                 times[name].append(time.perf_counter() - start)
     return times
+
+
+def chosen(names: Sequence[str] | None) -> list[Contender]:
+    """The contenders of these names, in their own order; all without names.
+
+    Raises:
+        ValueError: for a name that is none's.
+    """
+    known = [c.name for c in CONTENDERS]
+    for name in names or ():
+        if name not in known:
+            raise unknown_name("method", name, known)
+    return [c for c in CONTENDERS if not names or c.name in names]
 
 
 def main() -> None:
@@ -90,16 +107,22 @@ def main() -> None:
     parser.add_argument("--router", default=ModelConfig().router)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="of the table's first column; all by default")
+    parser.add_argument(
+        "--period", type=int, default=PERIOD, help=f"steps in turn ({PERIOD}); a multiple of each router_every"
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
     o = parser.parse_args()
     if o.threads is not None:
         torch.set_num_threads(o.threads)
     model = ModelConfig(arch=o.arch, width=o.width, router=o.router)
-    times = measure(model, o.batch_size, o.rounds)
+    contenders = chosen(o.methods)
+    times = measure(model, o.batch_size, o.rounds, contenders, o.period)
     medians = {name: statistics.median(each) for name, each in times.items()}
-    unit = medians[CONTENDERS[0].name]
-    images = PERIOD * o.batch_size
+    first = contenders[0].name
+    unit = medians[first]
+    images = o.period * o.batch_size
     rows = [
         [name, f"{images / t:.0f}", f"{t / unit:.2f}", f"{min(times[name]) / unit:.2f} .. {max(times[name]) / unit:.2f}"]
         for name, t in medians.items()
@@ -108,7 +131,7 @@ def main() -> None:
     machine = describe()
     print(
         f"\n{o.arch} of width {o.width}, N = 2, r = 0.5, router {o.router}, batch {o.batch_size}, TRADES, K = 2; "
-        f"{PERIOD} steps in turn, medians of n = {o.rounds}; cost against {CONTENDERS[0].name}\n"
+        f"{o.period} steps in turn, medians of n = {o.rounds}; cost against {first}\n"
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}, float32"
     )
     if o.json is not None:

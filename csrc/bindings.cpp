@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings_features.h"
 #include "bindings_gpu.h"
 #include "bindings_program.h"
 #include "cpu/conv2d.h"
@@ -112,5 +113,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("pack_numel", &pack_numel, unlocked);
     m.def("pack", &pack, unlocked);
     moe::bind_program(m);
+    moe::bind_features(m);
     moe::bind_gpu(m);
 }

@@ -59,9 +59,9 @@ void conv(Program& program, const PlaceTuple& src, const PlaceTuple& dst, const 
 }
 
 // numbers: groups, kernel, stride, padding (two each), at_channel
-void layer(Program& program, int op, const PlaceTuple& src, const PlaceTuple& other, const PlaceTuple& dst, Pointer weight,
-           Pointer bias, int64_t index, const std::array<int64_t, 8>& numbers, double eps, bool count_padding, bool relu,
-           const PrologueTuple& before) {
+void layer(Program& program, int op, const PlaceTuple& src, const PlaceTuple& other, const PlaceTuple& dst,
+           Pointer weight, Pointer bias, int64_t index, const std::array<int64_t, 8>& numbers, double eps,
+           bool count_padding, bool relu, const PrologueTuple& before) {
     if (op < 0 || op > int(cpu::LayerOp::flatten)) throw std::invalid_argument("op: unknown, " + std::to_string(op));
     ProgramLayer l{};
     l.src = place(src), l.other = place(other), l.dst = place(dst);

@@ -56,7 +56,7 @@ def plan_for(
 
 def plan_for_norm(routing: Routing, input: Tensor, num_experts: int) -> Tensor | None:
     """The plan for statistics of each expert's samples: that of a partition on the output side."""
-    if not _able(input, "normalises"):
+    if not (_able(input, "normalises") and _able(input, "plans")):
         return None
     expert = routing.expert.reshape(-1)
     return _shared(routing, [routing.expert], expert, None, num_experts, 0, ops.traced(input, input))

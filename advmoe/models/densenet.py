@@ -35,8 +35,8 @@ class _DenseLayer(nn.Module):
 
     def forward(self, x: Tensor, path: Path) -> Tensor:
         path.enter(self, x)
-        y = path.convolve(self.conv1, F.relu(self.norm1(x)), self.norm2)
-        return path.convolve(self.conv2, F.relu(y))
+        y = path.convolve(self.conv1, path.rectify(self.norm1(x)), self.norm2)
+        return path.convolve(self.conv2, path.rectify(y))
 
 
 class _DenseBlock(nn.Module):
@@ -122,7 +122,7 @@ class DenseNet(Backbone):
             x = parts[f"denseblock{i}"](x, path)  # type: ignore[misc]
             if i < self.stages:
                 x = parts[f"transition{i}"](x)  # type: ignore[misc]
-        return self.classifier(path.features(F.relu(parts["norm_final"](x))))  # type: ignore[misc]
+        return self.classifier(path.features(path.rectify(parts["norm_final"](x))))  # type: ignore[misc]
 
 
 @register_model("densenet40")

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_kernels import ExpertSlices, RoutedBatchNorm2d, RoutedConv2d, RoutedLinear, Routing
+from moe_kernels.features import relu_with_means
 
 from ..routers import Router, build_router, router_class
 from ..sparse import LiveBatchNorm2d, MaskedConv2d
@@ -68,22 +70,29 @@ class Path:
     ``choice`` is the one in force for the layers ahead; None where each has a router of its own. ``writer`` is that of
     the last routed convolution that wrote the features: in the windows layout it says which of the dense channels they
     are.
-    ``gate_at_end`` holds gates that are to multiply once, at the network's end.
+    ``gate_at_end`` holds gates that are to multiply once, at the network's end. ``rectified`` are the last features
+    behind a ReLU, with their channel means, which the next router or the classifier may ask for.
+
+    Args:
+        pools: whether features have their channel means computed along with their ReLU: a network without light routers
+            would have no use for them.
     """
 
-    __slots__ = ("choice", "gate_at_end", "writer")
+    __slots__ = ("choice", "gate_at_end", "pools", "rectified", "writer")
 
-    def __init__(self) -> None:
+    def __init__(self, pools: bool = False) -> None:
         self.choice: Routing | None = None
         self.writer: Routing | None = None
         self.gate_at_end: Routing | None = None
+        self.pools = pools
+        self.rectified: tuple[Tensor, Tensor] | None = None
 
     def enter(self, site: nn.Module, x: Tensor) -> None:
         """Lets the site's router, if it has one, choose for the layers ahead."""
         router = getattr(site, "router", None)
         if router is None:
             return
-        choice = router.route(x)
+        choice = self._route(router, x)
         if choice.gate is not None and not choice.unit_gate:
             # multiplied through all layers it would vanish; a straight-through gate has value 1 and is shared, each layer
             # adding its gradient
@@ -99,12 +108,27 @@ class Path:
             return y if after is None else after(y)
         routing = self.choice
         if routing is None:
-            routing = conv.router.route(x)  # type: ignore[union-attr,operator]
+            routing = self._route(conv.router, x)  # type: ignore[arg-type]
         y = conv(x, routing.ungated() if gate_after else routing, self.of_input(conv))
         self.writer = routing
         if after is not None:
             y = self.normalize(after, y)
         return routing.combine(y) if gate_after else y
+
+    def rectify(self, x: Tensor) -> Tensor:
+        """``max(x, 0)``, with its channel means remembered if they are wanted."""
+        if not self.pools:
+            return F.relu(x)
+        self.rectified = relu_with_means(x)
+        return self.rectified[0]
+
+    def _route(self, router: Router, x: Tensor) -> Routing:
+        means = self._means(x) if router.reads_means else None
+        return router.route(x) if means is None else router.route(x, means)
+
+    def _means(self, x: Tensor) -> Tensor | None:
+        """The channel means of ``x``, if it is what was rectified last."""
+        return self.rectified[1] if self.rectified is not None and self.rectified[0] is x else None
 
     def of_input(self, conv: RoutedConv2d) -> Routing | None:
         return None if conv.in_slices.is_whole else self.writer
@@ -126,7 +150,8 @@ class Path:
 
     def features(self, x: Tensor) -> Tensor:
         """Means over the image, ``[B, C]``, gated if a gate waits."""
-        return self.gated(x.mean((2, 3)))
+        means = self._means(x)
+        return self.gated(x.mean((2, 3)) if means is None else means.to(x.dtype))
 
     def gated(self, features: Tensor) -> Tensor:
         return features if self.gate_at_end is None else self.gate_at_end.combine(features)
@@ -223,7 +248,9 @@ def step_before(spec: ModelSpec, stride: int, *, routed: bool = True) -> int:
 
 
 def every(x: Tensor, step: int) -> Tensor:
-    return x if step == 1 else x[:, :, ::step, ::step]
+    """Every ``step``-th pixel; by pooling, whose derivative keeps channels_last: that of slicing is contiguous, and all
+    that is added to it behind goes from one format to the other."""
+    return x if step == 1 else F.avg_pool2d(x, 1, step)
 
 
 class Shortcut(nn.Sequential):
@@ -308,7 +335,8 @@ class Backbone(nn.Module):
 
     def _start(self, x: Tensor) -> tuple[Tensor, Path]:
         """The normalised image, and the path that begins with it."""
-        x, path = self.normalize(x), Path()
+        pools = self.spec.routed and router_class(self.spec.router).reads_means
+        x, path = self.normalize(x), Path(pools)
         if self.image_level:
             path.enter(self, x)
         return x, path

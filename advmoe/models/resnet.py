@@ -4,7 +4,6 @@ has them."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..sparse import Add
@@ -54,8 +53,8 @@ class _Block(nn.Module):
         for i in range(1, self.depth + 1):
             y = path.convolve(getattr(self, f"conv{i}"), y, getattr(self, f"bn{i}"), self.gate_after_norm)
             if i < self.depth:
-                y = F.relu(y)
-        return F.relu(self.add(y, path.project(self.shortcut, x, source, self.gate_after_norm)))
+                y = path.rectify(y)
+        return path.rectify(self.add(y, path.project(self.shortcut, x, source, self.gate_after_norm)))
 
 
 class BasicBlock(_Block):
@@ -111,7 +110,7 @@ class ResNet(Backbone):
     def forward(self, x: Tensor) -> Tensor:
         """x ``[B, 3, H, W]`` in [0, 1] to logits ``[B, num_classes]``."""
         x, path = self._start(x)
-        x = self._behind_stem(self.pool(F.relu(self.bn1(self.conv1(x)))), path)
+        x = self._behind_stem(self.pool(path.rectify(self.bn1(self.conv1(x)))), path)
         for name in self.stages:
             x = getattr(self, name)(x, path)
         return path.classify(self.linear, path.features(x))

@@ -63,6 +63,8 @@ class Trainer:
         self.quiet = quiet or not world.first
         self.world = world
         part = world.part(config.batch_size, config.optim.accumulate)
+        if config.optim.compile and world.size > 1:
+            raise ValueError(f"compile: for one process, got {world.size}")
         self.device = device_of(config.device)
         if config.model.kind in ("moe", "upcycled"):
             choose(self.device)
@@ -81,6 +83,8 @@ class Trainer:
         if config.init is not None:
             _load_weights(self.model, config.init, config.model)
         world.prepare(self.model)
+        if config.optim.compile:
+            _compile(self.model)
         self.method: Method = build_method(self.model, config.method, config.optim, attack, config.routing, world)
         self.watch = RouterWatch(self.model, world)
         names = ("upper",) if self.method.batches_per_step == 1 else ("lower", "upper")
@@ -242,7 +246,9 @@ class Trainer:
 
     def _step(self, batches: list[Batch]) -> StepResult:
         try:
-            with self.watch.watching(self.method.position):
+            # a compiled forward can be looked into only by breaking its graph at each router
+            compiled = self.config.optim.compile
+            with nullcontext() if compiled else self.watch.watching(self.method.position):
                 return self.method.step(batches)
         except _NON_FINITE as error:
             raise self._named(self._cause(error, batches), f"step {self.step + 1}") from error
@@ -347,10 +353,22 @@ class Trainer:
     def _validate(self) -> Evaluation:
         c = self.config
         attacks = {c.validation_attack: self.validation_attack}
+        # a graph for each size of a batch there, and without gradients, would pay for itself nowhere
+        eager = torch.compiler.set_stance("force_eager") if c.optim.compile else nullcontext()
         try:
-            return evaluate(self.model, self.data.validation, attacks, c.batch_size, seed=c.seed, workers=c.data.workers)
+            with eager:
+                return evaluate(
+                    self.model, self.data.validation, attacks, c.batch_size, seed=c.seed, workers=c.data.workers
+                )
         except _NON_FINITE as error:
             raise self._named(error, "validation") from error
+
+
+def _compile(model: nn.Module) -> None:
+    """In place. There is a graph for each of the ways in which a method's forwards differ (mode, whose gradients are
+    wanted, whether an expert is shared): together maybe more than the eight that torch keeps by default."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+    model.compile(dynamic=False)
 
 
 def _load_weights(model: nn.Module, source: str, into: ModelConfig) -> None:

@@ -272,8 +272,8 @@ bool grad_weight_item(const GradWeightJob& job, const GradWeightCut& cut, int64_
         for (int64_t i = 0; i < count; ++i) {
             const T* image = static_cast<const T*>(job.input) + (job.order[begin + i] / s.k) * s.H * s.W * s.C +
                              conv_group * red + block_begin * kBlock;
-            copy_window<T, A>(image, s.H, s.W, s.C, channels, row_begin * pass.is_h + pass.org_h, pass.org_w,
-                              Before<A>{}, window, inputs + i * sample_stride);
+            copy_window<T, A>(image, s.H, s.W, s.C, channels, row_begin * pass.is_h + pass.org_h, pass.org_w, Before<A>{},
+                              window, inputs + i * sample_stride);
         }
         for (int64_t p = panel_begin; p < panel_end; ++p) {
             const int64_t channel = p * panel<A>;

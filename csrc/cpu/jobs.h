@@ -8,6 +8,7 @@
 
 #include "common/conv2d.h"
 #include "common/plan.h"
+#include "cpu/feature_jobs.h"
 
 namespace moe::cpu {
 
@@ -108,16 +109,16 @@ struct LayerJob {
     LayerOp op;
     int64_t samples;
     View src, other, dst;
-    Prologue prologue;      // of src
-    const void* weight;     // linear: [outputs, channels]; norms: [channels]
-    const void* bias;       // as many as outputs or channels
-    int64_t* index;         // argmax writes, gather reads
-    int64_t groups;         // of group_norm
-    double eps;             // of the norms
+    Prologue prologue;                                             // of src
+    const void* weight;                                            // linear: [outputs, channels]; norms: [channels]
+    const void* bias;                                              // as many as outputs or channels
+    int64_t* index;                                                // argmax writes, gather reads
+    int64_t groups;                                                // of group_norm
+    double eps;                                                    // of the norms
     int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;  // of pools; copy: the stride is the step
-    bool count_padding;     // average_pool divides by the kernel's size at the border too
-    int64_t at_channel;     // of copy
-    bool relu;              // of what is written
+    bool count_padding;  // average_pool divides by the kernel's size at the border too
+    int64_t at_channel;  // of copy
+    bool relu;           // of what is written
     int threads;
 };
 
@@ -144,6 +145,7 @@ struct KernelTable {
     Result (*pack)(DType, const PackJob&);
     Result (*conv)(DType, const ConvJob&);
     Result (*grad_weight)(DType, const GradWeightJob&);
+    Result (*features)(DType, FeatureKernel, const FeatureJob&);
     Result (*layer)(DType, const LayerJob&);
 };
 

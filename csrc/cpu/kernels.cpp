@@ -11,6 +11,9 @@
 #define MOE_STRING(a) MOE_STRING_(a)
 
 namespace moe::cpu {
+
+Result MOE_FEATURES(MOE_ISA)(DType, FeatureKernel, const FeatureJob&);  // features.cpp
+
 namespace {
 
 int64_t packed_channels_of(DType dtype, int64_t out) {
@@ -64,7 +67,7 @@ Result layer_of(DType dtype, const LayerJob& job) {
 }  // namespace
 
 extern const KernelTable MOE_CONCAT(kernels_, MOE_ISA);
-const KernelTable MOE_CONCAT(kernels_, MOE_ISA) = {MOE_STRING(MOE_ISA), packed_channels_of, pack_of, conv_of,
-                                                   grad_weight_of, layer_of};
+const KernelTable MOE_CONCAT(kernels_, MOE_ISA) = {MOE_STRING(MOE_ISA), packed_channels_of,    pack_of, conv_of,
+                                                   grad_weight_of,      MOE_FEATURES(MOE_ISA), layer_of};
 
 }  // namespace moe::cpu

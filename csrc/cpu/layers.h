@@ -25,8 +25,8 @@ template <class F>
 void for_channels(const LayerJob& job, const F& f) {
     const int64_t parts = ceil_div(job.src.channels, kChannels);
     const int64_t tasks = job.samples * parts;
-    const bool parallel = job.threads > 1 && tasks > 1 &&
-                          job.samples * job.src.height * job.src.width * job.src.channels >= 32768;
+    const bool parallel =
+        job.threads > 1 && tasks > 1 && job.samples * job.src.height * job.src.width * job.src.channels >= 32768;
 #pragma omp parallel for schedule(static) num_threads(job.threads) if (parallel)
     for (int64_t task = 0; task < tasks; ++task) {
         const int64_t first = task % parts * kChannels;

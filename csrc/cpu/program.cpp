@@ -208,7 +208,8 @@ std::string Program::run_step(const Step& step, const Part& part) const {
             const External& outside = (loads ? *part.inputs : *part.outputs)[size_t(step.external)];
             int64_t* out = static_cast<int64_t*>(outside.data) + part.begin * outside.strides[0];
             int64_t* in = part.index(step.index);
-            for (int64_t s = 0; s < part.count; ++s, out += outside.strides[0]) (loads ? in[s] : *out) = loads ? *out : in[s];
+            for (int64_t s = 0; s < part.count; ++s, out += outside.strides[0])
+                (loads ? in[s] : *out) = loads ? *out : in[s];
             return {};
         }
         case Step::Kind::conv:
@@ -228,7 +229,9 @@ std::string Program::run_conv(const Conv& conv, const Part& part) const {
     Plan plan;
     std::string error = make_plan(s, slices, plan);
     if (!error.empty()) return error;
-    auto data = [&](const Place& place) { return static_cast<char*>(part.at(place.offset)) + place.channel * size_of(dtype_); };
+    auto data = [&](const Place& place) {
+        return static_cast<char*>(part.at(place.offset)) + place.channel * size_of(dtype_);
+    };
     ConvJob job{};
     job.src = data(c.src);
     job.src_h = s.H, job.src_w = s.W, job.src_c = c.src.pixel_stride;
@@ -243,7 +246,8 @@ std::string Program::run_conv(const Conv& conv, const Part& part) const {
     job.group_count = int64_t(plan.groups.size());
     job.order = plan.order.data();
     job.packed = c.packed;
-    job.prologue = {c.prologue.scale, c.prologue.shift, part.index(c.prologue.expert), c.prologue.channels, c.prologue.relu};
+    job.prologue = {c.prologue.scale, c.prologue.shift, part.index(c.prologue.expert), c.prologue.channels,
+                    c.prologue.relu};
     job.epilogue = c.epilogue;
     job.epilogue.gate = part.at(c.gate);
     if (!c.residual.none()) {

@@ -38,7 +38,7 @@ struct ProgramPrologue {
 
 struct ProgramConv {
     Place src, dst, residual;
-    Conv2dShape shape;  // of one sample
+    Conv2dShape shape;                                    // of one sample
     int64_t out_expert = kNowhere, in_expert = kNowhere;  // places of int64 indices, one for each sample
     int64_t out_count = 0, in_count = 0;
     std::vector<int64_t> out_starts, in_starts;
@@ -62,7 +62,7 @@ struct External {
 };
 
 class Program {
-public:
+  public:
     Program(DType dtype, int64_t sample_bytes, int64_t chunk);
     Program(const Program&) = delete;
     Program& operator=(const Program&) = delete;
@@ -82,7 +82,7 @@ public:
     // Bytes that a run for so many samples takes, and that are kept for the next.
     int64_t memory(int64_t samples, int threads) const;
 
-private:
+  private:
     struct Step {
         enum class Kind { load, load_index, store, store_index, conv, layer } kind;
         size_t which = 0;      // of convs_ or layers_

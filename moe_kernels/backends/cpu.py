@@ -21,11 +21,12 @@ from .native import pointer as _pointer
 
 if TYPE_CHECKING:
     from ..geometry import Conv2dGeometry
-    from .interface import Epilogue, Experts
+    from .interface import Epilogue, Experts, Side
 
 __all__ = ["CpuBackend"]
 
 _FORWARD, _GRAD_INPUT = 0, 1
+_MAP, _MOMENTS, _SUMS, _DOT, _RECTIFY, _RECTIFY_BACKWARD = range(6)  # as moe::cpu::FeatureKernel
 _NHWC = torch.channels_last
 # Two sliced sides have a packed block for each pair of slices; more than this many times the weight is not worth keeping,
 # but for small weights, whose few channels are padded to a whole panel.
@@ -34,6 +35,8 @@ _MAX_PACKED_RATIO, _SMALL_PACKED = 8, 1 << 18
 
 class CpuBackend(Backend):
     name = "cpu"
+    normalises = True
+    rectifies = True
 
     def unavailable(self) -> str | None:
         return native.unavailable()
@@ -107,6 +110,24 @@ class CpuBackend(Backend):
         dx = sum_choices(dx, g.samples_per_input)
         return in_format(dx, memory_format_of(grad))
 
+    def grad_input_gated(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        experts: Experts,
+        geometry: Conv2dGeometry,
+        input: Tensor,
+        gate: Tensor | None,
+        packed: Tensor | None,
+    ) -> tuple[Tensor, Tensor] | None:
+        if geometry.samples_per_input != 1:
+            return None
+        height, width = input.shape[2:]
+        dx = self.grad_input(grad, weight, experts, geometry, (height, width), packed)
+        dots = torch.empty(input.shape[0], dtype=_accumulation(input.dtype), device=input.device)
+        _features(_DOT, nhwc(input), x=nhwc(dx), grad=nhwc(input), first=dots)
+        return dx if gate is None else dx * gate.to(dx.dtype)[:, None, None, None], dots
+
     def grad_weight(
         self,
         grad: Tensor,
@@ -148,6 +169,78 @@ class CpuBackend(Backend):
         threads = torch.get_num_threads()
         _C.pack(direction, dtype, threads, shape, slices, weight.stride(), weight.data_ptr(), block.data_ptr())
         return block
+
+    def moments(self, x: Tensor, side: Side, plan: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        first, second, third = (_values(x, side.total) for _ in range(3))
+        x = nhwc(x)
+        _features(_MOMENTS, x, side, x=x, first=first, second=second, third=third)
+        return first, second, third
+
+    def sums(self, x: Tensor, grad: Tensor, mean: Tensor, side: Side, plan: Tensor | None) -> tuple[Tensor, Tensor]:
+        first, second = (_values(x, side.total) for _ in range(2))
+        x = nhwc(x)
+        _features(_SUMS, x, side, x=x, grad=nhwc(grad.to(x.dtype)), mean=_read(mean, x), first=first, second=second)
+        return first, second
+
+    def affine(
+        self,
+        x: Tensor,
+        side: Side,
+        scale: Tensor,
+        mean: Tensor,
+        shift: Tensor | None,
+        grad: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> Tensor:
+        layout = memory_format_of(x)
+        x = nhwc(x)
+        y = torch.empty_like(x)
+        both = grad is not None and grad_scale is not None
+        _features(
+            _MAP, x, side, x=x, scale=_read(scale, x), mean=_read(mean, x), shift=_read(shift, x), y=y,
+            grad=nhwc(grad.to(x.dtype)) if grad is not None and both else None,
+            grad_scale=_read(grad_scale, x) if both else None,
+        )  # fmt: skip
+        return in_format(y, layout)
+
+    def rectify(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, means = torch.empty_like(x), x.new_empty(x.shape[:2], dtype=_accumulation(x.dtype))
+        _features(_RECTIFY, x, x=x, y=y, first=means)
+        return y, means
+
+    def rectify_backward(self, grad: Tensor | None, grad_means: Tensor | None, y: Tensor) -> Tensor:
+        dx = torch.empty_like(y)
+        grad = None if grad is None else nhwc(grad.to(y.dtype))
+        _features(_RECTIFY_BACKWARD, y, x=y, grad=grad, pooled_grad=_read(grad_means, y), y=dx)
+        return dx
+
+
+# as moe::cpu::FeatureJob
+_POINTERS = ("x", "grad", "scale", "mean", "shift", "grad_scale", "pooled_grad", "y", "first", "second", "third")
+
+
+def _features(kernel: int, like: Tensor, side: Side | None = None, **tensors: Tensor | None) -> None:
+    """A kernel of csrc/cpu/features.h over channels_last features of this shape; the tensors are named as there."""
+    samples, channels, height, width = like.shape
+    expert = None
+    slices: tuple[int, int, Any] = (0, 0, ())
+    total = channels
+    if side is not None:
+        expert, total = side.expert.contiguous(), side.total
+        slices = (expert.data_ptr(), side.num_experts, side.starts)
+    sizes = (samples, height * width, channels, total)
+    pointers = [_pointer(tensors.get(name)) for name in _POINTERS]
+    _C.features(kernel, _DTYPE[like.dtype], torch.get_num_threads(), sizes, slices, pointers)
+    del expert  # it has to outlive the call
+
+
+def _values(x: Tensor, count: int) -> Tensor:
+    return torch.empty(count, dtype=_accumulation(x.dtype), device=x.device)
+
+
+def _read(values: Tensor | None, x: Tensor) -> Tensor | None:
+    """Values of channels as kernels read them beside ``x``."""
+    return None if values is None else values.detach().to(_accumulation(x.dtype)).contiguous().resolve_neg()
 
 
 def _slices(experts: Experts, g: Conv2dGeometry, samples: int) -> tuple[tuple[Any, ...], Any]:

@@ -98,6 +98,7 @@ class Backend(abc.ABC):
     plan_below = 0  # pixels of a result: with as many no tile takes rows of several samples, and only weights need a plan
     normalises = False  # whether it has kernels for a BatchNorm of each expert's own; elsewhere that is torch's operators
     routes = False  # whether it has a kernel for the router of pooled features
+    rectifies = False  # whether it has a kernel for ReLU and channel means together, and for their derivative
 
     def unavailable(self) -> str | None:
         """None, or why this backend cannot run in this process."""
@@ -214,6 +215,18 @@ class Backend(abc.ABC):
         if grad is not None and grad_scale is not None:
             y = y + _wide(grad) * side.rows(grad_scale)[:, :, None, None]
         return y.to(x.dtype)
+
+    def rectify(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``max(x, 0)`` of channels_last ``x [V, C, H, W]`` and its channel means, ``[V, C]`` in float32 at least."""
+        y = x.relu()
+        return y, _wide(y).mean((2, 3))
+
+    def rectify_backward(self, grad: Tensor | None, grad_means: Tensor | None, y: Tensor) -> Tensor:
+        """The gradient for the input of :meth:`rectify`, from those of its results; one of them at least is there."""
+        total = 0.0 if grad is None else _wide(grad)
+        if grad_means is not None:
+            total = total + grad_means[:, :, None, None] / (y.shape[2] * y.shape[3])
+        return torch.where(y <= 0, 0.0, total).to(y.dtype)
 
     def route(
         self,

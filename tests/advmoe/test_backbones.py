@@ -287,3 +287,17 @@ def test_any_number_of_experts_and_any_ratio_train(arch: str, experts: int, rati
         else:
             assert side.total == experts * side.width, name
     check_step(model, size_of(arch))
+
+
+def test_the_gradient_of_thinned_out_pixels_keeps_the_memory_format() -> None:
+    from advmoe.models.layers import every
+
+    for size in (8, 7):
+        x = torch.randn(2, 3, size, size).to(memory_format=torch.channels_last).requires_grad_()
+        y = every(x, 2)
+        assert torch.equal(y, x[:, :, ::2, ::2])
+        dy = torch.randn_like(y)
+        (dx,) = torch.autograd.grad(y, x, dy)
+        assert dx.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(dx, torch.autograd.grad(x[:, :, ::2, ::2], x, dy)[0])
+    assert every(x, 1) is x

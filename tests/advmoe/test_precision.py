@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_runs import ATTACK, batch, model
+from small_runs import ATTACK, SMALL, batch, model, small_architecture, tiny
 from torch import nn
 
 from advmoe import cli
 from advmoe.config import MethodConfig, OptimConfig, RoutingConfig, RunConfig
 from advmoe.models import create_model
 from advmoe.routers import Router, observe_routers, routers_of
+from advmoe.training import train
 from advmoe.training.methods import Batch, Method, build_method
 
 NAMES = ("standard", "at", "at_sparse", "advmoe")
@@ -96,6 +99,40 @@ def test_losses_of_low_precision_are_computed_in_float32() -> None:
     for loss in (cross_entropy(logits, labels), kl_divergence(logits, -logits), margin_loss(logits, labels)):
         assert loss.dtype == torch.float32
     assert cross_entropy(logits.double(), labels).dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["at", "advmoe"])
+def test_compiled_training_is_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for rounding. By aot_eager: the graphs and their derivatives as inductor gets them, without its compilation."""
+    compiled: list[nn.Module] = []
+
+    def compile(self: nn.Module, **options: Any) -> None:
+        compiled.append(self)
+        self._compiled_call_impl = torch.compile(self._call_impl, backend="aot_eager", **options)
+
+    monkeypatch.setattr(nn.Module, "compile", compile)
+    with small_architecture():
+        config = tiny(name)
+        config = dataclasses.replace(config, epochs=1, model=dataclasses.replace(config.model, arch=SMALL))
+        runs = []
+        for wanted in (False, True):
+            optim = dataclasses.replace(config.optim, compile=wanted)
+            run = train(dataclasses.replace(config, optim=optim), tmp_path / str(wanted), quiet=True)
+            runs.append(run.metrics()[0])
+    torch._dynamo.reset()
+    assert len(compiled) == 1
+    for key in ("loss", "validation_sa", "validation_ra"):
+        assert runs[1][key] == pytest.approx(runs[0][key], rel=1e-4)
+
+
+def test_what_cannot_be_compiled() -> None:
+    for settings, name in (
+        ({"routing": RoutingConfig(balance="switch")}, "balance"),
+        ({"optim": OptimConfig(compile=True, freeze_unused=True)}, "freeze_unused"),
+        ({"method": MethodConfig.as_released()}, "attack_routers"),
+    ):
+        with pytest.raises(ValueError, match=f"compile: not with {name}, which looks into the model's forwards"):
+            RunConfig(**{"optim": OptimConfig(compile=True), **settings})
 
 
 def test_settings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -586,3 +586,48 @@ def test_scores_and_costs_are_seen_off_the_cpu_too(pooled: list[Any]) -> None:
         assert profile(model, image_size=8).router_gflops > 0 and not pooled
         model(x)
     assert len(pooled) == 16
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vgg16_bn", "densenet40"])
+def test_channel_means_are_computed_once(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Light routers take those that came with the ReLU before them, and choose and learn as from the features."""
+    size = 32 if arch == "vgg16_bn" else 8
+    torch.manual_seed(0)
+    model = create_model(arch, "moe", width=8, image_size=size).double().to(memory_format=torch.channels_last)
+    x = images(4, size).double().contiguous(memory_format=torch.channels_last).requires_grad_()
+    given: list[bool] = []
+    forward = LightRouter.forward
+
+    def seen(self: LightRouter, x: Tensor, means: Tensor | None = None) -> Tensor:
+        given.append(means is not None)
+        if means is not None:
+            torch.testing.assert_close(means, x.mean((2, 3)))
+        return forward(self, x, means)
+
+    def gradients() -> list[Tensor]:
+        given.clear()
+        parameters = [x, *router_parameters(model)]
+        return list(torch.autograd.grad(model(x).square().sum(), parameters))
+
+    monkeypatch.setattr(LightRouter, "forward", seen)
+    together = gradients()
+    assert any(given) and len(given) == len(routers_of(model))
+    monkeypatch.setattr(LightRouter, "reads_means", False)
+    apart = gradients()
+    assert not any(given)
+    for a, b in zip(together, apart, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
+
+
+def test_a_forward_of_its_own_gets_the_features() -> None:
+    class Own(LightRouter):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+            assert x.dim() == 4
+            return super().forward(x)
+
+    assert not Own.reads_means and LightRouter.reads_means
+    model = create_model("resnet18", "moe", width=8, image_size=8)
+    for router in routers_of(model).values():
+        router.forward = lambda x, own=router: LightRouter.forward(own, x)
+    with torch.no_grad():
+        assert model(images(2)).shape == (2, 10)
