@@ -279,7 +279,7 @@ def test_a_run_s_program_and_package_load_without_advmoe(tmp_path: Path) -> None
 @pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "freezing"),
-    [*((name, True) for name in ROUTED | MORE | PLAIN), ("resnet18", False), ("resnet18-dense", False)],
+    [*((name, False) for name in ROUTED | MORE | PLAIN), *((name, True) for name in (*ROUTED, "resnet18-dense"))],
 )
 def test_a_package_gives_the_same_in_another_process(name: str, freezing: bool, tmp_path: Path) -> None:
     model = made(name).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
