@@ -51,7 +51,7 @@ def routed_nodes(program: ExportedProgram) -> list[str]:
     return [str(target) for target in nodes if str(target).startswith("moe_kernels.")]
 
 
-def package_program(program: ExportedProgram, path: str | Path, freezing: bool = True) -> Path:
+def package_program(program: ExportedProgram, path: str | Path, freezing: bool = False) -> Path:
     """Compiles a program by AOTInductor into one ``.pt2`` file for ``torch._inductor.aoti_load_package``.
 
     Takes a C++ compiler and half a minute or so. The package is for this kind of processor, and for images in the memory
@@ -59,8 +59,8 @@ def package_program(program: ExportedProgram, path: str | Path, freezing: bool =
     environment.
 
     Args:
-        freezing: also lay out ordinary convolutions' and linear layers' weights for the processor; they can no longer be
-            replaced in the package.
+        freezing: fold BatchNorms and lay out ordinary layers' weights for the processor; they can no longer be replaced
+            in the package. Not faster where it was timed (docs/deployment.md).
 
     Raises:
         ValueError: for a path that does not end in ``.pt2``.

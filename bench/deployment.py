@@ -39,7 +39,7 @@ def forms(model: nn.Module, folder: Path) -> dict[str, Callable[[Tensor], object
         "torch.compile": torch.compile(model, fullgraph=True, dynamic=False),  # once for each batch
         "torch.export": program.module(),
     }
-    for name, frozen in (("AOTInductor", True), ("AOTInductor, no freezing", False)):
+    for name, frozen in (("AOTInductor, freezing", True), ("AOTInductor", False)):
         path = package_program(program, folder / f"{name}.pt2", freezing=frozen)
         made[name] = torch._inductor.aoti_load_package(str(path))
     try:
