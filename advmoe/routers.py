@@ -106,8 +106,8 @@ class Router(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "forward" in cls.__dict__ and "reads_means" not in cls.__dict__:
-            cls.reads_means = False  # a forward of its own takes the features
+        if {"forward", "route", "_scores"} & cls.__dict__.keys() and "reads_means" not in cls.__dict__:
+            cls.reads_means = False  # one of its own takes the features
 
     def __init__(self, in_channels: int, num_experts: int) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from . import backends, ops
 from .backends import Backend, BackendUnavailable
 from .layout import is_channels_last
 
-__all__ = ["relu_with_means"]
+__all__ = ["has_kernel", "relu_with_means"]
 
 
 def relu_with_means(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,6 +37,11 @@ def relu_with_means(x: Tensor) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and x.requires_grad:
         return _ReluWithMeans.apply(x, backend)  # type: ignore[attr-defined]
     return backend.rectify(x)
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether :func:`relu_with_means` takes one pass over ``x``; elsewhere the means are an operation of their own."""
+    return _able(x) is not None
 
 
 def _able(x: Tensor) -> Backend | None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_kernels import ExpertSlices, RoutedBatchNorm2d, RoutedConv2d, RoutedLinear, Routing
-from moe_kernels.features import relu_with_means
+from moe_kernels.features import has_kernel, relu_with_means
 
 from ..routers import Router, build_router, router_class
 from ..sparse import LiveBatchNorm2d, MaskedConv2d
@@ -116,8 +116,8 @@ class Path:
         return routing.combine(y) if gate_after else y
 
     def rectify(self, x: Tensor) -> Tensor:
-        """``max(x, 0)``, with its channel means remembered if they are wanted."""
-        if not self.pools:
+        """``max(x, 0)``, with its channel means remembered if they are wanted and cost little."""
+        if not (self.pools and has_kernel(x)):
             return F.relu(x)
         self.rectified = relu_with_means(x)
         return self.rectified[0]

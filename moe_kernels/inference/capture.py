@@ -24,8 +24,9 @@ _aten = torch.ops.aten
 # What changes no value in eval mode.
 _NOTHING = {
     _aten.detach.default, _aten.clone.default, _aten.contiguous.default, _aten.alias.default, _aten.lift_fresh.default,
-    _aten.lift_fresh_copy.default, _aten.dropout.default, _aten.feature_dropout.default, _aten.alpha_dropout.default,
+    _aten.lift_fresh_copy.default,
 }  # fmt: skip
+_DROPOUTS = {_aten.dropout.default, _aten.feature_dropout.default, _aten.alpha_dropout.default}
 _CASTS = {_aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, _aten._to_copy.default}
 # What changes nothing where the shape stays.
 _SAME = {
@@ -35,7 +36,15 @@ _SAME = {
 _OUT_OF_PLACE = {
     _aten.relu_.default: _aten.relu.default, _aten.add_.Tensor: _aten.add.Tensor, _aten.mul_.Tensor: _aten.mul.Tensor,
     _aten.sub_.Tensor: _aten.sub.Tensor, _aten.hardtanh_.default: _aten.hardtanh.default,
-    _aten.silu_.default: _aten.silu.default, _aten.dropout_.default: _aten.dropout.default,
+    _aten.silu_.default: _aten.silu.default,
+}  # fmt: skip
+
+
+# What gives new memory always.
+_FRESH = {
+    _aten.conv2d.default, _aten.conv2d.padding, _aten.batch_norm.default, _aten.linear.default, _aten.relu.default,
+    _aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor, _aten.cat.default, _aten.max_pool2d.default,
+    _aten.avg_pool2d.default, _aten.layer_norm.default, _aten.group_norm.default, _aten.matmul.default,
 }  # fmt: skip
 
 
@@ -50,6 +59,7 @@ class Captured:
     constants: dict[str, Tensor]
     inputs: list[torch.fx.Node]
     out_spec: pytree.TreeSpec
+    writers: list[torch.fx.Node] = field(default_factory=list)  # that write in place where others may see it
     _names: Iterator[int] = field(default_factory=itertools.count)
 
     def constant(self, value: Any) -> Tensor | None:
@@ -116,7 +126,9 @@ def capture(model: nn.Module, example: tuple[Tensor, ...]) -> Captured:
     size = unused_size(model, example)
     with torch.no_grad():
         examples = tuple(_resized(x, size) for x in example)
-        dims = tuple({0: torch.export.Dim.AUTO} for _ in example)
+        # from 1 on: by itself torch.export takes a batch for one of at least 2, and drops code for a single sample
+        batch = torch.export.Dim("batch", min=1)
+        dims = tuple({0: batch} for _ in example)
         try:
             with for_fusion():
                 program = torch.export.export(model, examples, dynamic_shapes=dims, strict=False)
@@ -159,7 +171,7 @@ def _asked_of_batch(program: torch.export.ExportedProgram) -> str | None:
         if not isinstance(size, torch.SymInt) or not size.node.expr.is_Symbol:
             return f"{node.name} has {size} samples"
         allowed = program.range_constraints.get(size.node.expr)
-        if allowed is not None and (allowed.lower > 2 or bool(allowed.upper < 1 << 32)):
+        if allowed is not None and (allowed.lower > 1 or bool(allowed.upper < 1 << 32)):
             return f"{node.name} has {allowed.lower} to {allowed.upper} samples"
     return None
 
@@ -189,16 +201,25 @@ def _taken_apart(program: torch.export.ExportedProgram) -> Captured:
 
 def _simplified(captured: Captured) -> Captured:
     graph = captured.graph
-    pinned = _pinned(captured)
     for node in list(graph.nodes):
-        if node.op != "call_function" or node in pinned:
+        if node.target in _DROPOUTS and (arguments(node)[2] is False or arguments(node)[1] == 0):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    _write_elsewhere(graph)
+    captured.writers = [n for n in graph.nodes if _mutates(n) or n.target is _aten.as_strided.default]
+    if captured.writers:  # what shares memory with what is not followed: the graph stays as it is
+        return captured
+    for node in list(graph.nodes):
+        if node.op != "call_function":
             continue
         if node.target is _aten._assert_tensor_metadata.default or node.target is _aten._assert_scalar.default:
             graph.erase_node(node)
         elif _does_nothing(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-    _fold_constants(captured, pinned)
+        elif node.target is _aten.view.default:  # a copy that it needed may have gone
+            node.target = _aten.reshape.default
+    _fold_constants(captured)
     captured.drop_unused()
     return captured
 
@@ -219,12 +240,9 @@ def _mutates(node: torch.fx.Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
-def _pinned(captured: Captured) -> set[torch.fx.Node]:
-    """Nodes that write in place, and those that may share memory with what they write: they stay as they are, in order.
-
-    An in-place operation on what nobody else sees becomes the other form first.
-    """
-    nodes = list(captured.graph.nodes)
+def _write_elsewhere(graph: torch.fx.Graph) -> None:
+    """Makes an in-place operation on what nobody else sees the other form."""
+    nodes = list(graph.nodes)
     order = {node: i for i, node in enumerate(nodes)}
     for node in nodes:
         if node.target not in _OUT_OF_PLACE or not isinstance(node.args[0], torch.fx.Node):
@@ -234,21 +252,10 @@ def _pinned(captured: Captured) -> set[torch.fx.Node]:
             node.target = _OUT_OF_PLACE[node.target]
             for user in [u for u in written.users if order[u] > order[node]]:
                 user.replace_input_with(written, node)
-    pinned: set[torch.fx.Node] = set()
-    pending = [node for node in nodes if _mutates(node)]
-    while pending:
-        node = pending.pop()
-        if node in pinned:
-            continue
-        pinned.add(node)
-        if _mutates(node) or _may_alias(node):
-            pending += [n for n in node.all_input_nodes[:1] if n.op == "call_function"]
-        pending += [user for user in node.users if _may_alias(user)]
-    return pinned
 
 
 def _is_fresh(node: torch.fx.Node) -> bool:
-    return node.op == "call_function" and schema_of(node) is not None and not _may_alias(node) and not _mutates(node)
+    return node.target in _FRESH or str(node.target).startswith("moe_kernels.")
 
 
 def _may_alias(node: torch.fx.Node) -> bool:
@@ -269,11 +276,11 @@ def _may_alias(node: torch.fx.Node) -> bool:
     return composite or node.target in _CASTS or any(r.alias_info is not None for r in schema.returns)
 
 
-def _fold_constants(captured: Captured, pinned: set[torch.fx.Node]) -> None:
+def _fold_constants(captured: Captured) -> None:
     """Computes what depends on constants alone."""
     graph = captured.graph
     for node in list(graph.nodes):
-        if node.op != "call_function" or node in pinned or not node.all_input_nodes or _is_random(node):
+        if node.op != "call_function" or not node.all_input_nodes or _is_random(node):
             continue
         if any(captured.constant(n) is None for n in node.all_input_nodes) or tensor_of(node) is None:
             continue

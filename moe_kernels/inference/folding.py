@@ -4,6 +4,7 @@ of pooled features one call where the device has a kernel for it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +70,8 @@ def affine_of(node: torch.fx.Node, captured: Captured) -> Affine | None:
         weight, bias, mean, var = map(captured.constant, values)
         if training or mean is None or var is None:  # by the batch's own statistics
             return None
+        if _any_computed(values, captured):
+            return None
         wide = torch.promote_types(mean.dtype, torch.float32)
         scale = torch.rsqrt(var.to(wide) + eps)
         if weight is not None:
@@ -78,11 +81,16 @@ def affine_of(node: torch.fx.Node, captured: Captured) -> Affine | None:
     if node.target is _ROUTED_NORM:
         _, *values, grad, grad_scale, expert, count, starts, _, _, _ = arguments(node)
         given, mean, bias = map(captured.constant, values)
-        if given is None or mean is None or grad is not None or grad_scale is not None:
+        if given is None or grad is not None or grad_scale is not None or mean is None or _any_computed(values, captured):
             return None
         shift = -mean * given
         return Affine(given, shift if bias is None else shift + bias, expert, tuple(starts), count)
     return None
+
+
+def _any_computed(nodes: Iterable[Any], captured: Captured) -> bool:
+    """Whether one of these arguments is there and no constant."""
+    return any(node is not None and captured.constant(node) is None for node in nodes)
 
 
 def fold(captured: Captured, *, dense: bool, routers: bool) -> None:
@@ -246,7 +254,7 @@ def _fold_into_weights(node: torch.fx.Node, captured: Captured) -> None:
     affine = affine_of(user, captured)
     x, given, bias, *rest = arguments(node)
     weight, value = captured.constant(given), captured.constant(bias)
-    if affine is None or weight is None or (bias is not None and value is None):
+    if affine is None or weight is None or _any_computed([bias], captured):
         return
     scale, shift = affine[:2]
     folded = (weight.to(scale.dtype) * scale[:, None, None, None]).to(weight.dtype)
@@ -278,12 +286,14 @@ def _fold_router(node: torch.fx.Node, captured: Captured) -> None:
         return
     features, *values = arguments(scores)
     weight, bias = map(captured.constant, values)
+    if _any_computed(values, captured):
+        return
     norm = norm_bias = None
     eps = 0.0
     if features.target is _aten.layer_norm.default:
         normalised, shape, of_norm, of_bias, eps, _ = arguments(features)
         norm, norm_bias = captured.constant(of_norm), captured.constant(of_bias)
-        if norm is None or len(shape) != 1 or _only_user(features) is None:
+        if norm is None or len(shape) != 1 or _only_user(features) is None or _any_computed([of_bias], captured):
             return
         features = normalised
     if weight is None or not is_mean_of_pixels(features) or _only_user(features) is None:

@@ -93,10 +93,11 @@ def fuse(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> FusedM
     captured = capture(model, examples)
     device, dtype = examples[0].device, examples[0].dtype
     backend = backends.choose(device)
-    on_cpu = backend.name == "cpu" and dtype in lowering.DTYPES
-    fold(captured, dense=on_cpu, routers=backend.routes)
+    on_cpu = backend.name == "cpu" and dtype in lowering.DTYPES and not captured.writers
+    if not captured.writers:
+        fold(captured, dense=on_cpu, routers=backend.routes)
     fused = FusedModel(captured, examples, native=on_cpu)
-    if fused.fallbacks and on_cpu:
+    if fused.fallbacks:
         shown = "; ".join(str(f) for f in fused.fallbacks[:3])
         more = f"; and {len(fused.fallbacks) - 3} more" if len(fused.fallbacks) > 3 else ""
         warnings.warn(f"fuse: {len(fused.fallbacks)} operations run as torch's own: {shown}{more}", stacklevel=2)
@@ -107,7 +108,8 @@ class FusedModel(nn.Module):
     """What :func:`fuse` makes. Called as the model is; without a backward.
 
     Attributes:
-        fallbacks: the operations that have no native form, as :class:`Fallback`; on a CUDA device empty.
+        fallbacks: the operations that have no native form, as :class:`Fallback`; on a CUDA device only those that write
+            in place where others may see it, which leave the whole model as it is.
     """
 
     fallbacks: tuple[Fallback, ...]
@@ -116,7 +118,8 @@ class FusedModel(nn.Module):
         super().__init__()
         self._captured = captured
         self._like = [(tuple(x.shape[1:]), x.dtype, x.device) for x in examples]
-        self._outputs = [n for n in pytree.tree_leaves(_result(captured.graph)) if isinstance(n, torch.fx.Node)]
+        self._leaves = pytree.tree_leaves(_result(captured.graph))  # nodes, and what is the same in each call
+        self._outputs = [n for n in self._leaves if isinstance(n, torch.fx.Node)]
         self._stages, self.fallbacks = _stages(captured, self._outputs, examples[0].dtype if native else None)
         left = [n for stage in self._stages if isinstance(stage, _Torch) for n in stage.nodes]
         captured.keep_constants_of([*left, *self._outputs])  # programs have copies of what they read
@@ -128,12 +131,14 @@ class FusedModel(nn.Module):
         """As the model's.
 
         Raises:
-            ValueError: for inputs of another size, dtype or device than the example's, or a router that gives NaN.
+            ValueError: for inputs of another size, dtype or device than the example's, or a router that gives NaN;
+            TypeError: for another number of them, or what is no tensor.
             RuntimeError: if an input needs a gradient.
         """
         self._check(inputs)
         with torch.no_grad(), _without_autocast(inputs[0].device.type):
-            leaves = self._run(inputs) if self._graphs is None else self._graphs(inputs)
+            results = iter(self._run(inputs) if self._graphs is None else self._graphs(inputs))
+        leaves = [next(results) if isinstance(leaf, torch.fx.Node) else leaf for leaf in self._leaves]
         return pytree.tree_unflatten(leaves, self._captured.out_spec)
 
     def train(self, mode: bool = True) -> FusedModel:
@@ -154,7 +159,7 @@ class FusedModel(nn.Module):
             raise ValueError("profile: a CUDA graph has no steps to be timed one by one; use torch.profiler")
         self(*inputs)
         times: list[StepTime] = []
-        with torch.no_grad():
+        with torch.no_grad(), _without_autocast(inputs[0].device.type):
             self._run(inputs, times)
         return times
 
@@ -179,7 +184,7 @@ class FusedModel(nn.Module):
         for x, (shape, dtype, device) in zip(inputs, self._like, strict=True):
             if not isinstance(x, Tensor):
                 raise TypeError(f"input: expected a tensor, got {type(x).__name__}")
-            if tuple(x.shape[1:]) != shape or x.dtype != dtype or x.device.type != device.type:
+            if tuple(x.shape[1:]) != shape or x.dtype != dtype or x.device != device:
                 raise ValueError(
                     f"input: expected [B, {', '.join(map(str, shape))}] of {dtype} on {device} as the example's, got "
                     f"{list(x.shape)} of {x.dtype} on {x.device}; fuse once more for another size"
@@ -209,7 +214,8 @@ class FusedModel(nn.Module):
                         times.append(StepTime(_operation(node), _module(node), time.perf_counter() - begin))
             for node in dead:
                 del values[node]
-        return [self._value(n, values) for n in self._outputs]
+        # a constant is the caller's to write to
+        return [self._value(n, values).clone() if n.op == "get_attr" else self._value(n, values) for n in self._outputs]
 
     def _value(self, node: torch.fx.Node, values: dict[Any, Any]) -> Any:
         if is_size(node):
@@ -236,7 +242,8 @@ def _stages(
     captured: Captured, outputs: list[torch.fx.Node], dtype: torch.dtype | None
 ) -> tuple[list[_Stage], tuple[Fallback, ...]]:
     """Runs of neighbouring nodes of one kind. ``dtype`` None: torch's operators for all."""
-    fallbacks: list[Fallback] = []
+    in_place = "it writes in place where others may see it, and nothing is fused"
+    fallbacks = [Fallback(_operation(n), _module(n), in_place) for n in captured.writers]
     runs: list[tuple[bool, list[torch.fx.Node]]] = []
     for node in captured.graph.nodes:
         if node.op != "call_function" or is_size(node):

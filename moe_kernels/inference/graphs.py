@@ -29,7 +29,7 @@ class _Graph(NamedTuple):
 class CudaGraphs:
     """Calls ``function``, by a graph that was captured at the first call for such inputs; the least recently used of more
     than eight is dropped. Where capturing fails, because an operator synchronises, it is called as it is, and a warning
-    says so. Results are copies: the next call does not change them.
+    says so. Results are copies: the next call does not change them. Not for several threads at once.
     """
 
     def __init__(self, function: Callable[[Sequence[Tensor]], list[Tensor]]) -> None:
@@ -58,7 +58,7 @@ class CudaGraphs:
         for mine, given in zip(captured.inputs, inputs, strict=True):
             mine.copy_(given)
         captured.graph.replay()
-        return [y.clone() for y in captured.outputs]
+        return [y.clone() if isinstance(y, Tensor) else y for y in captured.outputs]
 
     def _capture(self, inputs: Sequence[Tensor]) -> _Graph:
         static = [x.detach().clone() for x in inputs]
@@ -69,6 +69,6 @@ class CudaGraphs:
                 self._function(static)
         torch.cuda.current_stream(static[0].device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.device(static[0].device), torch.cuda.graph(graph):
             outputs = self._function(static)
         return _Graph(graph, static, outputs)

@@ -9,6 +9,7 @@ the result: a prologue.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -58,6 +59,7 @@ class Buffer:
     bytes: int
     channels: int = 0
     parent: tuple[Buffer, int] | None = None
+    alone: bool = False  # it must not become a range of another
     first: int = 1 << 60  # steps in which it is in use
     last: int = -1
     offset: int = _NOWHERE
@@ -94,6 +96,7 @@ class Value:
     width: int = 1
     prologue: Prologue = _NO_PROLOGUE
     index: bool = False
+    choices: int = 0  # an index is below it; 0: it comes from outside, and only convolutions look at it
 
     @property
     def pixels(self) -> int:
@@ -185,6 +188,18 @@ def _image(node: Any) -> tuple[int, int, int]:
     return (long[0] if long else 1), 1, 1
 
 
+def _require_channels_first(node: Any) -> None:
+    """Where channels count, they are the first of the sizes: ``[B, 1, L]`` is a vector of L numbers, and of one channel.
+
+    Raises:
+        Unsupported: if they are not.
+    """
+    shape = per_sample(node)
+    channels, *pixels = _image(node)
+    if shape != (channels, *pixels) and any(s != 1 for s in shape[1:]):
+        raise Unsupported(f"a vector along another dimension than the channels: {list(shape)} a sample")
+
+
 def _is_vector(shape: tuple[int, ...]) -> bool:
     return sum(s != 1 for s in shape) <= 1
 
@@ -223,6 +238,18 @@ class _Lowering:
         self.layer(_COPY, value, made)
         self.values[node] = made
         return made
+
+    def numbers(self, node: Any) -> Value:
+        """One number a sample, side by side."""
+        value = self.plain(node)
+        if value.size != (1, 1, 1):
+            raise Unsupported("a gate that is not one number a sample")
+        if value.buffer.parent is not None:
+            copied = Value(self.buffer(1, 1))
+            self.layer(_COPY, value, copied)
+            value = self.values[node] = copied
+        value.buffer.alone = True
+        return value
 
     def pointer(self, tensor: Tensor | None) -> int:
         """Of a copy in the program's dtype that lives as long as the program."""
@@ -374,7 +401,7 @@ def _conv(low: _Lowering, node: torch.fx.Node) -> None:
         (_experts(low, conv.out_expert), g.num_out, list(g.out_starts)),
         (_experts(low, conv.in_expert), g.num_in, list(g.in_starts)),
     ]
-    gate = None if e.gate is None else low.plain(e.gate)
+    gate = None if e.gate is None else low.numbers(e.gate)
     residual = None if e.residual is None else low.plain(e.residual)
     bias, scale, shift = (low.pointer(c) for c in constants)
     affine = constants[1] if constants[1] is not None else constants[2]
@@ -391,6 +418,8 @@ def _linear(low: _Lowering, node: torch.fx.Node) -> None:
     weight, bias = map(low.captured.constant, given)
     if weight is None or (given[1] is not None and bias is None):
         raise Unsupported("its weights are computed")
+    if per_sample(x)[-1:] != (weight.shape[1],) or any(s != 1 for s in per_sample(x)[:-1]):
+        raise Unsupported("a linear layer of more than a vector")
     if weight.shape[0] < _WIDE_LINEAR:
         low.layer(_LINEAR, low.plain(x), low.image(node), weight=weight, bias=bias)
         return
@@ -412,7 +441,10 @@ def _read_through(low: _Lowering, source: Any, node: torch.fx.Node, affine: Affi
     channels = _image(node)[0]
     scale, shift, expert = affine.scale, affine.shift, None
     if affine.expert is not None:
-        expert = low.values[affine.expert].buffer
+        chosen = low.values[affine.expert]
+        if not 0 < chosen.choices <= affine.num_experts:
+            raise Unsupported("a choice that comes from outside")
+        expert = chosen.buffer
         starts = affine.starts or [e * channels for e in range(affine.num_experts)]
         scale, shift = (torch.stack([t[s : s + channels] for s in starts]) for t in (scale, shift))
     value = low.values[source]
@@ -439,6 +471,9 @@ def _by_constant(low: _Lowering, node: torch.fx.Node) -> None:
     channels = _image(node)[0]
     first = isinstance(a, torch.fx.Node) and low.captured.constant(a) is None
     source, other = (a, b) if first else (b, a)
+    if per_sample(source) != per_sample(node):
+        raise Unsupported("a constant of more numbers than the value")
+    _require_channels_first(node)
     number = low.captured.constant(other)
     if rest not in ([], [1]) or (number is None and not isinstance(other, (int, float))):
         raise Unsupported("neither of two values is a constant")
@@ -514,7 +549,7 @@ def _norm(low: _Lowering, node: torch.fx.Node, x: Any, groups: int, given: Seque
 def _choice(low: _Lowering, node: torch.fx.Node) -> None:
     chosen = low.index_buffer()
     low.layer(_ARGMAX, low.plain(node.args[0]), chosen)
-    low.values[node] = Value(chosen, index=True)
+    low.values[node] = Value(chosen, index=True, choices=_image(node.args[0])[0])
 
 
 def _softmax(low: _Lowering, node: torch.fx.Node) -> None:
@@ -526,15 +561,18 @@ def _softmax(low: _Lowering, node: torch.fx.Node) -> None:
 
 def _gather(low: _Lowering, node: torch.fx.Node) -> None:
     x, dim, index, _ = arguments(node)
-    if dim not in (1, -1) or per_sample(node) != (1,) or not low.values[index].index:
+    chosen = low.values[index]
+    if dim not in (1, -1) or per_sample(node) != (1,) or not 0 < chosen.choices <= _image(x)[0]:
         raise Unsupported("it gathers something else than one number of each vector")
-    low.layer(_GATHER, low.plain(x), low.image(node), index=low.values[index].buffer)
+    low.layer(_GATHER, low.plain(x), low.image(node), index=chosen.buffer)
 
 
 def _view(low: _Lowering, node: torch.fx.Node) -> None:
     source = node.args[0]
     before, after = per_sample(source), per_sample(node)
     value = low.values[source]
+    if math.prod(before) != math.prod(after):
+        raise Unsupported("it repeats a value")
     if _is_vector(before) and _is_vector(after):
         low.values[node] = value
         return
@@ -555,7 +593,7 @@ def _cat(low: _Lowering, node: torch.fx.Node) -> None:
     channel = 0
     for value in values:
         buffer = value.buffer
-        if buffer.parent is None and buffer.channels == value.channels and buffer is not result.buffer:
+        if buffer.parent is None and not buffer.alone and buffer.channels == value.channels:
             buffer.parent = result.buffer, channel  # it is written there in the first place
         else:
             piece = Value(Buffer(0, value.channels, (result.buffer, channel)), *value.size)
@@ -637,6 +675,10 @@ _HANDLERS: dict[Any, _Handler] = {
 }
 
 
+# Those that look at numbers one by one, or check their sizes themselves.
+_ANY_LAYOUT = {*_VIEWS, ops.conv2d_fused, _aten.linear.default, _aten.relu.default, _aten.add.Tensor, _aten.mul.Tensor}
+
+
 def why_not(node: torch.fx.Node, captured: Captured, dtype: torch.dtype) -> str | None:
     """None if a node has a native form, else why it has none. Looks at the node alone, with inputs of any origin."""
     try:
@@ -652,10 +694,20 @@ def why_not(node: torch.fx.Node, captured: Captured, dtype: torch.dtype) -> str 
         if result is None or (result.dtype != dtype and node.target not in (choose, *_VIEWS)):
             got = "no tensor" if result is None else str(result.dtype)
             raise Unsupported(f"gives {got}, the model computes in {dtype}")
+        if node.target not in _ANY_LAYOUT:
+            for value in (*(n for n in node.all_input_nodes if n in low.values), node):
+                _require_channels_first(value)
         handler(low, node)
     except Unsupported as reason:
         return str(reason)
     return None
+
+
+def _choices_of(node: Any) -> int:
+    """How many there were to choose from, of a router's choice; 0 for other indices."""
+    while node.target in _VIEWS:
+        node = node.args[0]
+    return _image(node.args[0])[0] if node.target is choose else 0
 
 
 def _is_value(node: torch.fx.Node, captured: Captured) -> bool:
@@ -667,7 +719,7 @@ def _read(low: _Lowering, node: torch.fx.Node) -> None:
     """A value from outside."""
     tensor = tensor_of(node)
     if tensor is not None and tensor.dtype == torch.int64 and all(s == 1 for s in per_sample(node)):
-        low.values[node] = Value(low.index_buffer(), index=True)
+        low.values[node] = Value(low.index_buffer(), index=True, choices=_choices_of(node))
         return
     low.image(node)
     if tensor is None or tensor.dtype != low.dtype:
