@@ -101,7 +101,13 @@ def is_size(node: torch.fx.Node) -> bool:
 
 def size_for(node: torch.fx.Node, batch: int) -> int:
     """What such a node gives for a batch of that size."""
-    expression = node.meta["val"].node.expr
+    return _for(node.meta["val"], batch)
+
+
+def _for(size: int | torch.SymInt, batch: int) -> int:
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
     return int(expression.xreplace(dict.fromkeys(expression.free_symbols, batch)))
 
 
@@ -123,21 +129,36 @@ def capture(model: nn.Module, example: tuple[Tensor, ...]) -> Captured:
     Raises:
         ValueError: if torch.export cannot trace the model.
     """
-    size = unused_size(model, example)
-    with torch.no_grad():
-        examples = tuple(_resized(x, size) for x in example)
-        # from 1 on: by itself torch.export takes a batch for one of at least 2, and drops code for a single sample
-        batch = torch.export.Dim("batch", min=1)
-        dims = tuple({0: batch} for _ in example)
-        try:
-            with for_fusion():
-                program = torch.export.export(model, examples, dynamic_shapes=dims, strict=False)
-        except Exception as error:  # whatever a model's forward does with a stand-in for a tensor
-            raise ValueError(f"model: torch.export cannot trace it ({type(error).__name__}: {error})") from error
+    batch = torch.export.Dim("batch", min=1)
+    program = _exported(model, example, unused_size(model, example), batch)
     asked = _asked_of_batch(program)
+    if asked is None and _steps(program) != _steps(_exported(model, example, 1, None)):
+        # torch.export takes an open batch for one of at least two samples, without a guard
+        asked = "for a single sample it is another one"
     if asked is not None:
         raise ValueError(f"model: its forward depends on the size of the batch, which a fused form leaves open: {asked}")
     return _simplified(_taken_apart(program))
+
+
+def _exported(
+    model: nn.Module, example: tuple[Tensor, ...], size: int, batch: torch.export.Dim | None
+) -> torch.export.ExportedProgram:
+    examples = tuple(_resized(x, size) for x in example)
+    dims = None if batch is None else tuple({0: batch} for _ in example)
+    try:
+        with torch.no_grad(), for_fusion():
+            return torch.export.export(model, examples, dynamic_shapes=dims, strict=False)
+    except Exception as error:  # whatever a model's forward does with a stand-in for a tensor
+        raise ValueError(f"model: torch.export cannot trace it ({type(error).__name__}: {error})") from error
+
+
+def _steps(program: torch.export.ExportedProgram) -> list[tuple[str, tuple[int, ...]]]:
+    """What a program computes and gives, with the shapes for a single sample; views are left out that may be none there."""
+    calls = [n for n in program.graph.nodes if n.op == "call_function"]
+    nodes = [n for n in calls if n.target not in _SAME and not _does_nothing(n)]
+    nodes += [n for n in program.graph.output_node().all_input_nodes if n.op == "call_function"]
+    values = [(node, tensor_of(node)) for node in nodes]
+    return [(str(node.target), tuple(_for(s, 1) for s in v.shape)) for node, v in values if v is not None]
 
 
 def unused_size(model: nn.Module, example: Iterable[Tensor]) -> int:
