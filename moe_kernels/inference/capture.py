@@ -153,7 +153,7 @@ def _exported(
 
 
 def _steps(program: torch.export.ExportedProgram) -> list[tuple[str, tuple[int, ...]]]:
-    """What a program computes and gives, with the shapes for a single sample; views are left out that may be none there."""
+    """What a program computes and gives, by the shapes of a single sample; without views, which may be none there."""
     calls = [n for n in program.graph.nodes if n.op == "call_function"]
     nodes = [n for n in calls if n.target not in _SAME and not _does_nothing(n)]
     nodes += [n for n in program.graph.output_node().all_input_nodes if n.op == "call_function"]
