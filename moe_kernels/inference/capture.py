@@ -124,10 +124,13 @@ def schema_of(node: torch.fx.Node) -> torch._C.FunctionSchema | None:
 
 
 def capture(model: nn.Module, example: tuple[Tensor, ...]) -> Captured:
-    """By torch.export, for batches of any size.
+    """By torch.export, for batches of any size, a single sample's traced besides to be compared.
+
+    Args:
+        example: inputs ``[B, ...]``, of which the first sample's shape, dtype, device and memory format count.
 
     Raises:
-        ValueError: if torch.export cannot trace the model.
+        ValueError: if torch.export cannot trace the model, or its forward depends on the size of the batch.
     """
     batch = torch.export.Dim("batch", min=1)
     program = _exported(model, example, unused_size(model, example), batch)

@@ -131,7 +131,9 @@ class Program:
     def run(
         self, inputs: Sequence[Tensor], layout: torch.memory_format, seconds: list[float] | None = None
     ) -> list[Tensor]:
-        """Images among the results are in the memory format ``layout``. ``seconds`` gets the time of each step, summed
+        """The values of ``outputs`` for those of ``inputs``, ``[B, ...]`` each as they were traced.
+
+        Images among the results are in the memory format ``layout``. ``seconds`` gets the time of each step, summed
         over the threads where each takes a part of the batch."""
         batch = inputs[0].shape[0]
         inputs = [x.resolve_neg() for x in inputs]
@@ -736,6 +738,9 @@ def lower(
     Args:
         outputs: those of the nodes whose values are wanted.
         chunk: samples that go through the network together at most, where there are many.
+
+    Raises:
+        Unsupported: if what each node can be alone they cannot be together.
     """
     low = _Lowering(captured, dtype)
     own = set(nodes)

@@ -37,7 +37,7 @@ from moe_kernels.inference.lowering import Buffer, Step
 BATCHES = (1, 3, 17)
 
 
-def _settled(model: nn.Module, size: tuple[int, ...] = (3, 9, 9), dtype: torch.dtype = torch.float32) -> nn.Module:
+def _settled(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """In eval mode, with statistics and affine parameters that are no ones and zeros."""
     torch.manual_seed(1)
     for module in model.modules():
@@ -250,7 +250,7 @@ class _Constants(nn.Module):
     ],
 )
 def test_other_networks(make: Callable[[], nn.Module], size: tuple[int, ...], fallbacks: set[str] | None) -> None:
-    model = _settled(make(), size)
+    model = _settled(make())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fused = fuse(model, torch.randn(1, *size))
@@ -669,7 +669,7 @@ def without_programs(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
 def test_the_folded_graph_without_programs(make: Callable[[], nn.Module], without_programs: torch.dtype) -> None:
     dtype = without_programs
     size = (3, 8, 8) if make is _Windows else (3, 9, 9)
-    model = _settled(make(), size, dtype)
+    model = _settled(make(), dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fused = fuse(model, torch.randn(1, *size, dtype=dtype))
