@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_kernels import ExpertSlices, RoutedBatchNorm2d, RoutedConv2d, RoutedLinear, Routing
+from moe_kernels import ExpertSlices, RoutedBatchNorm2d, RoutedConv2d, RoutedLayerNorm, RoutedLinear, Routing
 from moe_kernels.features import has_kernel, relu_with_means
+from moe_kernels.rows import gather_rows
 
 from ..routers import Router, build_router, router_class
 from ..sparse import LiveBatchNorm2d, MaskedConv2d
@@ -27,6 +28,8 @@ __all__ = [
     "classifier",
     "conv",
     "every",
+    "layer_norm",
+    "linear",
     "norm",
     "pointwise",
     "projection",
@@ -135,7 +138,16 @@ class Path:
 
     def normalize(self, norm: nn.Module, x: Tensor) -> Tensor:
         """``norm(x)``; one of each expert's own follows the writer."""
-        return norm(x, self.writer) if isinstance(norm, RoutedBatchNorm2d) else norm(x)
+        return norm(x, self.writer) if isinstance(norm, RoutedBatchNorm2d | RoutedLayerNorm) else norm(x)
+
+    def rows(self, values: Tensor) -> Tensor:
+        """Of values ``[1, ...]`` those; of values of each expert's own, ``[N, ...]``, each sample's: ``[V, ...]``."""
+        if len(values) == 1:
+            return values
+        assert self.writer is not None
+        width = values[0].numel()
+        each = gather_rows(values.flatten(), self.writer.expert, len(values), (), width)
+        return each.view(-1, *values.shape[1:])
 
     def project(self, shortcut: nn.Module, x: Tensor, source: Routing | None, gate_after: bool = False) -> Tensor:
         """A shortcut from features that ``source`` wrote to those that ``writer`` wrote, which stays the writer."""
@@ -156,8 +168,9 @@ class Path:
     def gated(self, features: Tensor) -> Tensor:
         return features if self.gate_at_end is None else self.gate_at_end.combine(features)
 
-    def classify(self, layer: nn.Module, features: Tensor) -> Tensor:
-        """``layer(features)``; one over windows reads the columns of those channels that the writer wrote."""
+    def linear(self, layer: nn.Module, features: Tensor) -> Tensor:
+        """``layer(features)``; one over windows reads the columns of those channels that the writer wrote, one of each
+        expert's own follows the writer."""
         if not isinstance(layer, RoutedLinear):
             return layer(features)
         assert self.writer is not None
@@ -167,11 +180,12 @@ class Path:
 def conv(
     spec: ModelSpec, source: Channels, out: Channels, kernel: int, stride: int = 1, *, routed: bool = True
 ) -> nn.Module:
-    """A convolution without bias, padded to keep the size at stride 1; routed where the spec's kind is."""
+    """A convolution without bias, padded to keep the size at stride 1; routed where the spec's kind is. ``routed=False``:
+    only where all of the network is."""
     padding = kernel // 2
     if spec.kind == "sparse":
         return MaskedConv2d(source.width, out.width, kernel, stride, padding, bias=False, ratio=spec.ratio)
-    if not (spec.routed and routed):
+    if not spec.routes(routed):
         return nn.Conv2d(source.width, out.width, kernel, stride, padding, bias=False)
     layer = _routed(spec, source, out, kernel, stride, padding)
     if spec.route_per == "layer" and router_class(spec.router).level == "layer":
@@ -189,7 +203,7 @@ def norm(spec: ModelSpec, channels: Channels, *, routed: bool = True) -> nn.Modu
     """A BatchNorm of these channels; ``routed``: they were written by a routed convolution."""
     if spec.kind == "sparse":
         return LiveBatchNorm2d(channels.width)
-    if spec.routed and routed and spec.bn == "per_expert":
+    if spec.routes(routed) and spec.bn == "per_expert":
         if channels.windows is None:
             return RoutedBatchNorm2d(channels.width, spec.num_experts)
         if not channels.windows.is_whole:
@@ -197,11 +211,20 @@ def norm(spec: ModelSpec, channels: Channels, *, routed: bool = True) -> nn.Modu
     return nn.BatchNorm2d(channels.width)
 
 
-def classifier(channels: Channels, features: int, positions: int = 1) -> nn.Module:
+def linear(spec: ModelSpec, features: int, out: int) -> nn.Module:
+    """A linear layer; of each expert's own where all of the network is."""
+    return RoutedLinear(features, out, num_experts=spec.num_experts) if spec.whole else nn.Linear(features, out)
+
+
+def layer_norm(spec: ModelSpec, features: int) -> nn.Module:
+    return RoutedLayerNorm(features, spec.num_experts, eps=1e-6) if spec.whole else nn.LayerNorm(features, eps=1e-6)
+
+
+def classifier(spec: ModelSpec, channels: Channels, features: int, positions: int = 1) -> nn.Module:
     """A linear layer that reads ``positions`` values of each of the channels; of windows, the dense layer's columns."""
     windows = channels.windows
     if windows is None or windows.is_whole:
-        return nn.Linear(channels.width * positions, features)
+        return linear(spec, channels.width * positions, features)
     starts = tuple(start * positions for start in windows.starts)
     return RoutedLinear(ExpertSlices(windows.total * positions, windows.width * positions, starts), features)
 
@@ -244,7 +267,7 @@ def step_before(spec: ModelSpec, stride: int, *, routed: bool = True) -> int:
     """By how much a block thins out the pixels before a 1×1 convolution of this stride, which then has stride 1: the same
     sum. The backward of torch's own (2.13, CPU, channels_last) writes past its memory at 8 channels or fewer on images
     from 56 pixels on. The routed convolutions have kernels of their own."""
-    return 1 if spec.routed and routed else stride
+    return 1 if spec.routes(routed) else stride
 
 
 def every(x: Tensor, step: int) -> Tensor:
@@ -333,10 +356,13 @@ class Backbone(nn.Module):
         if self.spec.routed and (self.image_level or self.spec.route_per == "network"):
             add_router(self, self.spec, 3 if self.image_level else channels)
 
-    def _start(self, x: Tensor) -> tuple[Tensor, Path]:
-        """The normalised image, and the path that begins with it."""
+    def _start(self, x: Tensor, routing: Routing | None) -> tuple[Tensor, Path]:
+        """The normalised image, and the path that begins with it; ``routing`` is the one of kind network_moe."""
         pools = self.spec.routed and router_class(self.spec.router).reads_means
         x, path = self.normalize(x), Path(pools)
+        if (routing is None) == self.spec.whole:
+            raise TypeError(f"routing: kind {self.spec.kind} {'needs one' if self.spec.whole else 'chooses by itself'}")
+        path.choice = path.writer = routing
         if self.image_level:
             path.enter(self, x)
         return x, path

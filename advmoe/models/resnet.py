@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from moe_kernels import Routing
+
 from ..sparse import Add
 from .base import ModelSpec, initialize, register_model
 from .layers import Backbone, Channels, Path, Stage, add_router, classifier, conv, norm, pointwise, projection
@@ -104,16 +106,16 @@ class ResNet(Backbone):
                 channels = layers[-1].out_channels
             self.stages.append(f"layer{stage}")
             self.add_module(self.stages[-1], Stage(here, source, layers))
-        self.linear = classifier(channels, spec.num_classes)
+        self.linear = classifier(spec, channels, spec.num_classes)
         initialize(self)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         """x ``[B, 3, H, W]`` in [0, 1] to logits ``[B, num_classes]``."""
-        x, path = self._start(x)
-        x = self._behind_stem(self.pool(path.rectify(self.bn1(self.conv1(x)))), path)
+        x, path = self._start(x, routing)
+        x = self._behind_stem(self.pool(path.rectify(path.convolve(self.conv1, x, self.bn1))), path)
         for name in self.stages:
             x = getattr(self, name)(x, path)
-        return path.classify(self.linear, path.features(x))
+        return path.linear(self.linear, path.features(x))
 
 
 @register_model("resnet18")

@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_kernels import Routing
+
 from ..sparse import Add
 from .base import ModelSpec, initialize, register_model
 from .layers import Backbone, Channels, Path, Stage, add_router, classifier, conv, every, norm, step_before
@@ -79,19 +81,19 @@ class WideResNet(Backbone):
             self.stages.append(f"block{stage}")
             self.add_module(self.stages[-1], Stage(here, source, blocks))
         self.bn1 = norm(spec, channels, routed=routed)
-        self.fc = classifier(channels, spec.num_classes)
+        self.fc = classifier(spec, channels, spec.num_classes)
         initialize(self)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         """x ``[B, 3, H, W]`` in [0, 1] to logits ``[B, num_classes]``."""
-        x, path = self._start(x)
-        x = self.conv1(x)
+        x, path = self._start(x, routing)
+        x = path.convolve(self.conv1, x)
         if self.spec.imagenet_stem:
-            x = F.max_pool2d(F.relu(self.bn0(x)), 3, 2, 1)
+            x = F.max_pool2d(F.relu(path.normalize(self.bn0, x)), 3, 2, 1)
         x = self._behind_stem(x, path)
         for name in self.stages:
             x = getattr(self, name)(x, path)
-        return path.classify(self.fc, path.features(path.rectify(path.normalize(self.bn1, x))))
+        return path.linear(self.fc, path.features(path.rectify(path.normalize(self.bn1, x))))
 
 
 @register_model("wrn28_10")

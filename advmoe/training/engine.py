@@ -26,6 +26,7 @@ from ..config import ModelConfig, RunConfig
 from ..data import Batches, BatchStream, DataSet, load, stream_generator
 from ..evaluation.measure import Evaluation, evaluate
 from ..models import router_parameters, upcycle
+from ..models.base import default_gate, default_router
 from ..routers import FixedRouter, NonFiniteRouterError, RouterOptions, routers_of
 from ..sparse import masked_convolutions
 from . import tensorboard
@@ -66,7 +67,7 @@ class Trainer:
         if config.optim.compile and world.size > 1:
             raise ValueError(f"compile: for one process, got {world.size}")
         self.device = device_of(config.device)
-        if config.model.kind in ("moe", "upcycled"):
+        if config.model.kind in ("moe", "upcycled", "network_moe"):
             choose(self.device)
         torch.manual_seed(config.seed)
         model = build_model(config.model).to(self.device)
@@ -380,6 +381,7 @@ def _load_weights(model: nn.Module, source: str, into: ModelConfig) -> None:
     other, config = load_model(source)
     if routers_of(model) and not routers_of(other) and into.kind == "upcycled":
         options = {f.name: getattr(into, f.name) for f in dataclasses.fields(RouterOptions)}
+        assert into.router is not None and into.gate is not None
         other = upcycle(other, into.num_experts, into.ratio, into.router, **options)
     given = other.state_dict()
     if masked_convolutions(model) and not masked_convolutions(other):
@@ -421,8 +423,15 @@ def resolve(config: RunConfig, data: DataSet) -> RunConfig:
         apart = config.model.kind != "upcycled" or bool(routers_of(network))
         if other is not None and config.model.mean is None and other.model.mean and other.model.std:
             mean, std = other.model.mean, other.model.std  # of what its weights have seen
+    m = config.model
     model = dataclasses.replace(
-        config.model, num_classes=data.num_classes, image_size=data.image_size, mean=mean, std=std
+        m,
+        router=m.router or default_router(m.kind),
+        gate=m.gate or default_gate(m.top_k),
+        num_classes=data.num_classes,
+        image_size=data.image_size,
+        mean=mean,
+        std=std,
     )
     attack = dataclasses.replace(
         config.attack,
