@@ -646,8 +646,8 @@ def _print_costs(o: argparse.Namespace) -> None:
     print(table(["arch", "image", "r", "Dense", "S-Dense", "pathway", "pathway + routers"], rows))
     print(
         "GFLOPs an image (a multiply-accumulate as 1; convolutions, linear layers, attention), "
-        f"{o.num_classes} classes, layout "
-        f"{o.layout}, routers {o.router or default_router('moe')}; a pathway's cost does not depend on the number of experts, {o.experts} here"
+        f"{o.num_classes} classes, layout {o.layout}, routers {o.router or default_router('moe')}; a pathway's "
+        f"cost does not depend on the number of experts, {o.experts} here"
     )
 
 
