@@ -5,12 +5,13 @@
 analyses are functions of. Those of :mod:`.reproduced` and :mod:`.history` are of what runs have written down.
 """
 
+from ..certification.routes import linear_map, route_radii
 from .dissection import dissection
 from .finding import Finding
 from .history import history
 from .observation import Choice, Observation, observe
 from .pathways import overlaps, pathways
-from .radius import linear_map, radius, route_radii
+from .radius import radius
 from .reproduced import Result, fig2, fig3, fig7, fig8
 from .robustness import epsilons, transfer
 from .routing import classes, entropy, flips, usage
