@@ -26,6 +26,10 @@ METHODS = {  # each with whether it is an upper bound
 }
 
 
+# of a node, by its index, from what is behind it to what is before it, of this shape
+_Through = Callable[[int, list[Tensor], tuple[int, ...]], list[Tensor]]
+
+
 @dataclass(frozen=True)
 class Lipschitz:
     """Constants of a network's scores ``z [C]`` over all inputs, or of each of n balls.
@@ -76,9 +80,11 @@ def lipschitz(
     """
     if (center is None) != (radius is None) or (center is not None and method != "interval"):
         raise ValueError("center, radius: expected both, with method 'interval', or neither")
-    bounds = LipschitzBounds(network, norm, method, _shape_of(network) if shape is None and center is None else shape, center)
+    if shape is None:
+        shape = _shape_of(network) if center is None else tuple(center.shape[1:])
+    bounds = LipschitzBounds(network, norm, method, shape)
     where = None if center is None else torch.full((len(center),), float(radius or 0), dtype=torch.float64)
-    classes = bounds.network.nodes[-1].shape[0]
+    (classes,) = bounds.network.nodes[-1].shape
     pairs = torch.combinations(torch.arange(classes))
     heads = torch.cat([torch.eye(classes), _pairs(pairs, classes)]).double()
     found = bounds.of(heads, center, where)  # [n, C + P]
@@ -116,17 +122,13 @@ class LipschitzBounds:
         network: nn.Module,
         norm: str,
         method: str,
-        shape: tuple[int, ...] | None,
-        center: Tensor | None = None,
+        shape: tuple[int, ...],
     ) -> None:
         for name, value, known in (("norm", norm, NORMS), ("method", method, METHODS)):
             if value not in known:
                 raise unknown_name(name, value, tuple(known))
         if method == "power" and norm != "l2":
             raise ValueError(f"method: power iteration estimates norms in l2, got norm {norm!r}")
-        if shape is None:
-            assert center is not None
-            shape = tuple(center.shape[1:])
         self.norm, self.method = norm, method
         self.network = Network.of(network, shape)
 
@@ -169,19 +171,23 @@ class LipschitzBounds:
         """Of all scores, over all inputs, by the product."""
         return SLACK * float(getattr(self._products[-1], self.norm))
 
-    def of(self, heads: Tensor, center: Tensor | None = None, radius: Tensor | None = None) -> Tensor:
+    @torch.no_grad()
+    def of(
+        self, heads: Tensor, center: Tensor | None = None, radius: Tensor | None = None, plain: bool = False
+    ) -> Tensor:
         """Constants, float64 ``[n, M]``, of the combinations ``heads @ z``.
 
         Args:
             heads: ``[M, C]``, or ``[n, M, C]`` of each center's own.
             center, radius: ``[n, *shape]`` and ``[n]``; None: all inputs (n is 1, or that of the heads), which is what
                 the methods but ``"interval"`` take in any case.
+            plain: by the product alone, also of method ``"interval"``.
         """
         heads = heads.double()
         if heads.dim() == 2:
             heads = heads.expand(1 if center is None else len(center), -1, -1)
         bounds = self._by_product(heads)
-        if self.method != "interval":
+        if plain or self.method != "interval":
             return bounds
         seen = None if center is None or radius is None else self._seen(center.double(), radius.double())
         bounds = torch.minimum(bounds, self._by_interval(heads, seen))
@@ -195,7 +201,6 @@ class LipschitzBounds:
         by = before.l2 * heads.norm(2, dim=-1)
         return SLACK * (by if self.method == "power" else torch.minimum(by, before.linf * heads.norm(1, dim=-1)))
 
-    @torch.no_grad()
     def _by_interval(self, heads: Tensor, seen: _Seen | None) -> Tensor:
         """Bounds of each entry of the gradient."""
 
@@ -208,7 +213,6 @@ class LipschitzBounds:
         largest = torch.maximum(low.abs(), high.abs()).flatten(1)
         return SLACK * largest.norm(self._dual, dim=1).unflatten(0, heads.shape[:2])
 
-    @torch.no_grad()
     def _around_one(self, heads: Tensor, seen: _Seen) -> Tensor:
         """One gradient of the ball's, and how far, in L1 and in L2, any other is from it."""
 
@@ -234,7 +238,7 @@ class LipschitzBounds:
     def _dual(self) -> int:
         return 1 if self.norm == "linf" else 2
 
-    def _back(self, behind: list[Tensor], through: Callable[[int, list[Tensor], tuple[int, ...]], list[Tensor]]) -> list[Tensor]:
+    def _back(self, behind: list[Tensor], through: _Through) -> list[Tensor]:
         """From behind the last node to the input: what goes through a step by ``through``, is added up where a node is
         read by several, and taken apart where several are concatenated (of lengths each part has the whole's)."""
         net = self.network
@@ -260,10 +264,9 @@ class LipschitzBounds:
         assert held[0] is not None
         return held[0]
 
-    @torch.no_grad()
     def _seen(self, center: Tensor, radius: Tensor) -> _Seen:
-        """Every node's features over each ball: how far, in L-inf and in L2, they are moved at most is turned into a bound
-        of each entry by the lengths of a layer's rows, and whichever is less, that or interval arithmetic, holds."""
+        """Every node's features over each ball: how far, in L-inf and in L2, they are moved at most is turned into a
+        bound of each entry by the lengths of a layer's rows; whichever is less, that or interval arithmetic, holds."""
         net = self.network
         wide = _like(radius, center)
         values, boxes, moved = [center], [(center - wide, center + wide)], [self._start(radius)]
@@ -282,10 +285,19 @@ class LipschitzBounds:
                     near = torch.minimum(near, lengths * _like(moved[node.reads[0]].l2, at))
             near = SLACK * near + (SLACK - 1) * _like(at.abs().flatten(1).amax(1), at)  # rounding
             low, high = torch.maximum(low, at - near), torch.minimum(high, at + near)
+            # what infinities have made undetermined is anything
+            low, high = low.masked_fill(low.isnan(), -math.inf), high.masked_fill(high.isnan(), math.inf)
             off = torch.maximum(high - at, at - low).flatten(1)
             values.append(at)
             boxes.append((low, high))
-            moved.append(_Lengths(_least(far.linf, off.amax(1)), _least(far.l2, off.norm(dim=1))))
+            moved.append(
+                _Lengths(
+                    *(
+                        _least(f, o).nan_to_num(math.inf, math.inf)
+                        for f, o in zip(far, (off.amax(1), off.norm(dim=1)), strict=True)
+                    )
+                )
+            )
         return _Seen(values, [boxes[node.reads[0]] for node in net.nodes])
 
 

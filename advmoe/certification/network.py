@@ -37,8 +37,8 @@ class Step:
         raise NotImplementedError
 
     def norm(self, norm: str, estimate: bool, shape: tuple[int, ...]) -> float:
-        """The Lipschitz constant of a step of one input of this shape, in one norm on both sides: an upper bound, or, in L2,
-        an estimate."""
+        """The Lipschitz constant of a step of one input of this shape, in one norm on both sides: an upper bound, or,
+        in L2, an estimate."""
         raise NotImplementedError
 
     def bounds(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
@@ -303,7 +303,7 @@ class MaxPool(Step):
             parts = some_low.expand(-1, -1, like, -1), some_high.expand(-1, -1, like, -1)
         else:
             least, most = (self._windows(each, -math.inf) for each in seen)
-            may = (most >= least.amax(2, keepdim=True)) & most.isfinite()
+            may = (most >= least.amax(2, keepdim=True)) & (most > -math.inf)
             must = may & (may.sum(2, keepdim=True) == 1)
             times = len(low) // len(may)
             may, must = may.repeat_interleave(times, 0), must.repeat_interleave(times, 0)
@@ -318,7 +318,7 @@ class MaxPool(Step):
         times = len(g) // len(at)
         found = _transposed(self, g, tuple(at.shape[1:]), at.repeat_interleave(times, 0))
         least, most = (self._windows(each, -math.inf) for each in seen)
-        several = (((most >= least.amax(2, keepdim=True)) & most.isfinite()).sum(2) > 1).reshape(len(at), *g.shape[1:])
+        several = (((most >= least.amax(2, keepdim=True)) & (most > -math.inf)).sum(2) > 1).reshape(len(at), *g.shape[1:])
         return found, 2 * g * several.repeat_interleave(times, 0)
 
 
@@ -370,7 +370,7 @@ class Network:
                 the module cannot be traced, or gives no scores ``[n, C]``.
         """
         if any(isinstance(module, VisionTransformer) for module in network.modules()):
-            raise ValueError("network: a vision transformer; self-attention has no finite Lipschitz constant over all images")
+            raise ValueError("network: a vision transformer; dot-product self-attention is not Lipschitz over all inputs")
         network = copy.deepcopy(network).to("cpu", torch.float64).eval()
         try:
             program = torch.export.export(network, (torch.zeros((2, *shape), dtype=torch.float64),))
@@ -423,7 +423,7 @@ class _Builder:
         raise AssertionError("a graph without an output")
 
     def _done(self, output: torch.fx.Node) -> Network:
-        (results,) = output.args
+        results: Any = output.args[0]
         if not isinstance(results, Sequence) or len(results) != 1 or results[0] not in self.made:
             raise ValueError("network: expected one output that depends on the input")
         last = self.made[results[0]]

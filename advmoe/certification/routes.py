@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..models.base import Normalize
 from ..routers import LinearRouter, routers_of
 
-__all__ = ["linear_map", "route_radii", "softmax_constants"]
+__all__ = ["distances", "linear_map", "route_radii", "softmax_constants"]
 
 _DUAL = {"linf": 1, "l2": 2}
 
@@ -60,7 +60,7 @@ def route_radii(weight: Tensor, scores: Tensor, norm: str = "linf", top_k: int =
         top_k: so many experts are chosen, in any order.
     """
     scores = scores.double().to(weight.device)
-    lengths = _distances(weight, norm)
+    lengths = distances(weight, norm)
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     chosen.scatter_(1, scores.topk(top_k, 1).indices, True)
     gaps = scores[:, :, None] - scores[:, None]  # [n, N, N]
@@ -68,24 +68,21 @@ def route_radii(weight: Tensor, scores: Tensor, norm: str = "linf", top_k: int =
     return gaps.masked_fill(~(chosen[:, :, None] & ~chosen[:, None]), torch.inf).amin((1, 2))
 
 
-def softmax_constants(weight: Tensor, norm: str = "linf") -> tuple[Tensor, Tensor]:
-    """Lipschitz constants of the softmax of ``W x``: of each coordinate, ``[..., k]``, and ``[...]`` the greatest of
-    ``sum_i (a_i(x') - a_i(x)) h_i`` over all h in [-1, 1].
+def softmax_constants(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Lipschitz constants of the softmax a of ``W x`` over k experts: of each coordinate, ``[..., k]``, and of
+    ``sum_i (a_i(x') - a_i(x)) h_i`` for any h in [-1, 1], ``[...]``.
 
-    ``a_i`` has the gradient ``a_i (1 - a_i) (W_i - mean of the other W_j)``: its length is at most a quarter of the
-    greatest ``|W_i - W_j|``, in the dual norm, and comes as near to that as one likes if the differences are linearly
-    independent. The sum has the covariance of h and the ``W_i`` for its gradient, at most half of the greatest
-    ``|W_i - W_j|`` of all (Grüss), never more than the sum of the coordinates' constants.
+    ``a_i`` has the gradient ``a_i (1 - a_i) (W_i - a mean of the other W_j)``: its length is at most a quarter of the
+    greatest ``|W_i - W_j|``, and comes as near to that as one likes if the differences are linearly independent. The sum
+    has the covariance of h and the ``W_i`` for its gradient, at most half of the greatest ``|W_i - W_j|`` of all (Grüss).
 
     Args:
-        weight: ``[..., k, D]``: of the experts over which the softmax is.
+        lengths: ``[..., k, k]``, :func:`distances`.
     """
-    lengths = _distances(weight, norm)
     return lengths.amax(-1) / 4, lengths.amax((-2, -1)) / 2
 
 
-def _distances(weight: Tensor, norm: str) -> Tensor:
-    """``[..., k, k]``: of the rows, in the dual norm."""
+def distances(weight: Tensor, norm: str) -> Tensor:
+    """``|W_i - W_j|`` of the rows of ``weight [N, D]`` in the dual norm of ``norm``: ``[N, N]``, float64."""
     weight = weight.double()
-    rows = [(weight - row[..., None, :]).norm(_DUAL[norm], dim=-1) for row in weight.unbind(-2)]
-    return torch.stack(rows, -1)
+    return torch.stack([(weight - row).norm(_DUAL[norm], dim=1) for row in weight])
