@@ -71,7 +71,8 @@ class Certificates:
     """Of n images, float64 ``[n]``: within ``radius``, in ``norm``, no image is classified otherwise.
 
     Args:
-        radius: ``min(route_radius, margin / denominator)``; 0 where the image is not classified as its label says.
+        radius: ``min(route_radius, margin / denominator)``; with method ``"interval"`` it may be less, where a larger
+            ball has much larger constants; 0 where the image is not classified as its label says.
         margin: of the outputs that the denominator is of, to the class that is reached first; of the Dual-Model, what is
             left of it by Theorem 5.5.
         denominator: by how much the margin falls at most on a unit of length, within ``radius``.

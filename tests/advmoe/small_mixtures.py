@@ -105,7 +105,7 @@ def margins(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     return own - scores.scatter(1, labels[:, None], -torch.inf).amax(1)
 
 
-def on_grid(model: nn.Module, images: Tensor, labels: Tensor, radius: Tensor, norm: str, steps: int = 61) -> Tensor:
+def on_grid(model: nn.Module, images: Tensor, labels: Tensor, radius: Tensor, norm: str, steps: int = 41) -> Tensor:
     """The least margin, ``[n]``, on a grid of the ball of each of ``images [n, 2, 1, 1]``, its border and corners too."""
     line = torch.linspace(-1, 1, steps, dtype=torch.float64)
     grid = torch.cartesian_prod(line, line)
@@ -118,7 +118,7 @@ def on_grid(model: nn.Module, images: Tensor, labels: Tensor, radius: Tensor, no
 
 
 def attacked(
-    model: nn.Module, images: Tensor, labels: Tensor, radius: Tensor, norm: str, restarts: int = 20, steps: int = 40
+    model: nn.Module, images: Tensor, labels: Tensor, radius: Tensor, norm: str, restarts: int = 10, steps: int = 25
 ) -> Tensor:
     """The least margin, ``[n]``, that gradient descent on it finds in each image's ball, from many starts."""
     n = len(images)
