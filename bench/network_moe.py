@@ -117,8 +117,8 @@ def main() -> None:
     print(table(["width", "direction", "model", "ms", "loop/it", *(f"it/{name}" for name in _ALONE), "A/A"], rows))
     machine = describe()
     print(
-        f"\n{o.arch}, N = {o.experts}, batch {o.batch_size}, images of 32 pixels; medians of n = {o.repeats} in turn, the "
-        f"first one twice (A/A; outside {LIMITS[0]} .. {LIMITS[1]} measured again, three times at most)\n"
+        f"\n{o.arch}, N = {o.experts}, batch {o.batch_size}, images of 32 pixels; medians of n = {o.repeats} in turn, "
+        f"the first one twice (A/A; outside {LIMITS[0]} .. {LIMITS[1]} measured again, three times at most)\n"
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}"
     )
     if o.json is not None:
