@@ -21,8 +21,12 @@ from moe_kernels.routing import GATES
 from . import demo
 from .attacks import NAMES, NonFiniteGradientError
 from .config import (
+    ALIASES,
     METHODS,
+    OPTIMIZERS,
     PRECISIONS,
+    ROBUST_EXPERTS,
+    SCHEDULES,
     AttackConfig,
     DataConfig,
     MethodConfig,
@@ -50,6 +54,8 @@ from .training.runs import build_model
 __all__ = ["main"]
 
 DONE, FAULT, USAGE, RESUMABLE, INTERRUPTED = 0, 1, 2, 3, 130
+
+_KIND_OF = {"rt-er": "network_moe", "jtdmoe": "dual_moe"}  # the one kind that a method is for
 
 _FAULTS = (ProcessLost, StepError, NonFiniteLossError, NonFiniteGradientError, NonFiniteRouterError, BackendUnavailable)
 
@@ -119,14 +125,22 @@ def _parser() -> argparse.ArgumentParser:
         help="continue this run; all other options come from it, but --data-dir, which may have moved",
     )
     g = p.add_argument_group("method")
-    g.add_argument("--method", choices=METHODS, default=m.name, help="how to train")
+    g.add_argument(
+        "--method", type=lambda name: ALIASES.get(name, name), choices=METHODS, default=m.name, help="how to train"
+    )
     g.add_argument(
         "--objective",
         choices=("trades", "cross_entropy"),
         default=m.objective,
         help="trades, or cross_entropy on attacked images (PGD-AT)",
     )
-    g.add_argument("--beta", type=float, default=m.beta, help="TRADES' weight of the robust term")
+    g.add_argument("--beta", type=float, default=m.beta, help="TRADES' and RT-ER's weight of the robust term")
+    g.add_argument(
+        "--robust-experts",
+        choices=ROBUST_EXPERTS,
+        default=m.robust_experts,
+        help="rt-er, jtdmoe: which are made robust besides the mixture: each image's second one, another drawn, or all",
+    )
     g.add_argument("--order", choices=("router_first", "backbone_first"), default=m.order, help="advmoe: of the levels")
     g.add_argument("--batches", choices=("two", "one"), default=m.batches, help="advmoe: a batch for each level, or one")
     g.add_argument(
@@ -151,6 +165,8 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--pretrain-epochs", type=int, default=m.pretrain_epochs, help="at_sparse: of the dense network")
     g.add_argument("--mask-epochs", type=int, default=m.mask_epochs, help="at_sparse: of the mask; the rest fine-tunes")
     g.add_argument("--init", metavar="RUN", help="begin with the weights of this run or checkpoint")
+    g.add_argument("--standard-run", metavar="RUN", help="of kind dual_moe: begin with this run's as the standard one")
+    g.add_argument("--robust-run", metavar="RUN", help="of kind dual_moe: begin with this run's as the robust one")
     g = p.add_argument_group("routing")
     g.add_argument("--balance", choices=("none", *BALANCE_LOSSES), default=t.balance, help="loss of the routers")
     g.add_argument("--balance-weight", type=float, default=t.balance_weight, help="of that loss")
@@ -165,6 +181,10 @@ def _parser() -> argparse.ArgumentParser:
     _data_options(p)
     p.add_argument("--train-limit", type=int, metavar="N", help="use N training images")
     p.add_argument("--no-augment", action="store_true", help="no random crop and mirror")
+    p.add_argument("--shift", type=int, metavar="PIXELS", help="of the random crop; the data's own by default")
+    p.add_argument(
+        "--cutout", type=int, default=0, metavar="PIXELS", help="side of a square of each image that becomes the mean"
+    )
     p.add_argument(
         "--workers",
         type=int,
@@ -194,10 +214,18 @@ def _parser() -> argparse.ArgumentParser:
         "--precision", choices=PRECISIONS, default=o.precision, help="of forwards in training; bfloat16 by autocast"
     )
     g.add_argument("--compile", action="store_true", help="training's forwards through torch.compile (minutes at first)")
-    g.add_argument("--lr", type=float, default=o.lr, help="at the start; goes to 0 by a cosine")
+    g.add_argument("--optimizer", choices=OPTIMIZERS, default=o.optimizer, help="what makes a step of the gradients")
+    g.add_argument(
+        "--schedule", choices=SCHEDULES, help="of the rate: a cosine to 0, or a triangle over and over; cyclic with adam"
+    )
+    g.add_argument("--lr", type=float, help="the highest rate; 0.1 by default, 1e-4 with adam")
+    g.add_argument("--low-lr", type=float, help="the lowest rate of schedule cyclic; half of --lr by default")
+    g.add_argument(
+        "--cycle-steps", type=_positive, default=o.cycle_steps, metavar="N", help="of schedule cyclic: each way"
+    )
     g.add_argument("--router-lr", type=float, help="the routers' own rate; --lr by default")
-    g.add_argument("--momentum", type=float, default=o.momentum, help="of SGD")
-    g.add_argument("--weight-decay", type=float, default=o.weight_decay, help="of SGD")
+    g.add_argument("--momentum", type=float, default=o.momentum, help="of SGD; Adam's first beta")
+    g.add_argument("--weight-decay", type=float, help="5e-4 by default, 0 with adam")
     g.add_argument(
         "--freeze-unused", action="store_true", help="no decay and momentum for experts nobody chose in a step"
     )
@@ -331,7 +359,8 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         "--kind",
         choices=KINDS,
         default=d.kind,
-        help="s_dense: the network of a pathway's width; network_moe: whole networks and a router of the image",
+        help="s_dense: the network of a pathway's width; network_moe: whole networks and a router of the image (that of "
+        "rt-er); dual_moe: two such (that of jtdmoe)",
     )
     g.add_argument(
         "--experts", type=int, default=d.num_experts, metavar="N", help="experts of each routed layer, or networks"
@@ -354,6 +383,8 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     )
     g.add_argument("--mix", choices=MIXES, default=d.mix, help="of network_moe: what of the chosen experts is mixed")
     g.add_argument("--frozen-router", action="store_true", help="of network_moe: the router stays as it is drawn")
+    g.add_argument("--alpha", type=float, default=d.alpha, help="of dual_moe: the robust one's share")
+    g.add_argument("--dual-on", choices=MIXES, default=d.dual_on, help="of dual_moe: what of the two is mixed")
     g.add_argument("--temperature", type=float, default=d.temperature, help="of the routers' probabilities")
     g.add_argument("--noise", type=float, default=d.noise, help="deviation of noise on the scores in training")
     g.add_argument(
@@ -384,7 +415,7 @@ def _model_config(o: argparse.Namespace) -> ModelConfig:
         arch=o.arch, kind=o.kind, num_experts=o.experts, ratio=o.ratio, width=o.width, layout=o.layout, router=o.router,
         route_per=o.route_per, moe_at=None if o.moe_at is None else tuple(o.moe_at), bn=o.bn, gate=o.gate,
         gate_after=o.gate_after, temperature=o.temperature, noise=o.noise, standardize=o.standardize,
-        top_k=o.top_k, stem=o.stem, mix=o.mix, frozen_router=o.frozen_router,
+        top_k=o.top_k, stem=o.stem, mix=o.mix, frozen_router=o.frozen_router, alpha=o.alpha, dual_on=o.dual_on,
     )  # fmt: skip
 
 
@@ -402,7 +433,17 @@ def _method_config(o: argparse.Namespace) -> MethodConfig:
     return MethodConfig(
         o.method, o.objective, o.beta, o.order, o.batches, o.router_objective, o.router_alpha, o.attack_routers,
         share_attack=o.share_attack, router_every=o.router_every, part=o.part, pretrain_epochs=o.pretrain_epochs,
-        mask_epochs=o.mask_epochs,
+        mask_epochs=o.mask_epochs, robust_experts=o.robust_experts,
+    )  # fmt: skip
+
+
+def _optim_config(o: argparse.Namespace) -> OptimConfig:
+    rates = {"lr": o.lr, "weight_decay": o.weight_decay, "schedule": o.schedule}
+    given = {name: value for name, value in rates.items() if value is not None}
+    make = OptimConfig.cyclic_adam if o.optimizer == "adam" else OptimConfig
+    return make(
+        router_lr=o.router_lr, momentum=o.momentum, freeze_unused=o.freeze_unused, accumulate=o.accumulate,
+        precision=o.precision, compile=o.compile, low_lr=o.low_lr, cycle_steps=o.cycle_steps, **given,
     )  # fmt: skip
 
 
@@ -427,20 +468,31 @@ def _train(o: argparse.Namespace) -> None:
         gaussian = o.attack_start == "gaussian" or o.as_released
         share_epochs = o.share_epochs
         model = _model_config(o)
+        if "--kind" not in o.given and o.method in _KIND_OF:
+            model = dataclasses.replace(model, kind=_KIND_OF[o.method])
         if o.as_released:
             share_epochs = share_epochs or 0
             if "--router" not in o.given:
                 model = dataclasses.replace(model, router="global")
         config = RunConfig(
             model=model,
-            data=DataConfig(o.data, o.data_dir, o.train_limit, o.test_limit, augment=not o.no_augment, workers=o.workers),
+            data=DataConfig(
+                o.data,
+                o.data_dir,
+                o.train_limit,
+                o.test_limit,
+                augment=not o.no_augment,
+                shift=o.shift,
+                cutout=o.cutout,
+                workers=o.workers,
+            ),  # fmt: skip
             attack=AttackConfig(o.epsilon, o.step_size, o.attack_steps, o.attack_loss, "gaussian" if gaussian else True),
-            optim=OptimConfig(
-                o.lr, o.router_lr, o.momentum, o.weight_decay, o.freeze_unused, o.accumulate, o.precision, o.compile
-            ),
+            optim=_optim_config(o),
             method=_method_config(o),
             routing=RoutingConfig(o.balance, o.balance_weight, o.experts_start, share_epochs),
             init=o.init,
+            standard_run=o.standard_run,
+            robust_run=o.robust_run,
             epochs=o.epochs,
             batch_size=o.batch_size,
             seed=o.seed,

@@ -7,19 +7,21 @@ from torch import nn
 
 from ...attacks import PGD
 from ...config import MethodConfig, OptimConfig, RoutingConfig
-from ...models import router_parameters
 from ...routers import routers_of
 from ..parallel import World
 from .adversarial import AT, Standard
 from .advmoe import AdvMoE
-from .base import Batch, Method, NonFiniteLossError, StepResult
+from .base import Batch, Method, NonFiniteLossError, StepResult, trained_routers
+from .rter import RTER, JTDMoE
 from .sparse import ATSparse
 
 __all__ = [
     "AT",
+    "RTER",
     "ATSparse",
     "AdvMoE",
     "Batch",
+    "JTDMoE",
     "Method",
     "NonFiniteLossError",
     "Standard",
@@ -27,7 +29,9 @@ __all__ = [
     "build_method",
 ]
 
-_METHODS: dict[str, type[Method]] = {"standard": Standard, "at": AT, "at_sparse": ATSparse, "advmoe": AdvMoE}
+_METHODS: dict[str, type[Method]] = {
+    "standard": Standard, "at": AT, "at_sparse": ATSparse, "advmoe": AdvMoE, "rt-er": RTER, "jtdmoe": JTDMoE,
+}  # fmt: skip
 # settings of MethodConfig that one method alone has
 _OWN = {
     "advmoe": (
@@ -56,14 +60,21 @@ def build_method(
             to a method or a model that has no use for it.
     """
     plain = MethodConfig(config.name)
+    robust = config.name in ("rt-er", "jtdmoe")
+    if config.robust_experts != plain.robust_experts and not robust:
+        raise ValueError(f"robust_experts: a setting of the methods rt-er and jtdmoe, without effect on {config.name}")
+    if config.objective != plain.objective and robust:
+        raise ValueError(f"objective: without effect on {config.name}, whose own is cross-entropy and KL")
     for method, names in _OWN.items():
         given = [name for name in names if getattr(config, name) != getattr(plain, name)]
         if given and method != config.name:
             raise ValueError(f"{given[0]}: a setting of the method {method}, without effect on {config.name}")
-    if optim.router_lr is not None and (not router_parameters(model) or config.part == "experts"):
+    if optim.router_lr is not None and (not trained_routers(model) or config.part == "experts"):
         raise ValueError("router_lr: without effect where no router is trained")
     if config.router_alpha != plain.router_alpha and config.router_objective != "pseudo_label":
         raise ValueError("router_alpha: a setting of the router objective pseudo_label, without effect on another")
-    if config.attack_routers and (config.name == "standard" or not routers_of(model)):
-        raise ValueError("attack_routers: without effect on a method without attack or a model without routers")
+    if config.attack_routers and (config.name == "standard" or robust or not routers_of(model)):
+        raise ValueError(
+            "attack_routers: without effect on rt-er, jtdmoe, a method without attack or a model without routers"
+        )
     return _METHODS[config.name](model, config, optim, attack, routing, world)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...models import backbone_parameters, router_parameters
 from ...objectives import cross_entropy
 from ...routers import routers_of
-from .base import Batch, Method, StepResult, only
+from .base import Batch, Method, StepResult, only, trained_routers
 
 __all__ = ["AT", "Standard"]
 
@@ -43,7 +43,7 @@ class AT(Method):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
-        if self.config.part != "all" and not router_parameters(model):
+        if self.config.part != "all" and not trained_routers(model):
             raise ValueError(f"part: {self.config.part!r} needs a model with trainable routers (kind moe)")
         if self.config.part != "all" and self.share_epochs:
             raise ValueError("share_epochs: sharing comes before routers and experts are trained apart; give part='all'")
@@ -64,7 +64,7 @@ class AT(Method):
         routers = self.config.part == "routers"
         lr = self.optim.router_lr if routers and self.optim.router_lr is not None else self.optim.lr
         parameters = router_parameters(self.model) if routers else backbone_parameters(self.model)
-        return {"all": self._sgd([(parameters, lr)])}
+        return {"all": self._optimizer([(parameters, lr)])}
 
     @contextmanager
     def _part(self) -> Iterator[None]:
