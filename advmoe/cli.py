@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import os
 import statistics
@@ -34,6 +35,7 @@ from .config import (
     OptimConfig,
     RoutingConfig,
     RunConfig,
+    write_text,
 )
 from .data import download, list_data
 from .evaluation import SUSPECT
@@ -257,6 +259,22 @@ def _parser() -> argparse.ArgumentParser:
     _data_options(p, default=None)
     p.set_defaults(run=_evaluate)
 
+    p = commands.add_parser("dual", help="SA and RA of the Dual-Model of two runs against alpha", **common)
+    p.add_argument("standard", metavar="STANDARD_RUN", help="a run folder or checkpoint, of standard training")
+    p.add_argument("robust", metavar="ROBUST_RUN", help="another, of rt-er say")
+    p.add_argument(
+        "--alphas", type=_shares, default="0.5,0.6,0.7,0.8,0.9,1", metavar="A,A,…", help="the robust one's shares"
+    )
+    p.add_argument("--on", choices=MIXES, default="logits", help="what of the two is mixed")
+    p.add_argument("--attack", action="append", help=f"repeatable; pgd50 if none. {NAMES}")
+    p.add_argument(
+        "--autoattack-limit", type=_positive, default=1000, metavar="N", help="at most N images for AutoAttack"
+    )
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for dual.json, dual.csv and dual.png")
+    _evaluation_options(p)
+    p.add_argument("--data-dir", help="the folder that holds the data, if it has moved")
+    p.set_defaults(run=_dual)
+
     p = commands.add_parser("analyze", help="the paper's analyses: a CSV file and a picture each", **common)
     p.add_argument("sources", nargs="*", metavar="RUN", help="run folders, checkpoints in such, or module:function")
     p.add_argument("--list", action="store_true", help="names the analyses")
@@ -339,6 +357,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        return sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text!r}") from None
 
 
 def _evaluation_options(p: argparse.ArgumentParser) -> None:
@@ -474,18 +499,13 @@ def _train(o: argparse.Namespace) -> None:
             share_epochs = share_epochs or 0
             if "--router" not in o.given:
                 model = dataclasses.replace(model, router="global")
+        data = DataConfig(
+            o.data, o.data_dir, o.train_limit, o.test_limit, augment=not o.no_augment, shift=o.shift, cutout=o.cutout,
+            workers=o.workers,
+        )  # fmt: skip
         config = RunConfig(
             model=model,
-            data=DataConfig(
-                o.data,
-                o.data_dir,
-                o.train_limit,
-                o.test_limit,
-                augment=not o.no_augment,
-                shift=o.shift,
-                cutout=o.cutout,
-                workers=o.workers,
-            ),  # fmt: skip
+            data=data,
             attack=AttackConfig(o.epsilon, o.step_size, o.attack_steps, o.attack_loss, "gaussian" if gaussian else True),
             optim=_optim_config(o),
             method=_method_config(o),
@@ -529,6 +549,29 @@ def _evaluate(o: argparse.Namespace) -> None:
     if path is not None:
         write_record(path, done.record)
         print(f"written to {path}")
+
+
+def _dual(o: argparse.Namespace) -> None:
+    from .analysis import alphas  # here, since drawing takes longer to import than other commands need
+
+    if o.threads is not None:
+        torch.set_num_threads(o.threads)
+    o.out.mkdir(parents=True, exist_ok=True)  # not only behind hours of attacks
+    found = {}
+    records = []
+    for alpha, record, result in evaluate_dual(
+        o.standard, o.robust, o.alphas, o.attack or ["pgd50"], o.on, checkpoint=o.checkpoint, data_dir=o.data_dir,
+        limit=o.limit, epsilon=o.epsilon, batch_size=o.batch_size, seed=o.seed, device=o.device, progress=True,
+        autoattack_limit=o.autoattack_limit,
+    ):  # fmt: skip
+        outcomes = ", ".join(f"RA {percent(each.ra)} ({name})" for name, each in result.attacks.items())
+        print(f"alpha {alpha:g}: SA {percent(result.sa)}, {outcomes}", flush=True)
+        found[alpha] = result
+        records.append(record)
+        write_text(o.out / "dual.json", json.dumps(records, indent=1) + "\n")
+    finding = alphas(found)
+    paths = finding.save(o.out)
+    print(f"{finding.note}\nwritten: {o.out / 'dual.json'}, {paths[0]}, {paths[1].name}")
 
 
 def _print_evaluation(done: EvaluatedRun) -> None:

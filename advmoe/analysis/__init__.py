@@ -6,6 +6,7 @@ analyses are functions of. Those of :mod:`.reproduced` and :mod:`.history` are o
 """
 
 from .dissection import dissection
+from .dual import alphas
 from .finding import Finding
 from .history import history
 from .observation import Choice, Observation, observe
@@ -20,6 +21,7 @@ __all__ = [
     "Finding",
     "Observation",
     "Result",
+    "alphas",
     "classes",
     "dissection",
     "entropy",
