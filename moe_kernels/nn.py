@@ -590,11 +590,12 @@ class RoutedLayerNorm(nn.Module):
         for name, size in (("num_features", num_features), ("num_experts", num_experts)):
             if size < 1:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
+        self.slices = ExpertSlices.partition(num_features, num_experts)
         self.num_features = num_features
         self.num_experts = num_experts
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(num_experts * num_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(num_experts * num_features, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.ones(self.slices.total, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(self.slices.total, device=device, dtype=dtype))
 
     def forward(self, input: Tensor, routing: Routing) -> Tensor:
         if input.dim() < 2 or input.shape[-1] != self.num_features:

@@ -7,8 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_kernels import Routing
-
 from .base import ModelSpec, initialize, register_model
 from .layers import Backbone, Channels, Path, add_router, conv, linear, norm
 
@@ -112,9 +110,7 @@ class DenseNet(Backbone):
         self.classifier = linear(spec, channels.width, spec.num_classes)
         initialize(self)
 
-    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
-        """x ``[B, 3, H, W]`` in [0, 1] to logits ``[B, num_classes]``."""
-        x, path = self._start(x, routing)
+    def run(self, x: Tensor, path: Path) -> Tensor:
         parts = self.features._modules
         x = path.convolve(parts["conv0"], x)  # type: ignore[arg-type]
         if "norm0" in parts:

@@ -90,6 +90,13 @@ class Path:
         self.pools = pools
         self.rectified: tuple[Tensor, Tensor] | None = None
 
+    @classmethod
+    def following(cls, routing: Routing) -> Path:
+        """One on which all layers take this choice, the first too."""
+        path = cls()
+        path.choice = path.writer = routing
+        return path
+
     def enter(self, site: nn.Module, x: Tensor) -> None:
         """Lets the site's router, if it has one, choose for the layers ahead."""
         router = getattr(site, "router", None)
@@ -356,16 +363,17 @@ class Backbone(nn.Module):
         if self.spec.routed and (self.image_level or self.spec.route_per == "network"):
             add_router(self, self.spec, 3 if self.image_level else channels)
 
-    def _start(self, x: Tensor, routing: Routing | None) -> tuple[Tensor, Path]:
-        """The normalised image, and the path that begins with it; ``routing`` is the one of kind network_moe."""
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[B, 3, H, W]`` in [0, 1] to logits ``[B, num_classes]``."""
         pools = self.spec.routed and router_class(self.spec.router).reads_means
         x, path = self.normalize(x), Path(pools)
-        if (routing is None) == self.spec.whole:
-            raise TypeError(f"routing: kind {self.spec.kind} {'needs one' if self.spec.whole else 'chooses by itself'}")
-        path.choice = path.writer = routing
         if self.image_level:
             path.enter(self, x)
-        return x, path
+        return self.run(x, path)
+
+    def run(self, x: Tensor, path: Path) -> Tensor:
+        """The network behind the normalisation, along a path that begins."""
+        raise NotImplementedError
 
     def _behind_stem(self, x: Tensor, path: Path) -> Tensor:
         if not self.image_level:

@@ -15,11 +15,26 @@ from moe_kernels import Routing
 from ..registry import unknown_name
 from ..routers import Router, RouterOptions, build_router
 from .base import ModelSpec, Normalize, build, create_model, register_kind
+from .layers import Backbone, Path
 
 __all__ = ["MIXES", "NetworkMoE"]
 
 MIXES = ("logits", "probabilities")
 _COUNT = "num_batches_tracked"  # one for a BatchNorm, and one for each channel of a routed one
+
+
+class Experts(nn.Module):
+    """N networks of one architecture, ``network``, whose layers have a slice for each."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        network = build(dataclasses.replace(spec, normalize=False, router_options=RouterOptions()))
+        assert isinstance(network, Backbone)
+        self.network = network
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Normalised images ``[B, 3, S, S]`` and one choice for each, or an expanded one for B * k, to their logits."""
+        return self.network.run(x, Path.following(routing))
 
 
 @register_kind("network_moe")
@@ -61,7 +76,7 @@ class NetworkMoE(nn.Module):
         self.spec = spec
         self.num_experts = spec.num_experts
         self.normalize = Normalize(spec.mean, spec.std) if spec.normalize else nn.Identity()
-        self.experts = build(dataclasses.replace(spec, normalize=False, router_options=RouterOptions()))
+        self.experts = Experts(spec)
         self.router = build_router(spec.router, 3, spec.num_experts, options, spec.image_size)
         if spec.frozen_router:
             self.router.requires_grad_(False)
@@ -109,7 +124,7 @@ class NetworkMoE(nn.Module):
             network = build(dataclasses.replace(self.spec.dense(), router_options=RouterOptions()))
         like = next(self.experts.parameters())
         network.to(like.device, like.dtype)
-        state = {name: value.chunk(self.num_experts)[index] for name, value in self.experts.state_dict().items()}
+        state = {name: value.chunk(self.num_experts)[index] for name, value in self.experts.network.state_dict().items()}
         network.load_state_dict({name: v.max() if name.endswith(_COUNT) else v for name, v in state.items()})
         return network.train(self.training)
 
@@ -141,10 +156,10 @@ class NetworkMoE(nn.Module):
         moe.to(like.device, like.dtype)
         states = [model.state_dict() for model in models]
         joined = {}
-        for name, own in moe.experts.state_dict().items():
+        for name, own in moe.experts.network.state_dict().items():
             parts = [state[name] for state in states]
             if name.endswith(_COUNT):
                 parts = [part.expand(len(own) // len(models)) for part in parts]
             joined[name] = torch.cat(parts)
-        moe.experts.load_state_dict(joined)
+        moe.experts.network.load_state_dict(joined)
         return moe.train(models[0].training)

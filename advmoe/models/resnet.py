@@ -6,8 +6,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moe_kernels import Routing
-
 from ..sparse import Add
 from .base import ModelSpec, initialize, register_model
 from .layers import Backbone, Channels, Path, Stage, add_router, classifier, conv, norm, pointwise, projection
@@ -109,9 +107,7 @@ class ResNet(Backbone):
         self.linear = classifier(spec, channels, spec.num_classes)
         initialize(self)
 
-    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
-        """x ``[B, 3, H, W]`` in [0, 1] to logits ``[B, num_classes]``."""
-        x, path = self._start(x, routing)
+    def run(self, x: Tensor, path: Path) -> Tensor:
         x = self._behind_stem(self.pool(path.rectify(path.convolve(self.conv1, x, self.bn1))), path)
         for name in self.stages:
             x = getattr(self, name)(x, path)

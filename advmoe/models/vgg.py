@@ -6,10 +6,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_kernels import Routing
-
 from .base import ModelSpec, initialize, register_model
-from .layers import Backbone, Channels, add_router, classifier, conv, linear, norm
+from .layers import Backbone, Channels, Path, add_router, classifier, conv, linear, norm
 
 __all__ = ["VGG"]
 
@@ -65,9 +63,7 @@ class VGG(Backbone):
         )  # fmt: skip
         initialize(self)
 
-    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
-        """x ``[B, 3, H, W]`` in [0, 1] to logits ``[B, num_classes]``."""
-        x, path = self._start(x, routing)
+    def run(self, x: Tensor, path: Path) -> Tensor:
         for i, layer in enumerate(self.features):
             if str(i) in self.sites:
                 path.enter(self.sites[str(i)], x)

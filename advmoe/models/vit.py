@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_kernels import ExpertSlices, RoutedConv2d, RoutedLinear, Routing
+from moe_kernels import ExpertSlices, RoutedConv2d, RoutedLinear
 
 from ..routers import RouterOptions, routers_of
 from .base import ModelSpec, register_model
@@ -140,6 +140,7 @@ class VisionTransformer(Backbone):
             )
         self.patch_embed = PatchEmbed(spec, patch, features)
         own = spec.num_experts if spec.whole else 1
+        self.slices = ExpertSlices.partition(1, own)  # of class token and positions, each expert's own
         self.cls_token = nn.Parameter(torch.zeros(own, 1, features))
         self.pos_embed = nn.Parameter(torch.zeros(own, 1 + (spec.image_size // patch) ** 2, features))
         self._add_network_router(features)
@@ -190,9 +191,7 @@ class VisionTransformer(Backbone):
         model.load_state_dict({**own, **routers})
         return model.train(self.training)
 
-    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
-        """x ``[B, 3, S, S] in [0, 1] to logits ``[B, num_classes]``."""
-        x, path = self._start(x, routing)
+    def run(self, x: Tensor, path: Path) -> Tensor:
         x = self.patch_embed(x, path)
         if not self.image_level:
             path.enter(self, x.transpose(1, 2).unsqueeze(3))

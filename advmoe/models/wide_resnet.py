@@ -6,8 +6,6 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_kernels import Routing
-
 from ..sparse import Add
 from .base import ModelSpec, initialize, register_model
 from .layers import Backbone, Channels, Path, Stage, add_router, classifier, conv, every, norm, step_before
@@ -84,9 +82,7 @@ class WideResNet(Backbone):
         self.fc = classifier(spec, channels, spec.num_classes)
         initialize(self)
 
-    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
-        """x ``[B, 3, H, W]`` in [0, 1] to logits ``[B, num_classes]``."""
-        x, path = self._start(x, routing)
+    def run(self, x: Tensor, path: Path) -> Tensor:
         x = path.convolve(self.conv1, x)
         if self.spec.imagenet_stem:
             x = F.max_pool2d(F.relu(path.normalize(self.bn0, x)), 3, 2, 1)
