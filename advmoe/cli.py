@@ -49,7 +49,7 @@ from .recipes import SCALES, SweepOptions, reproduce
 from .routers import NonFiniteRouterError, list_routers, routers_of
 from .tables import percent, table
 from .training import Interrupted, NonFiniteLossError, Run, StepError, resume, train
-from .training.evaluation import EvaluatedRun, evaluate_run, write_record
+from .training.evaluation import EvaluatedRun, evaluate_dual, evaluate_run, write_record
 from .training.parallel import ProcessLost, joined, resume_command
 from .training.runs import build_model
 

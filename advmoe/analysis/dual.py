@@ -45,7 +45,7 @@ def alphas(evaluations: Mapping[float, Evaluation]) -> Finding:
                 axis.plot(x, ra, label=f"RA, {name}", **look)
                 axis.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
             style.percent_axis(axis, "accuracy, %")
-            axis.set_xlabel("α, the robust mixture's share")
+            axis.set_xlabel("alpha: the robust mixture's share")
             axis.set_title("The Dual-Model", loc="left")
             fig.legend(loc="outside lower center", ncols=3)
             return fig
@@ -55,8 +55,8 @@ def alphas(evaluations: Mapping[float, Evaluation]) -> Finding:
         f"{name}: {outcome.description} on {outcome.images} images" for name, outcome in one.attacks.items()
     )
     note = (
-        f"SA on {one.images} test images. Every attack is made anew for each alpha, on the Dual-Model as a whole. {against}. "
-        "Shaded: RA's 95 % interval by the number of images. The paper's figure 3"
+        f"SA on {one.images} test images. Every attack is made anew for each alpha, on the Dual-Model as a whole. "
+        f"{against}. Shaded: RA's 95 % interval by the number of images. The paper's figure 3"
     )
     columns = ("alpha", "attack", "images", "sa", "ra", "low", "high")
     return Finding("dual", "SA and RA of the Dual-Model against alpha", columns, rows, draw, note)
