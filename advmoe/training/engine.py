@@ -460,9 +460,9 @@ def resolve(config: RunConfig, data: DataSet) -> RunConfig:
         step_size=data.step_size if config.attack.step_size is None else config.attack.step_size,
     )
     routing = config.routing
-    if config.model.kind in ("moe", "upcycled", "network_moe") and routing.share_epochs is None:
+    if config.model.kind in ("moe", "upcycled", *WHOLE) and routing.share_epochs is None:
         # networks that answer by themselves are trained apart from the start, as the paper's
-        can_share = not apart and m.kind != "network_moe" and _can_share(dataclasses.replace(config, model=model))
+        can_share = not apart and m.kind not in WHOLE and _can_share(dataclasses.replace(config, model=model))
         shared = config.epochs * 3 // 4 if can_share else 0
         routing = dataclasses.replace(routing, share_epochs=shared)
     threads = torch.get_num_threads() if config.threads is None else config.threads
