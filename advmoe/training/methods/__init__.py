@@ -7,11 +7,12 @@ from torch import nn
 
 from ...attacks import PGD
 from ...config import MethodConfig, OptimConfig, RoutingConfig
+from ...models import router_parameters
 from ...routers import routers_of
 from ..parallel import World
 from .adversarial import AT, Standard
 from .advmoe import AdvMoE
-from .base import Batch, Method, NonFiniteLossError, StepResult, trained_routers
+from .base import Batch, Method, NonFiniteLossError, StepResult
 from .rter import RTER, JTDMoE
 from .sparse import ATSparse
 
@@ -69,7 +70,7 @@ def build_method(
         given = [name for name in names if getattr(config, name) != getattr(plain, name)]
         if given and method != config.name:
             raise ValueError(f"{given[0]}: a setting of the method {method}, without effect on {config.name}")
-    if optim.router_lr is not None and (not trained_routers(model) or config.part == "experts"):
+    if optim.router_lr is not None and (not router_parameters(model) or config.part == "experts"):
         raise ValueError("router_lr: without effect where no router is trained")
     if config.router_alpha != plain.router_alpha and config.router_objective != "pseudo_label":
         raise ValueError("router_alpha: a setting of the router objective pseudo_label, without effect on another")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...models import backbone_parameters, router_parameters
 from ...objectives import cross_entropy
 from ...routers import routers_of
-from .base import Batch, Method, StepResult, only, trained_routers
+from .base import Batch, Method, StepResult, only
 
 __all__ = ["AT", "Standard"]
 
@@ -43,7 +43,7 @@ class AT(Method):
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
-        if self.config.part != "all" and not trained_routers(model):
+        if self.config.part != "all" and not router_parameters(model):
             raise ValueError(f"part: {self.config.part!r} needs a model with trainable routers (kind moe)")
         if self.config.part != "all" and self.share_epochs:
             raise ValueError("share_epochs: sharing comes before routers and experts are trained apart; give part='all'")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...models import backbone_parameters, router_parameters
 from ...objectives import router_pseudo_label_loss
 from ...routers import record_scores
-from .base import Batch, Method, StepResult, only, trained_routers
+from .base import Batch, Method, StepResult, only
 
 __all__ = ["AdvMoE"]
 
@@ -30,7 +30,7 @@ class AdvMoE(Method):
     """
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        if not trained_routers(model):
+        if not router_parameters(model):
             raise ValueError(
                 "method: advmoe needs a model with trainable routers (kind moe, or network_moe; router not random, fixed "
                 "or frozen); at does not"

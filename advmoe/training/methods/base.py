@@ -32,7 +32,6 @@ __all__ = [
     "StepResult",
     "only",
     "tie_experts",
-    "trained_routers",
     "unused_frozen",
 ]
 
@@ -110,7 +109,7 @@ class Method(ABC):
         if asked != RoutingConfig() and not routers_of(model):
             setting = next(f.name for f in dataclasses.fields(asked) if getattr(asked, f.name) != f.default)
             raise ValueError(f"routing.{setting}: a setting of routers, without effect on a model that has none")
-        if self.routing.balance != "none" and not trained_routers(model):
+        if self.routing.balance != "none" and not router_parameters(model):
             raise ValueError("balance: without effect on routers that have no parameters, or frozen ones")
         self.share_epochs = self.routing.share_epochs or 0
         # those of several experts are 1 in sum
@@ -118,7 +117,7 @@ class Method(ABC):
             r.options.gate == "softmax" and r.options.top_k == 1 for r in routers_of(model).values()
         ):
             raise ValueError("share_epochs: a shared expert has no gate, and those of 'softmax' would change the network")
-        unreached = {r.options.gate for r in routers_of(model).values()} == {"none"} and bool(trained_routers(model))
+        unreached = {r.options.gate for r in routers_of(model).values()} == {"none"} and bool(router_parameters(model))
         if unreached and not self._routers_learn_without_gates():
             raise ValueError("gate: 'none' lets no gradient of the loss reach the routers, which would not be trained")
         if self.routing.experts == "alike" or self.share_epochs:
@@ -297,11 +296,6 @@ class Method(ABC):
             if balanced:
                 return self._balanced(lambda: objective(part, attacked))
             return *objective(part, attacked), {}
-
-
-def trained_routers(model: nn.Module) -> list[nn.Parameter]:
-    """Their parameters, but for frozen ones."""
-    return [p for p in router_parameters(model) if p.requires_grad]
 
 
 @contextmanager
