@@ -83,9 +83,9 @@ def shares(setting: Setting, batch: int) -> list[float]:
 def _rows(record: dict[str, float], what: Sequence[str]) -> list[list[str]]:
     rows = []
     for name in (n for n in record if n.startswith("network_moe")):
-        ratios = [f"{record[other] / record[name]:.2f}" for other in ("loop",)]
-        ratios += [f"{record[name] / record[other]:.2f}" if other in record else "" for other in _ALONE]
-        rows.append([*what, name, f"{1e3 * record[name]:.1f}", *ratios, f"{record['A/A']:.2f}"])
+        alone = [f"{record[name] / record[other]:.2f}" if other in record else "" for other in _ALONE]
+        loop = f"{record['loop'] / record[name]:.1f}"
+        rows.append([*what, name, f"{1e3 * record[name]:.1f}", loop, *alone, f"{record['A/A']:.2f}"])
     return rows
 
 
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--tries", type=int, default=3, help="at most, until the A/A ratio is quiet")
     parser.add_argument("--directions", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
@@ -110,15 +111,15 @@ def main() -> None:
         setting = Setting(o.arch, o.experts, 1.0, width)
         used = shares(setting, o.batch_size)
         for direction in o.directions:
-            seconds = measure(setting, o.batch_size, o.repeats, direction)
+            seconds = measure(setting, o.batch_size, o.repeats, direction, o.tries)
             records.append({"width": width, "direction": direction, "shares": used, "seconds": seconds})
             rows += _rows(seconds, [str(width), direction])
             print(records[-1], flush=True)
     print(table(["width", "direction", "model", "ms", "loop/it", *(f"it/{name}" for name in _ALONE), "A/A"], rows))
     machine = describe()
     print(
-        f"\n{o.arch}, N = {o.experts}, batch {o.batch_size}, images of 32 pixels; medians of n = {o.repeats} in turn, the "
-        f"first one twice (A/A; outside {LIMITS[0]} .. {LIMITS[1]} measured again, three times at most)\n"
+        f"\n{o.arch}, N = {o.experts}, batch {o.batch_size}, images of 32 pixels; medians of n = {o.repeats} in turn, "
+        f"the first one twice (A/A; outside {LIMITS[0]} .. {LIMITS[1]} measured again, {o.tries} times at most)\n"
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}"
     )
     if o.json is not None:

@@ -51,8 +51,9 @@ class Attention(nn.Module):
         return path.linear(self.proj, y.transpose(1, 2).reshape(batch, tokens, features))
 
     def own_macs(self, output: Tensor) -> int:
-        """Multiply-accumulates of one image beside its layers': scores and their sums of values, T^2 D each."""
-        return 2 * output.shape[1] ** 2 * output.shape[2]
+        """Multiply-accumulates of one image, which may have several experts' samples here, beside its layers': scores and
+        their sums of values, T^2 D each."""
+        return 2 * output.shape[1] * output.numel()
 
 
 class Mlp(nn.Module):

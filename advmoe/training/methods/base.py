@@ -377,8 +377,9 @@ def unused_frozen(model: nn.Module, wanted: bool, world: World = ALONE) -> Itera
     with torch.no_grad():
         for module, slices in layers.items():
             # by all processes together; each asks for each layer
-            count = used.get(module, torch.zeros(slices.num_experts, dtype=torch.int64, device=_device(module)))
-            count = world.total(count)
+            none = torch.zeros(slices.num_experts, dtype=torch.int64, device=_device(module))
+            # one that holds values of its own beside routed layers, as a transformer does, goes with the first of these
+            count = world.total(next((used[m] for m in module.modules() if m in used), none))
             if not int(count.sum()):
                 continue
             idle = torch.ones(slices.total, dtype=torch.bool, device=count.device)
