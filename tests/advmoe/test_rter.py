@@ -329,7 +329,8 @@ def test_the_upper_level_is_the_cross_entropy_of_both_on_clean_images() -> None:
     other = copy.deepcopy(m)
     other.robust.eval()
     b = batch()
-    loss, logits = jtdmoe(m)._dual_objective(b, b.images)
+    method = jtdmoe(m)
+    loss, logits = method._dual_objective(b, method._robust_logits(b))
     assert torch.equal(logits, other(b.images)) and torch.equal(loss, cross_entropy(logits, b.labels))
 
 

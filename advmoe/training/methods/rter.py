@@ -144,12 +144,15 @@ class JTDMoE(_Robust):
             with only(self.model, list(self.dual.robust.parameters())):
                 lower = self._descend_robust(self.optimizers["robust"], parts, balanced=True, name="robust_loss")
             with only(self.model, list(self.dual.standard.parameters())):
-                clean = [part.images for part in parts]
-                upper = self._descend(self.optimizers["standard"], parts, self._dual_objective, clean, balanced=True)
+                robust = [self._robust_logits(part) for part in parts]
+                upper = self._descend(self.optimizers["standard"], parts, self._dual_objective, robust, balanced=True)
         return StepResult({**lower.losses, **upper.losses}, upper.correct, upper.count)
 
-    def _dual_objective(self, batch: Batch, images: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad(), undisturbed(self.dual.robust):
-            robust = self.dual.robust(images)
-        logits = self.dual.mixed(self.dual.standard(images), robust)
+    def _robust_logits(self, batch: Batch) -> Tensor:
+        with torch.no_grad(), self._autocast(), undisturbed(self.dual.robust):
+            logits: Tensor = self.dual.robust(batch.images)
+        return logits
+
+    def _dual_objective(self, batch: Batch, robust: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.dual.mixed(self.dual.standard(batch.images), robust)
         return cross_entropy(logits, batch.labels), logits
