@@ -7,8 +7,9 @@ analyses are functions of. Those of :mod:`.reproduced` and :mod:`.history` are o
 
 from ..certification.routes import linear_map, route_radii
 from .dissection import dissection
+from .dual import alphas
 from .finding import Finding
-from .history import history
+from .history import history, stability
 from .observation import Choice, Observation, observe
 from .pathways import overlaps, pathways
 from .radius import radius
@@ -21,6 +22,7 @@ __all__ = [
     "Finding",
     "Observation",
     "Result",
+    "alphas",
     "classes",
     "dissection",
     "entropy",
@@ -37,6 +39,7 @@ __all__ = [
     "pathways",
     "radius",
     "route_radii",
+    "stability",
     "transfer",
     "usage",
 ]
