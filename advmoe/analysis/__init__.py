@@ -6,6 +6,7 @@ analyses are functions of. Those of :mod:`.reproduced` and :mod:`.history` are o
 """
 
 from ..certification.routes import linear_map, route_radii
+from .certified import certified
 from .dissection import dissection
 from .dual import alphas
 from .finding import Finding
@@ -23,6 +24,7 @@ __all__ = [
     "Observation",
     "Result",
     "alphas",
+    "certified",
     "classes",
     "dissection",
     "entropy",

@@ -158,6 +158,11 @@ class Certifier:
         else:
             self.members = [_Mixture(whole, norm, method, shape)]
 
+    @property
+    def operations(self) -> int:
+        """Multiply-accumulates of an expert, of the largest there is."""
+        return max(bounds.network.operations for member in self.members for bounds in member.bounds)
+
     def certify(self, images: Tensor, labels: Tensor, variant: str = "sound", batch_size: int = 32) -> Certificates:
         """Radii of ``images [n, 3, S, S]`` with ``labels [n]``.
 

@@ -381,6 +381,12 @@ class Network:
     def shape_of(self, index: int) -> tuple[int, ...]:
         return self.nodes[index - 1].shape if index else self.shape
 
+    @property
+    def operations(self) -> int:
+        """Multiply-accumulates of the convolutions and linear layers for one input."""
+        layers = [(node.shape, node.step.weight) for node in self.nodes if isinstance(node.step, Conv | Dense)]
+        return sum(math.prod(shape) * weight[0].numel() for shape, weight in layers)
+
     def values(self, x: Tensor) -> list[Tensor]:
         """Of every node, behind the input's own."""
         found = [x]

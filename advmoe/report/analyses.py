@@ -21,6 +21,7 @@ from ..analysis import Finding, Observation, Result, observe
 from ..attacks import PGD, from_name
 from ..config import RunConfig
 from ..data import DataSet, load
+from ..models import DualModel, NetworkMoE
 from ..recipes import Catalog, Recipe, Sweep, SweepOptions
 from ..registry import unknown_name
 from ..training import Run
@@ -38,6 +39,7 @@ ANALYSES = {  # each by its name, which its files have too
     "flips": "which layers' choices the attack changes",
     "pathways": "IoU of the pathways and the mask of a sparse run (figure 6)",
     "radius": "within which radius a linear router's choice cannot change",
+    "certified": "within which radius mixtures of whole networks are certain to stay right",
     "epsilons": "RA against the radius of the attack, of all runs (figure 2)",
     "transfer": "every run on the images that were attacked on every other one",
     "training": "SA, RA and loss over the epochs (figure A2)",
@@ -55,7 +57,7 @@ _OF_OBSERVATION: dict[str, Callable[[Observation], Finding]] = {
     "entropy": analysis.entropy,
     "flips": analysis.flips,
 }
-_OF_ONE = (*_OF_OBSERVATION, "pathways", "radius", "training")
+_OF_ONE = (*_OF_OBSERVATION, "pathways", "radius", "certified", "training")
 _RADII = (0.25, 0.5, 0.75, 1.0)  # of figure 2, against the attack's: 2, 4, 6 and 8 / 255 of 8 / 255
 _UNTOLD = re.compile(r"seed\d+|.*\.pt")  # names that do not say which run it is
 _FIG3 = {  # what figure 3 shows: the recipes' names, and the paper's
@@ -306,7 +308,9 @@ def _obstacle(name: str, source: _Source, sparse: nn.Module | None) -> str | Non
         return "the model has no routed layers"
     if name == "pathways" and sparse is None:
         return "--against says which sparse run's mask to compare with"
-    if name == "radius":
+    if name == "certified" and not isinstance(source.model, NetworkMoE | DualModel):
+        return "it takes mixtures of whole networks, kinds network_moe and dual_moe"
+    if name == "radius" or (name == "certified" and isinstance(source.model, NetworkMoE)):
         try:
             analysis.linear_map(source.model)
         except ValueError as error:
@@ -321,6 +325,8 @@ def _of_one(name: str, source: _Source, sparse: nn.Module | None, attacks: _Atta
     if name == "pathways":
         assert sparse is not None
         return analysis.pathways(observed, source.model, sparse)
+    if name == "certified":
+        return analysis.certified(observed, source.model, source.data.test)
     return analysis.radius(observed, source.model) if name == "radius" else _OF_OBSERVATION[name](observed)
 
 

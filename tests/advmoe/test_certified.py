@@ -154,22 +154,25 @@ def test_a_mixture_of_whole_networks() -> None:
 def test_where_everything_is_linear_the_radius_is_exact(norm: str) -> None:
     """A little farther an image of another class is found: the route's radius, and the margin over its slope."""
     torch.manual_seed(0)
-    for scale in (0.2, 20.0):  # the router's: the experts' borders come first, or the routes'
+    for apart in (False, True):  # the experts' own borders come first; experts that disagree, so that the routes' do
         model = Mixture([nn.Sequential(nn.Flatten(), nn.Linear(2, 3)) for _ in range(3)]).double().eval()
-        model.router.linear.weight.data *= scale
-        for i, expert in enumerate(model.experts):  # experts that disagree
-            expert[1].bias.data += 0.8 * torch.eye(3)[i]
+        for i, expert in enumerate(model.experts):
+            expert[1].weight.data *= 1 if apart else 6
+            expert[1].bias.data += 2.0 * apart * torch.eye(3)[i]
+        model.router.linear.bias.data = -0.5 * model.router.linear.weight.sum(1).data
         x, y = truthful(model)
         found = certify(model, x, y, norm)
         unbroken(model, x, y, found.radius, norm)
         own = found.route_radius > found.radius * (1 + 1e-6)
         beyond = on_grid(model, x, y, found.radius * 1.05, norm, 201)
-        assert own.any() and (beyond[own] < 0).all()
-        if scale == 20.0:
+        assert (beyond[own] < 0).all()
+        if not apart:
+            assert own.any()
+        else:
             assert not own.all()
             switched = route_radii(Certifier(model, norm, shape=(2, 1, 1)).members[0].weight, model.scores(x), norm)
             assert torch.equal(switched, found.route_radius)
-            assert (beyond[~own] < 0).any()  # another expert, another class
+            assert (beyond[~own] < 0).all()  # another expert, another class
 
 
 def test_the_printed_theorem_is_broken_by_a_softmax_of_two_classes() -> None:
