@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m bench.certified RUN``: what certified bounds are worth on a run of kind network_moe or dual_moe: the experts'
+"""``python -m bench.certified RUN``: what certified bounds are worth on a run of kind network_moe or dual_moe: experts'
 Lipschitz constants by each method beside the steepest gradient that was found, and the images certified beside those that
 stand under an attack. Markdown, for docs/certified.md."""
 
@@ -61,7 +61,7 @@ def _steepest(expert: nn.Module, images: Tensor, heads: Tensor, norm: str) -> Te
 
 
 def _constants(expert: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> str:
-    """Of the first expert: the largest constant of a difference of the label's score and another's, median over images."""
+    """Of the first expert: the largest constant of a difference between the label's score and another, median of images."""
     some, which = images[:20], labels[:20]
     rows = []
     for norm in _DUAL:

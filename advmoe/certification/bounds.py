@@ -184,10 +184,17 @@ class Certifier:
         return Certificates(radius, margin, falls, limit, self.norm, variant, self.method, sound, note)
 
     def _batch(self, images: Tensor, labels: Tensor, variant: str) -> tuple[Tensor, ...]:
-        looks = [member.look(images, labels) for member in self.members]
-        found = [self._radius(form) for form in self._forms(looks, variant)]
-        best = torch.stack([radius for radius, *_ in found]).argmax(0)
-        return tuple(torch.stack(column)[best, torch.arange(len(images))] for column in zip(*found, strict=True))
+        forms = self._forms([member.look(images, labels) for member in self.members], variant)
+        margins = torch.stack([form.margin.amin(1) for form in forms])
+        limits = torch.stack([form.limit for form in forms])
+        nothing = torch.zeros_like(limits)
+        found = torch.stack([nothing, margins, torch.full_like(nothing, math.inf), limits])  # [4, forms, n]
+        rows = (margins > 0).any(0)  # no bound is needed of what is not right
+        if bool(rows.any()):
+            looks = [member.look(images[rows], labels[rows]) for member in self.members]
+            found[:, :, rows] = torch.stack([self._radius(form) for form in self._forms(looks, variant)], 1)
+        best = found[0].argmax(0)
+        return tuple(found[:, best, torch.arange(len(images))])
 
     def _forms(self, looks: list[_Look], variant: str) -> list[_Form]:
         robust = looks[0]
@@ -210,8 +217,8 @@ class Certifier:
         forms.append(_Form(alpha * r.margin + (1 - alpha) * s.margin, falls, torch.minimum(r.limit, s.limit)))
         return forms
 
-    def _radius(self, form: _Form) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Radius, margin, denominator and limit, each ``[n]``.
+    def _radius(self, form: _Form) -> Tensor:
+        """Radius, margin, denominator and limit: ``[4, n]``.
 
         The margin's fall holds in a ball and grows with it: each radius r that is tried certifies ``min(r, what r's
         constants give)``, so that a search by halving only adds certificates.
@@ -242,7 +249,7 @@ class Certifier:
                 low, high = torch.where(far >= middle, middle, low), torch.where(far >= middle, high, middle)
                 if bool((high <= low * (1 + 1e-9)).all()):
                     break
-        return best, margins, denominators, limit
+        return torch.stack([best, margins, denominators, limit])
 
 
 class _Mixture:

@@ -4,15 +4,24 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from small_mixtures import Mixture, attacked, convolutional, fit, margins, on_grid, plain
+from small_runs import SMALL, small_architecture, tiny
 from torch import Tensor, nn
 
 from advmoe.attacks import PGD
 from advmoe.certification import Certifier, certify, denominator, dual_radius, moe_radius, route_radii
-from advmoe.models import create_model
+from advmoe.config import ModelConfig
+from advmoe.data import load
+from advmoe.models import DualModel, create_model
+from advmoe.report import analyses as driver
+from advmoe.report.analyses import analyze
+from advmoe.training import train
+from advmoe.training.runs import load_model
 
 NORMS = ("linf", "l2")
 KINDS = {  # k, gate, what is mixed
@@ -24,18 +33,6 @@ KINDS = {  # k, gate, what is mixed
     "top-2 logits": (2, "softmax", "logits"),
     "sum of two": (2, "none", "probabilities"),
 }
-
-
-class Dual(nn.Module):
-    def __init__(self, standard: nn.Module, robust: nn.Module, alpha: float, on: str) -> None:
-        super().__init__()
-        self.standard, self.robust, self.alpha, self.on = standard, robust, alpha, on
-
-    def forward(self, x: Tensor) -> Tensor:
-        parts = self.standard(x), self.robust(x)
-        if self.on == "probabilities":
-            return ((1 - self.alpha) * parts[0].softmax(1) + self.alpha * parts[1].softmax(1)).log()
-        return (1 - self.alpha) * parts[0] + self.alpha * parts[1]
 
 
 def points(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -101,7 +98,7 @@ def test_no_attack_breaks_a_certificate(kind: str, method: str, norm: str) -> No
 def test_no_attack_breaks_a_dual_models_certificate(robust: str, other: str, on: str, norm: str) -> None:
     torch.manual_seed(3)
     standard = fit(nn.Sequential(plain()).double(), *points(200)) if other == "plain" else mixture(other, 1)
-    model = Dual(standard, mixture(robust, 2), 0.5, on).eval()
+    model = DualModel(standard, mixture(robust, 2), 0.5, on).eval()
     certifier = Certifier(model, norm, "interval", (2, 1, 1))
     for alpha in (0.5, 0.8, 1.0):
         model.alpha = certifier.alpha = alpha
@@ -255,7 +252,7 @@ def test_theorem_5_5_needs_a_margin() -> None:
     standard.experts[0][1].bias.data = torch.tensor([-30.0, 30.0]).double()
     x = torch.tensor([0.05, 0.3, 0.9]).double().reshape(3, 1, 1, 1).repeat(1, 2, 1, 1)
     y = torch.zeros(3, dtype=torch.int64)
-    model = Dual(standard, robust, 0.8, "probabilities").eval()
+    model = DualModel(standard, robust, 0.8, "probabilities").eval()
     found, theorem = certify(model, x, y), certify(model, x, y, variant="twice")
     assert found.radius[0] == 0 and margins(model, x, y)[0] < 0
     assert torch.allclose(found.radius, theorem.radius, rtol=1e-6)
@@ -279,7 +276,7 @@ def test_what_is_misclassified_or_estimated_is_not_certified() -> None:
     with pytest.raises(ValueError, match=r"Theorem 5\.4 is about mixtures of probabilities"):
         certify(mixture("soft logits"), x, y, variant="paper")
     with pytest.raises(ValueError, match=r"Theorem 5\.5 is about probabilities"):
-        certify(Dual(model, model, 0.7, "logits"), x, y, variant="paper")
+        certify(DualModel(model, model, 0.7, "logits"), x, y, variant="paper")
 
 
 def test_a_ball_of_its_own_gives_larger_radii() -> None:
@@ -303,3 +300,33 @@ def test_routes_stay_within_their_radius_and_change_beyond(norm: str) -> None:
             routes = model.route(moved.flatten(0, 1)).expert.reshape(len(x), len(angles), -1).sort(2).values
             same = (routes == model.route(x).expert.reshape(len(x), 1, -1).sort(2).values).flatten(1).all(1)
             assert same.all() if factor < 1 else not same.any()
+
+
+def test_the_analysis_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shares that the certificates give; the printed theorem where it is about such a mixture."""
+    with small_architecture():
+        for kind, method in (("network_moe", "standard"), ("dual_moe", "jtdmoe")):
+            model = ModelConfig(SMALL, kind, width=4, num_experts=2, router="linear", frozen_router=True)
+            train(tiny(method, kind, model=model, epochs=4), tmp_path / kind, quiet=True)
+            monkeypatch.setattr(sys.modules["advmoe.analysis.certified"], "LOCAL", 1e9 if kind == "network_moe" else 0)
+            found = analyze([tmp_path / kind], only=["certified"], attack="pgd2", limit=100, device="cpu")
+            (finding,) = (each.finding for each in found.written)
+            rows = [dict(zip(finding.columns, row, strict=True)) for row in finding.rows]
+            shares = [row["sound"] for row in rows]
+            assert shares == sorted(shares, reverse=True) and shares[-1] == 0 < shares[0]
+            if kind == "network_moe":
+                opened = load_model(tmp_path / kind)[0]
+                images, labels = load("digits").test.first(100).batch(torch.arange(100))
+                own = certify(opened, images, labels, method="interval").radius
+                assert all(row["sound"] == float((own > row["radius"]).double().mean()) for row in rows)
+                assert all(row["twice"] <= row["sound"] and row["twice"] <= row["printed"] for row in rows)
+                assert "interval: upper bounds" in finding.note
+            else:  # of logits, as released
+                assert "by product" in finding.note
+                assert {row["printed"] for row in rows} == {None} and "mixes logits" in finding.note
+            assert 0.15 in {row["radius"] for row in rows}
+        found = analyze([tmp_path / "network_moe"], attack="pgd2", limit=20, device="cpu")
+        assert "certified" in {each.finding.name for each in found.written}
+        monkeypatch.setattr(driver, "_QUICK", 10)
+        found = analyze([tmp_path / "network_moe"], attack="pgd2", limit=20, device="cpu")
+        assert "--only certified" in {each.name: each.reason for each in found.skipped}["certified"]
