@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m bench.certified RUN``: what certified bounds are worth on a run of kind network_moe or dual_moe: experts'
 Lipschitz constants by each method beside the steepest gradient that was found, and the images certified beside those that
-stand under an attack. Markdown, for docs/certified.md."""
+stand under an attack. Markdown, for docs/certified.md. ``--small`` trains it first: networks of one residual block."""
 
 from __future__ import annotations
 
 import argparse
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,23 +16,32 @@ from torch import Tensor, nn
 from advmoe.attacks import PGD
 from advmoe.certification import VARIANTS, Certifier
 from advmoe.certification.lipschitz import METHODS, LipschitzBounds
+from advmoe.config import AttackConfig, DataConfig, MethodConfig, ModelConfig, OptimConfig, RoutingConfig, RunConfig
 from advmoe.models import DualModel
+from advmoe.models.base import register_model
+from advmoe.models.resnet import BasicBlock, ResNet
 from advmoe.tables import table
+from advmoe.training import train
 from advmoe.training.evaluation import open_source
 
 from .machine import describe
 
 __all__ = ["main"]
 
+SMALL = "one_block"
 _DUAL = {"linf": 1, "l2": 2}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.certified", description=__doc__)
     parser.add_argument("run", help="a run folder or a checkpoint in one")
+    parser.add_argument("--small", action="store_true", help="train it first, on digits: two networks of one block")
     parser.add_argument("--limit", type=int, default=100, help="test images")
     parser.add_argument("--data-dir", help="the folder that holds the data, if it has moved")
     o = parser.parse_args(arguments)
+    register_model(SMALL)(lambda spec: ResNet(spec, BasicBlock, (1,)))
+    if o.small:
+        train(_small(), Path(o.run), quiet=True)
     opened = open_source(o.run, "best", None, o.data_dir, None, None)
     images, labels = opened.data.test.first(o.limit).batch(torch.arange(o.limit))
     model = opened.model.to(torch.float64).eval()
@@ -42,6 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(_constants(mixture.expert(0), images, labels, opened.epsilon))  # type: ignore[operator]
     print()
     print(_shares(model, images, labels, opened.epsilon))
+
+
+def _small() -> RunConfig:
+    """Adversarial training in balls that networks so small can learn in."""
+    return RunConfig(
+        model=ModelConfig(SMALL, "network_moe", width=32, num_experts=2, router="linear", frozen_router=True),
+        data=DataConfig("digits"),
+        optim=OptimConfig(lr=0.05, weight_decay=5e-3),
+        method=MethodConfig("at", objective="cross_entropy"),
+        attack=AttackConfig(epsilon=0.03, step_size=0.015, steps=4),
+        routing=RoutingConfig(share_epochs=0),
+        epochs=40,
+    )
 
 
 def _heads(labels: Tensor, classes: int) -> Tensor:
@@ -61,7 +84,7 @@ def _steepest(expert: nn.Module, images: Tensor, heads: Tensor, norm: str) -> Te
 
 
 def _constants(expert: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> str:
-    """Of the first expert: the largest constant of a difference between the label's score and another, median of images."""
+    """Of the first expert: the largest constant of a difference between the label's score and another; median."""
     some, which = images[:20], labels[:20]
     rows = []
     for norm in _DUAL:

@@ -221,7 +221,7 @@ class Certifier:
         """Radius, margin, denominator and limit: ``[4, n]``.
 
         The margin's fall holds in a ball and grows with it: each radius r that is tried certifies ``min(r, what r's
-        constants give)``, so that a search by halving only adds certificates.
+        constants give)``, so that a search by halving only adds certificates. None beyond the limit is tried.
         """
         margin, limit = form.margin, form.limit
         best = torch.zeros_like(limit)
@@ -231,7 +231,7 @@ class Certifier:
             nonlocal best, margins, denominators
             falls = form.falls(radius, everywhere)
             far, first = moe_radius(margin, falls).min(1)
-            known = torch.minimum(torch.minimum(far, radius), limit) / SLACK
+            known = torch.minimum(far, radius) / SLACK
             better = (known > best) | denominators.isinf()
             best = torch.where(better, known, best)
             denominators = torch.where(better, falls.gather(1, first[:, None])[:, 0], denominators)
