@@ -178,6 +178,24 @@ def test_a_sum_has_the_sum_of_its_branches() -> None:
     assert float(lipschitz(nn.Sequential(nn.ReLU()), "linf", shape=(4,)).value) == pytest.approx(1)
 
 
+def test_what_shares_or_repeats_an_input_counts_it_in_l2() -> None:
+    """One pixel in four windows of a max-pool, one input twice in a concatenation: each constant is reached."""
+
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x, F.relu(x)], 1)
+
+    pool = nn.Sequential(nn.MaxPool2d(2, 1), nn.Flatten())
+    spike = torch.zeros(1, 1, 3, 3).double()
+    spike[0, 0, 1, 1] = 1
+    for module, x, constant in ((pool, spike, 2.0), (Doubled(), torch.ones(1, 4).double(), 2**0.5)):
+        for norm, kind, least in (("l2", 2, constant), ("linf", math.inf, 1.0)):
+            found = lipschitz(module, norm, shape=tuple(x.shape[1:]))
+            moved = (module(x) - module(0 * x)).norm(kind) / x.norm(kind)
+            assert float(found.value) == pytest.approx(least) and moved <= found.value
+            assert moved == pytest.approx(least)
+
+
 def test_scales_are_folded() -> None:
     """A BatchNorm's scale changes single rows: the norm of both together is less than the product."""
     module = settled(nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 2))).double().eval()
