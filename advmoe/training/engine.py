@@ -26,7 +26,6 @@ from ..config import ModelConfig, RunConfig
 from ..data import Batches, BatchStream, DataSet, load, stream_generator
 from ..evaluation.measure import Evaluation, evaluate
 from ..models import router_parameters, upcycle
-from ..models.base import default_gate, default_router
 from ..routers import FixedRouter, NonFiniteRouterError, RouterOptions, routers_of
 from ..sparse import masked_convolutions
 from . import tensorboard
@@ -423,15 +422,8 @@ def resolve(config: RunConfig, data: DataSet) -> RunConfig:
         apart = config.model.kind != "upcycled" or bool(routers_of(network))
         if other is not None and config.model.mean is None and other.model.mean and other.model.std:
             mean, std = other.model.mean, other.model.std  # of what its weights have seen
-    m = config.model
     model = dataclasses.replace(
-        m,
-        router=m.router or default_router(m.kind),
-        gate=m.gate or default_gate(m.top_k),
-        num_classes=data.num_classes,
-        image_size=data.image_size,
-        mean=mean,
-        std=std,
+        config.model, num_classes=data.num_classes, image_size=data.image_size, mean=mean, std=std
     )
     attack = dataclasses.replace(
         config.attack,
@@ -442,7 +434,7 @@ def resolve(config: RunConfig, data: DataSet) -> RunConfig:
     routing = config.routing
     if config.model.kind in ("moe", "upcycled", "network_moe") and routing.share_epochs is None:
         # networks that answer by themselves are trained apart from the start, as the paper's
-        can_share = not apart and m.kind != "network_moe" and _can_share(dataclasses.replace(config, model=model))
+        can_share = not apart and model.kind != "network_moe" and _can_share(dataclasses.replace(config, model=model))
         shared = config.epochs * 3 // 4 if can_share else 0
         routing = dataclasses.replace(routing, share_epochs=shared)
     threads = torch.get_num_threads() if config.threads is None else config.threads
