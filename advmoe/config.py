@@ -26,8 +26,8 @@ PRECISIONS = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What goes to ``create_model``, whose own defaults stand for a router or gate of None; mean and std of the data set are
-    resolved at the start of a run."""
+    """What goes to ``create_model``, whose own defaults stand for a router or gate of None; mean and std of the data set
+    are resolved at the start of a run."""
 
     arch: str = "resnet18"
     kind: str = "moe"
