@@ -35,7 +35,8 @@ from .data import download, list_data
 from .evaluation import SUSPECT
 from .export import FORMATS, export
 from .models import list_models, router_parameters
-from .models.base import KINDS, LAYOUTS, ROUTE_PER, STEMS
+from .models.base import KINDS, LAYOUTS, ROUTE_PER, STEMS, default_router
+from .models.network_moe import MIXES
 from .objectives import BALANCE_LOSSES
 from .profiling import backbone_costs, measure_latency, profile
 from .recipes import SCALES, SweepOptions, reproduce
@@ -326,15 +327,33 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     d = ModelConfig()
     g = parser.add_argument_group("model")
     g.add_argument("--arch", default=d.arch, help=f"one of {', '.join(list_models())}")
-    g.add_argument("--kind", choices=KINDS, default=d.kind, help="s_dense: the network of a pathway's width")
-    g.add_argument("--experts", type=int, default=d.num_experts, metavar="N", help="experts of each routed layer")
+    g.add_argument(
+        "--kind",
+        choices=KINDS,
+        default=d.kind,
+        help="s_dense: the network of a pathway's width; network_moe: whole networks and a router of the image",
+    )
+    g.add_argument(
+        "--experts", type=int, default=d.num_experts, metavar="N", help="experts of each routed layer, or networks"
+    )
     g.add_argument("--ratio", type=float, default=d.ratio, help="width of an expert against the dense layer's")
     g.add_argument("--width", type=int, help="channels of the first stage; the architecture's own by default")
     g.add_argument("--layout", choices=LAYOUTS, default=d.layout, help="where the experts' channels lie")
-    g.add_argument("--router", default=d.router, help=f"{', '.join(list_routers())}, or module:Class, a Router of yours")
+    g.add_argument(
+        "--router",
+        help=f"{', '.join(list_routers())}, or module:Class, a Router of yours; light by default, linear for network_moe",
+    )
     g.add_argument("--route-per", choices=ROUTE_PER, help="what a router chooses for; layer by default")
     g.add_argument("--moe-at", type=_positive, nargs="+", metavar="STAGE", help="the routed stages; all by default")
-    g.add_argument("--top-k", type=_positive, default=d.top_k, metavar="K", help="experts of each token; ViTs only")
+    g.add_argument(
+        "--top-k",
+        type=_positive,
+        default=d.top_k,
+        metavar="K",
+        help="experts of each image of network_moe, or token of a ViT",
+    )
+    g.add_argument("--mix", choices=MIXES, default=d.mix, help="of network_moe: what of the chosen experts is mixed")
+    g.add_argument("--frozen-router", action="store_true", help="of network_moe: the router stays as it is drawn")
     g.add_argument("--temperature", type=float, default=d.temperature, help="of the routers' probabilities")
     g.add_argument("--noise", type=float, default=d.noise, help="deviation of noise on the scores in training")
     g.add_argument(
@@ -344,7 +363,11 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     )
     g.add_argument("--stem", choices=STEMS, help="imagenet from 128 pixels on by default")
     g.add_argument("--bn", choices=("shared", "per_expert"), help="shared by default; per_expert with layout windows")
-    g.add_argument("--gate", choices=GATES, default=d.gate, help="how gradients reach a router")
+    g.add_argument(
+        "--gate",
+        choices=GATES,
+        help="how gradients reach a router; straight_through, with several choices softmax, by default",
+    )
     g.add_argument("--gate-after", choices=("conv", "norm"), default=d.gate_after, help="where the gate sits")
 
 
@@ -361,7 +384,7 @@ def _model_config(o: argparse.Namespace) -> ModelConfig:
         arch=o.arch, kind=o.kind, num_experts=o.experts, ratio=o.ratio, width=o.width, layout=o.layout, router=o.router,
         route_per=o.route_per, moe_at=None if o.moe_at is None else tuple(o.moe_at), bn=o.bn, gate=o.gate,
         gate_after=o.gate_after, temperature=o.temperature, noise=o.noise, standardize=o.standardize,
-        top_k=o.top_k, stem=o.stem,
+        top_k=o.top_k, stem=o.stem, mix=o.mix, frozen_router=o.frozen_router,
     )  # fmt: skip
 
 
@@ -623,14 +646,14 @@ def _print_costs(o: argparse.Namespace) -> None:
     print(table(["arch", "image", "r", "Dense", "S-Dense", "pathway", "pathway + routers"], rows))
     print(
         "GFLOPs an image (a multiply-accumulate as 1; convolutions, linear layers, attention), "
-        f"{o.num_classes} classes, layout "
-        f"{o.layout}, routers {o.router}; a pathway's cost does not depend on the number of experts, {o.experts} here"
+        f"{o.num_classes} classes, layout {o.layout}, routers {o.router or default_router('moe')}; a pathway's "
+        f"cost does not depend on the number of experts, {o.experts} here"
     )
 
 
 def _print_routers(config: ModelConfig) -> None:
     rows = []
-    for name in dict.fromkeys([*list_routers(), config.router]):
+    for name in dict.fromkeys([*list_routers(), config.router or default_router("moe")]):
         with torch.device("meta"):
             model = build_model(dataclasses.replace(config, kind="moe", router=name, route_per=None))
             cost = profile(model, config.image_size or 32)

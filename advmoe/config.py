@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from .models.base import default_gate, default_router
 from .objectives import BALANCE_LOSSES
 from .registry import unknown_name
 
@@ -25,7 +26,8 @@ PRECISIONS = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What goes to ``create_model``; mean and std of the data set are resolved at the start of a run."""
+    """What goes to ``create_model``, whose own defaults stand for a router or gate of None; mean and std of the data set
+    are resolved at the start of a run."""
 
     arch: str = "resnet18"
     kind: str = "moe"
@@ -33,22 +35,29 @@ class ModelConfig:
     ratio: float = 0.5
     width: int | None = None
     layout: str = "partition"
-    router: str = "light"
+    router: str | None = None
     route_per: str | None = None
     moe_at: tuple[int, ...] | None = None
     bn: str | None = None
-    gate: str = "straight_through"
+    gate: str | None = None
     gate_after: str = "conv"
     temperature: float = 1.0
     noise: float = 0.0
     standardize: bool | None = None
     top_k: int = 1
+    mix: str = "logits"
+    frozen_router: bool = False
     stem: str | None = None
     normalize: bool = True
     num_classes: int | None = None
     image_size: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("router", default_router(self.kind)), ("gate", default_gate(self.top_k))):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)

@@ -139,9 +139,7 @@ class Router(nn.Module):
         if self.only is not None:
             expert = torch.full((x.shape[0],), self.only, dtype=torch.int64, device=x.device)
             return Routing(expert, num_experts=self.num_experts)
-        scores = self._scores(x, means)
-        if self.options.temperature != 1:
-            scores = scores / self.options.temperature
+        scores = self.scores(x, means)
         if scores.device.type == "cpu" and not torch.compiler.is_compiling():
             self.require_finite(scores)
         chosen = scores
@@ -151,6 +149,11 @@ class Router(nn.Module):
         for observer in self._observers:
             observer(self, scores, routing)
         return routing
+
+    def scores(self, x: Tensor, means: Tensor | None = None) -> Tensor:
+        """``[B, num_experts]`` as :meth:`route` chooses by them, but for noise: standardised, after the temperature."""
+        scores = self._scores(x, means)
+        return scores if self.options.temperature == 1 else scores / self.options.temperature
 
     def _scores(self, x: Tensor, means: Tensor | None = None) -> Tensor:
         """Standardised; in float32 also under autocast: a choice between close scores is a matter of digits."""

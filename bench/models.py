@@ -34,14 +34,19 @@ from .contenders import gather_and_scatter, mask_and_select
 __all__ = [
     "CONTENDERS",
     "DIRECTIONS",
+    "Form",
     "Memory",
     "Setting",
+    "as_it_is",
     "build",
+    "compiled",
+    "fused",
     "gigaflops",
     "images",
     "largest_share",
     "make",
     "memory_of_forward",
+    "timed",
 ]
 
 SIZE = 32
@@ -81,15 +86,15 @@ class _IndexSelect(RoutedConv2d):
         return routing.combine(gather_and_scatter(input, routing.expert, self.num_experts, convolve))
 
 
-def _as_it_is(model: nn.Module, x: Tensor) -> nn.Module:
+def as_it_is(model: nn.Module, x: Tensor) -> nn.Module:
     return model
 
 
-def _fused(model: nn.Module, x: Tensor) -> nn.Module:
+def fused(model: nn.Module, x: Tensor) -> nn.Module:
     return fuse(model, x[:1])
 
 
-def _compiled(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
+def compiled(model: nn.Module, x: Tensor) -> Callable[[Tensor], Tensor]:
     fast: Callable[[Tensor], Tensor] = torch.compile(model, dynamic=False, fullgraph=True)
     with torch._inductor.config.patch(freezing=True), torch.no_grad():
         fast(x)
@@ -108,14 +113,15 @@ def _routed_by(layer: type[RoutedConv2d]) -> Callable[[nn.Module, Tensor], nn.Mo
 
 
 # The kind of model, and what is made of it for batches like x.
-CONTENDERS: dict[str, tuple[str, Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]]] = {
-    "moe fused": ("moe", _fused),
-    "moe": ("moe", _as_it_is),
-    "moe compiled": ("moe", _compiled),
-    "s_dense": ("s_dense", _as_it_is),
-    "s_dense compiled": ("s_dense", _compiled),
-    "dense": ("dense", _as_it_is),
-    "dense compiled": ("dense", _compiled),
+Form = Callable[[nn.Module, Tensor], Callable[[Tensor], Tensor]]
+CONTENDERS: dict[str, tuple[str, Form]] = {
+    "moe fused": ("moe", fused),
+    "moe": ("moe", as_it_is),
+    "moe compiled": ("moe", compiled),
+    "s_dense": ("s_dense", as_it_is),
+    "s_dense compiled": ("s_dense", compiled),
+    "dense": ("dense", as_it_is),
+    "dense compiled": ("dense", compiled),
     "compute all and mask": ("moe", _routed_by(_AllAndMask)),
     "index_select": ("moe", _routed_by(_IndexSelect)),
 }
@@ -166,7 +172,11 @@ def make(name: str, setting: Setting, batch: int, direction: str = "forward") ->
     """
     if direction not in DIRECTIONS or name not in DIRECTIONS[direction]:
         raise ValueError(f"direction: {name} has no {direction!r}")
-    kind, form = CONTENDERS[name]
+    return timed(*CONTENDERS[name], setting, batch, direction)
+
+
+def timed(kind: str, form: Form, setting: Setting, batch: int, direction: str) -> Callable[[], Any]:
+    """As :func:`make`, of any kind of model in any form; in training the form is a module."""
     x = images(batch)
     model = build(kind, setting)
     network = form(model, x)
@@ -177,10 +187,11 @@ def make(name: str, setting: Setting, batch: int, direction: str = "forward") ->
                 return network(x)
 
         return forward
-    model.train()
+    assert isinstance(network, nn.Module)
+    network.train()
     target = torch.arange(batch) % CLASSES
     # of rate 0: the same work, and no routing that drifts from step to step
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
 
     def train() -> Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -237,7 +248,7 @@ def _memory_here(name: str, setting: Setting, batch: int) -> Memory:
     model, x = build(kind, setting), images(batch)
     network = form(model, x)
     with torch.no_grad():
-        network(x[:1] if form is _fused else x)
+        network(x[:1] if form is fused else x)
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         try:

@@ -13,7 +13,7 @@ from ._version import __version__
 from .backends import BackendUnavailable, available_backends, use_backend
 from .convert import LightRouter, ScoreNorm, SelfRoutedConv2d, convert
 from .inference import FusedModel, fuse
-from .nn import RoutedBatchNorm2d, RoutedConv2d, RoutedLinear
+from .nn import RoutedBatchNorm2d, RoutedConv2d, RoutedLayerNorm, RoutedLinear
 from .routing import Routing
 from .slices import ExpertSlices
 
@@ -24,6 +24,7 @@ __all__ = [
     "LightRouter",
     "RoutedBatchNorm2d",
     "RoutedConv2d",
+    "RoutedLayerNorm",
     "RoutedLinear",
     "Routing",
     "ScoreNorm",

@@ -21,7 +21,7 @@ from .rows import gather_rows, scatter_rows
 from .slices import ExpertSlices
 from .tracing import fusing
 
-__all__ = ["RoutedBatchNorm2d", "RoutedConv2d", "RoutedLinear"]
+__all__ = ["RoutedBatchNorm2d", "RoutedConv2d", "RoutedLayerNorm", "RoutedLinear"]
 
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -592,6 +592,50 @@ class RoutedBatchNorm2d(nn.Module):
         text = f"{self.num_features}, num_experts={self.num_experts}, eps={self.eps}, momentum={self.momentum}"
         text += f", affine={self.affine}, track_running_stats={self.track_running_stats}"
         return text if self.slices.is_partition else f"{text}, slices={self.slices}"
+
+
+class RoutedLayerNorm(nn.Module):
+    """nn.LayerNorm over the last dimension with affine parameters of each expert's own.
+
+    Shapes: input ``[V, ..., D]`` and output the same; parameters ``[N * D]``.
+
+    Raises:
+        ValueError: for a wrong shape or routing.
+    """
+
+    def __init__(
+        self, num_features: int, num_experts: int, eps: float = 1e-5, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__()
+        for name, size in (("num_features", num_features), ("num_experts", num_experts)):
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        self.slices = ExpertSlices.partition(num_features, num_experts)
+        self.num_features = num_features
+        self.num_experts = num_experts
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(self.slices.total, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(self.slices.total, device=device, dtype=dtype))
+
+    def forward(self, input: Tensor, routing: Routing) -> Tensor:
+        if input.dim() < 2 or input.shape[-1] != self.num_features:
+            raise ValueError(f"input: expected shape [V, ..., {self.num_features}], got {tuple(input.shape)}")
+        expert = routing.expert.reshape(-1)
+        if expert.shape[0] != input.shape[0] or routing.num_experts != self.num_experts:
+            raise ValueError(
+                f"routing: expected {input.shape[0]} choices of {self.num_experts} experts, got {expert.shape[0]} of "
+                f"{routing.num_experts}; a top-k routing goes through expand() first"
+            )
+        checks.experts("routing", expert, self.num_experts)
+        shape = (-1, *[1] * (input.dim() - 2), self.num_features)
+        weight, bias = (
+            gather_rows(v, expert, self.num_experts, (), self.num_features).view(shape) for v in (self.weight, self.bias)
+        )
+        y = F.layer_norm(input, (self.num_features,), eps=self.eps)
+        return torch.addcmul(bias.to(y.dtype), y, weight.to(y.dtype))
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, num_experts={self.num_experts}, eps={self.eps}"
 
 
 def _side_repr(layer: _RoutedLayer) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moe_kernels import RoutedConv2d, RoutedLinear, Routing
 
+from ..models.network_moe import NetworkMoE
 from ..routers import Router, observe_routers, replay_routing, routers_of
 
 __all__ = ["AGAINST", "RoutingView"]
@@ -55,11 +56,21 @@ class RoutingView:
         if self.against in (*_WATCHING, "experts", "soft"):
             self._exit.enter_context(observe_routers(self.model, self._observe))
         if self.against == "soft":
+            within: set[nn.Module] = set()
             for module in self.model.modules():
+                if isinstance(module, NetworkMoE):
+                    hook = self._mixed_networks
+                    within.update(module.modules())
                 # a layer that only reads by the choice of another (a classifier over windows) mixes no experts
-                if isinstance(module, RoutedConv2d | RoutedLinear) and not module.out_slices.is_whole:
-                    handle = module.register_forward_hook(self._mixed, with_kwargs=True)
-                    self._exit.callback(handle.remove)
+                elif (
+                    isinstance(module, RoutedConv2d | RoutedLinear)
+                    and not module.out_slices.is_whole
+                    and module not in within
+                ):
+                    hook = self._mixed
+                else:
+                    continue
+                self._exit.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -129,6 +140,16 @@ class RoutingView:
             alone = Routing(torch.full_like(scores[:, 0], expert, dtype=torch.int64), num_experts=routing.num_experts)
             share = shares[:, expert].reshape(-1, *[1] * (output.dim() - 1))
             mixture = mixture + share * module.forward(x, alone, source)
+        return output.detach() + (mixture - mixture.detach())
+
+    def _mixed_networks(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """As :meth:`_mixed`, of whole networks, whose mixture is that of their outputs."""
+        if module.router not in self._seen:
+            return output
+        shares = self._seen[module.router][0].softmax(1)
+        every = torch.arange(module.num_experts, device=shares.device).expand_as(shares).contiguous()
+        routing = Routing(every, shares, num_experts=module.num_experts)
+        mixture = module.forward(*args, **{**kwargs, "routing": routing})
         return output.detach() + (mixture - mixture.detach())
 
 

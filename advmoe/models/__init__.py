@@ -11,11 +11,13 @@ from .base import (
     register_model,
     router_parameters,
 )
+from .network_moe import NetworkMoE
 from .released import load_released
 from .upcycling import upcycle
 
 __all__ = [
     "MODEL_OPTIONS",
+    "NetworkMoE",
     "backbone_parameters",
     "create_model",
     "list_models",

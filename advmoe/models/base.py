@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ __all__ = [
     "router_parameters",
 ]
 
-KINDS = ("dense", "s_dense", "sparse", "moe", "upcycled")
+KINDS = ("dense", "s_dense", "sparse", "moe", "upcycled", "network_moe")
 LAYOUTS = ("partition", "windows")
 ROUTE_PER = ("layer", "block", "stage", "network")
 STEMS = ("cifar", "imagenet")
@@ -46,6 +46,7 @@ MODEL_OPTIONS = {  # of create_model, for each kind
     "sparse": _COMMON,
     "moe": (*_COMMON, *_ROUTER, "bn", "gate_after", "route_per", "moe_at"),
     "upcycled": (*_COMMON, *_ROUTER),
+    "network_moe": (*_COMMON, *_ROUTER, "mix", "frozen_router"),
 }
 
 
@@ -71,10 +72,21 @@ class ModelSpec:
     route_per: str = "layer"
     moe_at: tuple[int, ...] | None = None
     router_options: RouterOptions = field(default_factory=RouterOptions)
+    mix: str = "logits"
+    frozen_router: bool = False
 
     @property
     def routed(self) -> bool:
         return self.kind == "moe"
+
+    @property
+    def whole(self) -> bool:
+        """Whether experts are whole networks: every layer has a slice for each."""
+        return self.kind == "network_moe"
+
+    def routes(self, routed: bool) -> bool:
+        """Whether a layer is routed that kind moe routes, or (``routed`` False) does not."""
+        return self.whole or (self.routed and routed)
 
     @property
     def imagenet_stem(self) -> bool:
@@ -87,7 +99,7 @@ class ModelSpec:
 
     def scaled(self, channels: int) -> int:
         """``int(ratio * channels)`` where the kind scales widths; at least 1."""
-        return channels if self.kind in ("dense", "sparse") else max(1, int(self.ratio * channels))
+        return channels if self.kind in ("dense", "sparse", "network_moe") else max(1, int(self.ratio * channels))
 
     def dense(self) -> ModelSpec:
         """The spec of an ordinary layer of the dense network's width."""
@@ -112,6 +124,33 @@ def list_models() -> list[str]:
     return _MODELS.names()
 
 
+def build(spec: ModelSpec) -> nn.Module:
+    """The architecture by itself."""
+    return _MODELS[spec.arch](spec)
+
+
+_KINDS: dict[str, Callable[[ModelSpec], nn.Module]] = {}
+_Made = TypeVar("_Made", bound=Callable[[ModelSpec], nn.Module])
+
+
+def register_kind(name: str) -> Callable[[_Made], _Made]:
+    """Decorator: what makes a model of this kind, out of architectures that it builds."""
+
+    def decorate(make: _Made) -> _Made:
+        _KINDS[name] = make
+        return make
+
+    return decorate
+
+
+def default_router(kind: str) -> str:
+    return "linear" if kind == "network_moe" else "light"
+
+
+def default_gate(top_k: int) -> str:
+    return "straight_through" if top_k == 1 else "softmax"
+
+
 def create_model(
     arch: str,
     kind: str = "moe",
@@ -121,7 +160,7 @@ def create_model(
     ratio: float = 0.5,
     width: int | None = None,
     layout: str = "partition",
-    router: str = "light",
+    router: str | None = None,
     normalize: bool = True,
     **options: Any,
 ) -> nn.Module:
@@ -131,8 +170,9 @@ def create_model(
         arch: an architecture of :func:`list_models`.
         kind: ``"dense"`` (every width as it is), ``"s_dense"`` (all widths times ratio: about one pathway), ``"sparse"``
             (dense, with a mask over output channels that ``advmoe.sparse`` learns to keep ``ratio`` of them), ``"moe"``
-            (routed convolutions of num_experts experts, each as wide as s_dense's) or ``"upcycled"`` (what
-            :func:`advmoe.upcycle` makes of the dense network).
+            (routed convolutions of num_experts experts, each as wide as s_dense's), ``"upcycled"`` (what
+            :func:`advmoe.upcycle` makes of the dense network) or ``"network_moe"`` (num_experts dense networks and a
+            router of the image: :class:`advmoe.models.NetworkMoE`).
         ratio: r, the width of an expert against the dense layer's; widths are ``int(r * channels)``.
         width: channels of the first stage; the architecture's own by default.
         layout: of kind moe. ``"partition"``: expert e owns rows ``e * w : (e + 1) * w`` of the weight, as in AdvMoE's
@@ -140,13 +180,20 @@ def create_model(
             is :meth:`moe_kernels.ExpertSlices.windows` of them on both sides, overlapping where N * r > 1; with r = 1 it
             is the dense network. The stem keeps its full width (but DenseNet's), and the classifier has a column for each
             dense channel and reads those of the window that it gets.
-        router: a name of ``advmoe.routers.list_routers()``, or ``module:Class``.
+        router: a name of ``advmoe.routers.list_routers()``, or ``module:Class``; by default ``"light"``, of kind
+            network_moe ``"linear"``.
         normalize: subtract ``mean`` and divide by ``std`` (options; CIFAR-10's by default) inside the model.
         options: ``mean``, ``std``; ``stem``: ``"cifar"`` (3×3) or ``"imagenet"`` (7×7 of stride 2, pooled; by default
-            from 128 pixels on). For kinds moe and upcycled
+            from 128 pixels on). For kinds moe, upcycled and network_moe
 
             - ``gate``, ``temperature``, ``noise``, ``standardize``, ``top_k``: see
-              :class:`advmoe.routers.RouterOptions`; more than one choice only in vision transformers;
+              :class:`advmoe.routers.RouterOptions`; the gate of several choices is ``"softmax"`` by default; of kinds moe
+              and upcycled more than one choice only in vision transformers;
+
+            for kind network_moe also
+
+            - ``mix``: ``"logits"`` of the chosen experts are mixed, or their ``"probabilities"``;
+            - ``frozen_router``: the router stays as it is drawn;
 
             for kind moe also
 
@@ -162,12 +209,12 @@ def create_model(
     Raises:
         ValueError: for an unknown name (with the near matches), option, or a size that does not fit.
     """
-    build = _MODELS[arch]
+    _MODELS[arch]  # an unknown name raises
     if kind not in KINDS:
         raise unknown_name("kind", kind, KINDS)
-    if kind == "upcycled" and layout != "partition":
+    if kind in ("upcycled", "network_moe") and layout != "partition":
         raise ValueError(
-            f"layout: an upcycled model's experts have weights of their own, layout 'partition'; got {layout!r}"
+            f"layout: the experts of kind {kind} have weights of their own, layout 'partition'; got {layout!r}"
         )
     for name in options:
         if name not in MODEL_OPTIONS[kind]:
@@ -175,8 +222,12 @@ def create_model(
     options = {name: value for name, value in options.items() if value is not None}
     options.setdefault("stem", None)
     given_route_per = options.get("route_per")
-    options.setdefault("route_per", "layer")
-    options.setdefault("bn", "per_expert" if layout == "windows" else "shared")
+    whole = kind == "network_moe"
+    options.setdefault("route_per", "network" if whole else "layer")
+    options.setdefault("bn", "per_expert" if whole or layout == "windows" else "shared")
+    options.setdefault("gate", default_gate(options.get("top_k", 1)))
+    if router is None:
+        router = default_router(kind)
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio: expected 0 < ratio <= 1, got {ratio}")
     for name, size in (
@@ -211,12 +262,11 @@ def create_model(
         options["moe_at"] = tuple(int(v) for v in options["moe_at"])
         if layout == "windows":
             raise ValueError("moe_at: the windows of one layer are the input of the next; use layout 'partition'")
-    model = build(
-        ModelSpec(
-            arch, "dense" if kind == "upcycled" else kind, num_classes, image_size, num_experts, ratio, width, layout,
-            router, normalize, router_options=router_options, **options,
-        )
+    spec = ModelSpec(
+        arch, "dense" if kind == "upcycled" else kind, num_classes, image_size, num_experts, ratio, width, layout,
+        router, normalize, router_options=router_options, **options,
     )  # fmt: skip
+    model = _KINDS[kind](spec) if kind in _KINDS else build(spec)
     if kind == "upcycled":
         return routed_in_place(model, num_experts, ratio, router, router_options)
     for name, module in routers_of(model).items():
@@ -260,14 +310,18 @@ def initialize(model: nn.Module) -> None:
 
 
 def router_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """φ: the parameters of all routers, each once."""
-    return list({id(p): p for router in routers_of(model).values() for p in router.parameters()}.values())
+    """φ: the parameters of all routers, each once; not of frozen ones."""
+    return [p for p in _of_routers(model) if p.requires_grad]
 
 
 def backbone_parameters(model: nn.Module) -> list[nn.Parameter]:
     """ψ: all parameters but the routers'."""
-    routers = {id(p) for p in router_parameters(model)}
+    routers = {id(p) for p in _of_routers(model)}
     return [p for p in model.parameters() if id(p) not in routers]
+
+
+def _of_routers(model: nn.Module) -> list[nn.Parameter]:
+    return list({id(p): p for router in routers_of(model).values() for p in router.parameters()}.values())
 
 
 @dataclass

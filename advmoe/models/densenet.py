@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import ModelSpec, initialize, register_model
-from .layers import Backbone, Channels, Path, add_router, conv, norm
+from .layers import Backbone, Channels, Path, add_router, conv, linear, norm
 
 __all__ = ["DenseNet"]
 
@@ -69,8 +69,8 @@ class _Transition(nn.Module):
         self.norm = norm(spec, source, routed=False)
         self.conv = conv(spec, source, out, 1, routed=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(self.conv(F.relu(self.norm(x))), 2)
+    def forward(self, x: Tensor, path: Path) -> Tensor:
+        return F.avg_pool2d(path.convolve(self.conv, F.relu(path.normalize(self.norm, x))), 2)
 
 
 class DenseNet(Backbone):
@@ -107,22 +107,20 @@ class DenseNet(Backbone):
                 channels = after
         self.features.norm_final = norm(spec, channels, routed=False)
         self.stages = len(layers)
-        self.classifier = nn.Linear(channels.width, spec.num_classes)
+        self.classifier = linear(spec, channels.width, spec.num_classes)
         initialize(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x ``[B, 3, H, W]`` in [0, 1] to logits ``[B, num_classes]``."""
-        x, path = self._start(x)
+    def run(self, x: Tensor, path: Path) -> Tensor:
         parts = self.features._modules
-        x = parts["conv0"](x)  # type: ignore[misc]
+        x = path.convolve(parts["conv0"], x)  # type: ignore[arg-type]
         if "norm0" in parts:
-            x = F.max_pool2d(F.relu(parts["norm0"](x)), 3, 2, 1)  # type: ignore[misc]
+            x = F.max_pool2d(F.relu(path.normalize(parts["norm0"], x)), 3, 2, 1)  # type: ignore[arg-type]
         x = self._behind_stem(x, path)
         for i in range(1, self.stages + 1):
             x = parts[f"denseblock{i}"](x, path)  # type: ignore[misc]
             if i < self.stages:
-                x = parts[f"transition{i}"](x)  # type: ignore[misc]
-        return self.classifier(path.features(path.rectify(x, parts["norm_final"])))
+                x = parts[f"transition{i}"](x, path)  # type: ignore[misc]
+        return path.linear(self.classifier, path.features(path.rectify(x, parts["norm_final"])))
 
 
 @register_model("densenet40")

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_kernels import ExpertSlices, RoutedBatchNorm2d, RoutedConv2d, RoutedLinear, Routing
+from moe_kernels import ExpertSlices, RoutedBatchNorm2d, RoutedConv2d, RoutedLayerNorm, RoutedLinear, Routing
 from moe_kernels.features import has_kernel, norm_relu_with_means, relu_with_means
+from moe_kernels.rows import gather_rows
 
 from ..routers import Router, build_router, router_class
 from ..sparse import Add, LiveBatchNorm2d, MaskedConv2d
@@ -27,6 +28,8 @@ __all__ = [
     "classifier",
     "conv",
     "every",
+    "layer_norm",
+    "linear",
     "norm",
     "pointwise",
     "projection",
@@ -86,6 +89,13 @@ class Path:
         self.gate_at_end: Routing | None = None
         self.pools = pools
         self.rectified: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def following(cls, routing: Routing) -> Path:
+        """One on which all layers take this choice, the first too."""
+        path = cls()
+        path.choice = path.writer = routing
+        return path
 
     def enter(self, site: nn.Module, x: Tensor) -> None:
         """Lets the site's router, if it has one, choose for the layers ahead."""
@@ -162,7 +172,16 @@ class Path:
 
     def normalize(self, norm: nn.Module, x: Tensor) -> Tensor:
         """``norm(x)``; one of each expert's own follows the writer."""
-        return norm(x, self.writer) if isinstance(norm, RoutedBatchNorm2d) else norm(x)
+        return norm(x, self.writer) if isinstance(norm, RoutedBatchNorm2d | RoutedLayerNorm) else norm(x)
+
+    def rows(self, values: Tensor) -> Tensor:
+        """Of values ``[1, ...]`` those; of values of each expert's own, ``[N, ...]``, each sample's: ``[V, ...]``."""
+        if len(values) == 1:
+            return values
+        assert self.writer is not None
+        width = values[0].numel()
+        each = gather_rows(values.flatten(), self.writer.expert, len(values), (), width)
+        return each.view(-1, *values.shape[1:])
 
     def project(self, shortcut: nn.Module, x: Tensor, source: Routing | None, gate_after: bool = False) -> Tensor:
         """A shortcut from features that ``source`` wrote to those that ``writer`` wrote, which stays the writer."""
@@ -183,8 +202,9 @@ class Path:
     def gated(self, features: Tensor) -> Tensor:
         return features if self.gate_at_end is None else self.gate_at_end.combine(features)
 
-    def classify(self, layer: nn.Module, features: Tensor) -> Tensor:
-        """``layer(features)``; one over windows reads the columns of those channels that the writer wrote."""
+    def linear(self, layer: nn.Module, features: Tensor) -> Tensor:
+        """``layer(features)``; one over windows reads the columns of those channels that the writer wrote, one of each
+        expert's own follows the writer."""
         if not isinstance(layer, RoutedLinear):
             return layer(features)
         assert self.writer is not None
@@ -194,11 +214,12 @@ class Path:
 def conv(
     spec: ModelSpec, source: Channels, out: Channels, kernel: int, stride: int = 1, *, routed: bool = True
 ) -> nn.Module:
-    """A convolution without bias, padded to keep the size at stride 1; routed where the spec's kind is."""
+    """A convolution without bias, padded to keep the size at stride 1; routed where the spec's kind is. ``routed=False``:
+    only where all of the network is."""
     padding = kernel // 2
     if spec.kind == "sparse":
         return MaskedConv2d(source.width, out.width, kernel, stride, padding, bias=False, ratio=spec.ratio)
-    if not (spec.routed and routed):
+    if not spec.routes(routed):
         return nn.Conv2d(source.width, out.width, kernel, stride, padding, bias=False)
     layer = _routed(spec, source, out, kernel, stride, padding)
     if spec.route_per == "layer" and router_class(spec.router).level == "layer":
@@ -216,7 +237,7 @@ def norm(spec: ModelSpec, channels: Channels, *, routed: bool = True) -> nn.Modu
     """A BatchNorm of these channels; ``routed``: they were written by a routed convolution."""
     if spec.kind == "sparse":
         return LiveBatchNorm2d(channels.width)
-    if spec.routed and routed and spec.bn == "per_expert":
+    if spec.routes(routed) and spec.bn == "per_expert":
         if channels.windows is None:
             return RoutedBatchNorm2d(channels.width, spec.num_experts)
         if not channels.windows.is_whole:
@@ -224,11 +245,20 @@ def norm(spec: ModelSpec, channels: Channels, *, routed: bool = True) -> nn.Modu
     return nn.BatchNorm2d(channels.width)
 
 
-def classifier(channels: Channels, features: int, positions: int = 1) -> nn.Module:
+def linear(spec: ModelSpec, features: int, out: int) -> nn.Module:
+    """A linear layer; of each expert's own where all of the network is."""
+    return RoutedLinear(features, out, num_experts=spec.num_experts) if spec.whole else nn.Linear(features, out)
+
+
+def layer_norm(spec: ModelSpec, features: int) -> nn.Module:
+    return RoutedLayerNorm(features, spec.num_experts, eps=1e-6) if spec.whole else nn.LayerNorm(features, eps=1e-6)
+
+
+def classifier(spec: ModelSpec, channels: Channels, features: int, positions: int = 1) -> nn.Module:
     """A linear layer that reads ``positions`` values of each of the channels; of windows, the dense layer's columns."""
     windows = channels.windows
     if windows is None or windows.is_whole:
-        return nn.Linear(channels.width * positions, features)
+        return linear(spec, channels.width * positions, features)
     starts = tuple(start * positions for start in windows.starts)
     return RoutedLinear(ExpertSlices(windows.total * positions, windows.width * positions, starts), features)
 
@@ -271,7 +301,7 @@ def step_before(spec: ModelSpec, stride: int, *, routed: bool = True) -> int:
     """By how much a block thins out the pixels before a 1×1 convolution of this stride, which then has stride 1: the same
     sum. The backward of torch's own (2.13, CPU, channels_last) writes past its memory at 8 channels or fewer on images
     from 56 pixels on. The routed convolutions have kernels of their own."""
-    return 1 if spec.routed and routed else stride
+    return 1 if spec.routes(routed) else stride
 
 
 def every(x: Tensor, step: int) -> Tensor:
@@ -360,12 +390,16 @@ class Backbone(nn.Module):
         if self.spec.routed and (self.image_level or self.spec.route_per == "network"):
             add_router(self, self.spec, 3 if self.image_level else channels)
 
-    def _start(self, x: Tensor) -> tuple[Tensor, Path]:
-        """The normalised image, and the path that begins with it."""
+    def forward(self, x: Tensor) -> Tensor:
+        """x ``[B, 3, H, W]`` in [0, 1] to logits ``[B, num_classes]``."""
         x, path = self.normalize(x), Path(self.spec.routed)
         if self.image_level:
             path.enter(self, x)
-        return x, path
+        return self.run(x, path)
+
+    def run(self, x: Tensor, path: Path) -> Tensor:
+        """The network behind the normalisation, along a path that begins."""
+        raise NotImplementedError
 
     def _behind_stem(self, x: Tensor, path: Path) -> Tensor:
         if not self.image_level:

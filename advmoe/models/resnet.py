@@ -107,16 +107,14 @@ class ResNet(Backbone):
                 channels = layers[-1].out_channels
             self.stages.append(f"layer{stage}")
             self.add_module(self.stages[-1], Stage(here, source, layers))
-        self.linear = classifier(channels, spec.num_classes)
+        self.linear = classifier(spec, channels, spec.num_classes)
         initialize(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x ``[B, 3, H, W]`` in [0, 1] to logits ``[B, num_classes]``."""
-        x, path = self._start(x)
-        x = self._behind_stem(self.pool(path.rectify(self.conv1(x), self.bn1)), path)
+    def run(self, x: Tensor, path: Path) -> Tensor:
+        x = self._behind_stem(self.pool(path.activate(self.conv1, x, self.bn1)), path)
         for name in self.stages:
             x = getattr(self, name)(x, path)
-        return path.classify(self.linear, path.features(x))
+        return path.linear(self.linear, path.features(x))
 
 
 @register_model("resnet18")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import ModelSpec, initialize, register_model
-from .layers import Backbone, Channels, add_router, classifier, conv, norm
+from .layers import Backbone, Channels, Path, add_router, classifier, conv, linear, norm
 
 __all__ = ["VGG"]
 
@@ -57,15 +57,13 @@ class VGG(Backbone):
         self.gate_after_norm = spec.gate_after == "norm"
         hidden = max(1, 4 * width)
         self.classifier = nn.Sequential(
-            classifier(source, hidden, positions=4), nn.ReLU(),
-            nn.Linear(hidden, hidden), nn.ReLU(),
-            nn.Linear(hidden, spec.num_classes),
+            classifier(spec, source, hidden, positions=4), nn.ReLU(),
+            linear(spec, hidden, hidden), nn.ReLU(),
+            linear(spec, hidden, spec.num_classes),
         )  # fmt: skip
         initialize(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x ``[B, 3, H, W]`` in [0, 1] to logits ``[B, num_classes]``."""
-        x, path = self._start(x)
+    def run(self, x: Tensor, path: Path) -> Tensor:
         for i, layer in enumerate(self.features):
             if str(i) in self.sites:
                 path.enter(self.sites[str(i)], x)
@@ -77,7 +75,7 @@ class VGG(Backbone):
                 x = self._behind_stem(x, path)
         x = path.gated(F.adaptive_avg_pool2d(x, 2).flatten(1))
         for layer in self.classifier:
-            x = path.classify(layer, x)
+            x = path.linear(layer, x)
         return x
 
 

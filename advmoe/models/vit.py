@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_kernels import ExpertSlices, RoutedLinear
+from moe_kernels import ExpertSlices, RoutedConv2d, RoutedLinear
 
 from ..routers import RouterOptions, routers_of
 from .base import ModelSpec, register_model
-from .layers import Backbone, Path, add_router
+from .layers import Backbone, Path, add_router, layer_norm, linear
 
 __all__ = ["Attention", "MoeMlp", "VisionTransformer"]
 
@@ -22,43 +22,48 @@ __all__ = ["Attention", "MoeMlp", "VisionTransformer"]
 class PatchEmbed(nn.Module):
     """Images ``[B, 3, S, S]`` to tokens ``[B, (S / patch)^2, D]``."""
 
-    def __init__(self, patch: int, features: int) -> None:
+    def __init__(self, spec: ModelSpec, patch: int, features: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, features, patch, patch)
+        self.proj: nn.Module
+        if spec.whole:
+            self.proj = RoutedConv2d(3, features, patch, patch, num_experts=spec.num_experts)
+        else:
+            self.proj = nn.Conv2d(3, features, patch, patch)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+    def forward(self, x: Tensor, path: Path) -> Tensor:
+        return path.convolve(self.proj, x).flatten(2).transpose(1, 2)
 
 
 class Attention(nn.Module):
     """Self-attention of ``heads`` heads over tokens ``[B, T, D]``."""
 
-    def __init__(self, features: int, heads: int) -> None:
+    def __init__(self, spec: ModelSpec, features: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(features, 3 * features)
-        self.proj = nn.Linear(features, features)
+        self.qkv = linear(spec, features, 3 * features)
+        self.proj = linear(spec, features, features)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, path: Path) -> Tensor:
         batch, tokens, features = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, features // self.heads)
+        qkv = path.linear(self.qkv, x).reshape(batch, tokens, 3, self.heads, features // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         y = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(y.transpose(1, 2).reshape(batch, tokens, features))
+        return path.linear(self.proj, y.transpose(1, 2).reshape(batch, tokens, features))
 
     def own_macs(self, output: Tensor) -> int:
-        """Multiply-accumulates of one image beside its layers': scores and their sums of values, T^2 D each."""
-        return 2 * output.shape[1] ** 2 * output.shape[2]
+        """Multiply-accumulates of one image, which may have several experts' samples here, beside its layers': scores and
+        their sums of values, T^2 D each."""
+        return 2 * output.shape[1] * output.numel()
 
 
 class Mlp(nn.Module):
-    def __init__(self, features: int, hidden: int) -> None:
+    def __init__(self, spec: ModelSpec, features: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(features, hidden)
-        self.fc2 = nn.Linear(hidden, features)
+        self.fc1 = linear(spec, features, hidden)
+        self.fc2 = linear(spec, hidden, features)
 
     def forward(self, x: Tensor, path: Path) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return path.linear(self.fc2, F.gelu(path.linear(self.fc1, x)))
 
 
 class MoeMlp(nn.Module):
@@ -91,15 +96,15 @@ class MoeMlp(nn.Module):
 class Block(nn.Module):
     def __init__(self, spec: ModelSpec, features: int, heads: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(features, eps=1e-6)
-        self.attn = Attention(features, heads)
-        self.norm2 = nn.LayerNorm(features, eps=1e-6)
+        self.norm1 = layer_norm(spec, features)
+        self.attn = Attention(spec, features, heads)
+        self.norm2 = layer_norm(spec, features)
         hidden = 4 * features
-        self.mlp = MoeMlp(spec, features, hidden) if spec.routed else Mlp(features, spec.scaled(hidden))
+        self.mlp = MoeMlp(spec, features, hidden) if spec.routed else Mlp(spec, features, spec.scaled(hidden))
 
     def forward(self, x: Tensor, path: Path) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x), path)
+        x = x + self.attn(path.normalize(self.norm1, x), path)
+        return x + self.mlp(path.normalize(self.norm2, x), path)
 
 
 class VisionTransformer(Backbone):
@@ -134,16 +139,18 @@ class VisionTransformer(Backbone):
             raise ValueError(
                 f"top_k: a choice for all tokens of an image takes one expert, got {spec.router_options.top_k}"
             )
-        self.patch_embed = PatchEmbed(patch, features)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, features))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (spec.image_size // patch) ** 2, features))
+        self.patch_embed = PatchEmbed(spec, patch, features)
+        own = spec.num_experts if spec.whole else 1
+        self.slices = ExpertSlices.partition(1, own)  # of class token and positions, each expert's own
+        self.cls_token = nn.Parameter(torch.zeros(own, 1, features))
+        self.pos_embed = nn.Parameter(torch.zeros(own, 1 + (spec.image_size // patch) ** 2, features))
         self._add_network_router(features)
         routed = tuple(range(2, depth + 1, 2)) if spec.moe_at is None else spec.moe_at
         self.blocks = nn.ModuleList(
             Block(spec if i in routed or not spec.routed else spec.dense(), features, heads) for i in range(1, depth + 1)
         )
-        self.norm = nn.LayerNorm(features, eps=1e-6)
-        self.head = nn.Linear(features, spec.num_classes)
+        self.norm = layer_norm(spec, features)
+        self.head = linear(spec, features, spec.num_classes)
         self._initialize()
 
     def _initialize(self) -> None:
@@ -185,16 +192,14 @@ class VisionTransformer(Backbone):
         model.load_state_dict({**own, **routers})
         return model.train(self.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x ``[B, 3, S, S] in [0, 1] to logits ``[B, num_classes]``."""
-        x, path = self._start(x)
-        x = self.patch_embed(x)
+    def run(self, x: Tensor, path: Path) -> Tensor:
+        x = self.patch_embed(x, path)
         if not self.image_level:
             path.enter(self, x.transpose(1, 2).unsqueeze(3))
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
+        x = torch.cat([path.rows(self.cls_token).expand(x.shape[0], -1, -1), x], 1) + path.rows(self.pos_embed)
         for block in self.blocks:
             x = block(x, path)
-        return self.head(path.gated(self.norm(x)[:, 0]))
+        return path.linear(self.head, path.gated(path.normalize(self.norm, x)[:, 0]))
 
 
 @register_model("deit_tiny")

@@ -79,19 +79,17 @@ class WideResNet(Backbone):
             self.stages.append(f"block{stage}")
             self.add_module(self.stages[-1], Stage(here, source, blocks))
         self.bn1 = norm(spec, channels, routed=routed)
-        self.fc = classifier(channels, spec.num_classes)
+        self.fc = classifier(spec, channels, spec.num_classes)
         initialize(self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x ``[B, 3, H, W]`` in [0, 1] to logits ``[B, num_classes]``."""
-        x, path = self._start(x)
-        x = self.conv1(x)
+    def run(self, x: Tensor, path: Path) -> Tensor:
+        x = path.convolve(self.conv1, x)
         if self.spec.imagenet_stem:
-            x = F.max_pool2d(F.relu(self.bn0(x)), 3, 2, 1)
+            x = F.max_pool2d(F.relu(path.normalize(self.bn0, x)), 3, 2, 1)
         x = self._behind_stem(x, path)
         for name in self.stages:
             x = getattr(self, name)(x, path)
-        return path.classify(self.fc, path.features(path.rectify(x, self.bn1)))
+        return path.linear(self.fc, path.features(path.rectify(x, self.bn1)))
 
 
 @register_model("wrn28_10")

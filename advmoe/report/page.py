@@ -200,7 +200,7 @@ def _settings(configs: Sequence[RunConfig]) -> dict[str, Any]:
     if len(configs) > 1:
         return {"first": {name: row for name, row in rows.items() if len(set(row)) > 1}, "all": rows}
     c = configs[0]
-    routed = c.model.kind in ("moe", "upcycled")
+    routed = c.model.kind in ("moe", "upcycled", "network_moe")
     first = {
         "data": c.data.name,
         "training images": "all" if c.data.train_limit is None else str(c.data.train_limit),

@@ -66,7 +66,7 @@ class Trainer:
         if config.optim.compile and world.size > 1:
             raise ValueError(f"compile: for one process, got {world.size}")
         self.device = device_of(config.device)
-        if config.model.kind in ("moe", "upcycled"):
+        if config.model.kind in ("moe", "upcycled", "network_moe"):
             choose(self.device)
         torch.manual_seed(config.seed)
         model = build_model(config.model).to(self.device)
@@ -380,6 +380,7 @@ def _load_weights(model: nn.Module, source: str, into: ModelConfig) -> None:
     other, config = load_model(source)
     if routers_of(model) and not routers_of(other) and into.kind == "upcycled":
         options = {f.name: getattr(into, f.name) for f in dataclasses.fields(RouterOptions)}
+        assert into.router is not None and into.gate is not None
         other = upcycle(other, into.num_experts, into.ratio, into.router, **options)
     given = other.state_dict()
     if masked_convolutions(model) and not masked_convolutions(other):
@@ -431,8 +432,9 @@ def resolve(config: RunConfig, data: DataSet) -> RunConfig:
         step_size=data.step_size if config.attack.step_size is None else config.attack.step_size,
     )
     routing = config.routing
-    if config.model.kind in ("moe", "upcycled") and routing.share_epochs is None:
-        can_share = not apart and _can_share(dataclasses.replace(config, model=model))
+    if config.model.kind in ("moe", "upcycled", "network_moe") and routing.share_epochs is None:
+        # networks that answer by themselves are trained apart from the start, as the paper's
+        can_share = not apart and model.kind != "network_moe" and _can_share(dataclasses.replace(config, model=model))
         shared = config.epochs * 3 // 4 if can_share else 0
         routing = dataclasses.replace(routing, share_epochs=shared)
     threads = torch.get_num_threads() if config.threads is None else config.threads

@@ -171,7 +171,7 @@ def test_refusals() -> None:
         upcycle(create_model("deit_tiny", "dense", image_size=8, width=16), 2, 2)
     with pytest.raises(ValueError, match="dense_model: expected one of kind dense, got 's_dense'"):
         upcycle(create_model("deit_tiny", "s_dense", image_size=8, width=16), 2)
-    with pytest.raises(ValueError, match="layout: an upcycled model's experts have weights of their own"):
+    with pytest.raises(ValueError, match="layout: the experts of kind upcycled have weights of their own"):
         create_model("resnet18", "upcycled", layout="windows")
     with pytest.raises(ValueError, match=r"option of kind upcycled: .*got 'bn'"):
         create_model("resnet18", "upcycled", bn="shared")

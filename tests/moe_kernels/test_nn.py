@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from oracle import partition, whole, windows
 from torch import Tensor, nn
 
-from moe_kernels import ExpertSlices, RoutedConv2d, RoutedLinear, Routing, use_backend
+from moe_kernels import ExpertSlices, RoutedConv2d, RoutedLayerNorm, RoutedLinear, Routing, use_backend
 
 N = 3
 EXPERT = [2, 0, 1, 0]
@@ -295,6 +295,36 @@ def test_routed_linear_of_bad_shape_raises() -> None:
 
 
 # --- with what surrounds a module ---
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (5, 2, 6)], ids=str)
+def test_routed_layer_norm_equals_that_of_each_sample(shape: tuple[int, ...]) -> None:
+    layer = RoutedLayerNorm(6, 3, eps=1e-3).double()
+    expert = [2, 0, 2, 1, 0]
+    with torch.no_grad():
+        layer.weight.uniform_(0.5, 2)
+        layer.bias.uniform_(-1, 1)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    y = layer(x, Routing(torch.tensor(expert), num_experts=3))
+    weight, bias = layer.weight.view(3, 6), layer.bias.view(3, 6)
+    expected = torch.stack([F.layer_norm(x[i], (6,), weight[e], bias[e], 1e-3) for i, e in enumerate(expert)])
+    torch.testing.assert_close(y, expected)
+    leaves, dy = [x, layer.weight, layer.bias], torch.randn_like(y)
+    for found, wanted in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert repr(layer) == "RoutedLayerNorm(6, num_experts=3, eps=0.001)"
+
+
+def test_routed_layer_norm_refuses() -> None:
+    layer = RoutedLayerNorm(6, 3)
+    with pytest.raises(ValueError, match=r"input: expected shape \[V, \.\.\., 6\], got \(2, 5\)"):
+        layer(torch.zeros(2, 5), Routing(torch.tensor([0, 1]), num_experts=3))
+    with pytest.raises(ValueError, match="routing: expected 2 choices of 3 experts, got 4 of 3"):
+        layer(torch.zeros(2, 6), Routing(torch.zeros(2, 2, dtype=torch.int64), num_experts=3))
+    with pytest.raises(ValueError, match=r"routing: expert index 3 of sample 1 is outside 0 \.\. 2"):
+        layer(torch.zeros(2, 6), Routing(torch.tensor([0, 3]), num_experts=3))
+    with pytest.raises(ValueError, match="num_experts: expected at least 1, got 0"):
+        RoutedLayerNorm(6, 0)
 
 
 def test_grad_scaler_of_the_cpu() -> None:

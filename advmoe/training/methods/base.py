@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_kernels import ExpertSlices, RoutedBatchNorm2d, RoutedConv2d, RoutedLinear
+from moe_kernels import ExpertSlices, RoutedConv2d, RoutedLinear
 
 from ...attacks import PGD, SharedGenerator
 from ...config import MethodConfig, OptimConfig, RoutingConfig
@@ -319,20 +319,27 @@ def tie_experts(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = 
     states = {id(p): optimizer.state[p] for optimizer in optimizers for p in optimizer.state}
     with torch.no_grad():
         for name, module in model.named_modules():
-            if isinstance(module, RoutedConv2d | RoutedLinear):
-                slices = module.out_slices
-                if not slices.is_partition or not module.in_slices.is_whole:
-                    raise ValueError(f"experts: only those of layout 'partition' can be made alike; {name} has windows")
-            elif isinstance(module, RoutedBatchNorm2d):
-                slices = module.slices
-            else:
+            slices = _slices_of(module)
+            if slices is None:
                 continue
+            if isinstance(module, RoutedConv2d | RoutedLinear) and not (
+                slices.is_partition and module.in_slices.is_whole
+            ):
+                raise ValueError(f"experts: only those of layout 'partition' can be made alike; {name} has windows")
             own: list[Tensor] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             own += [v for p in list(own) for v in states.get(id(p), {}).values() if isinstance(v, Tensor) and v.dim()]
             for value in own:
                 first = value[: slices.width].clone()
                 for start in slices.starts[1:]:
                     value[start : start + slices.width] = first
+
+
+def _slices_of(module: nn.Module) -> ExpertSlices | None:
+    """Of a module whose own parameters have one for each expert: where."""
+    if isinstance(module, RoutedConv2d | RoutedLinear):
+        return module.out_slices
+    slices = getattr(module, "slices", None)  # norms, and a transformer's class token and positions
+    return slices if isinstance(slices, ExpertSlices) else None
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -348,12 +355,8 @@ def unused_frozen(model: nn.Module, wanted: bool, world: World = ALONE) -> Itera
         yield
         return
     used: dict[nn.Module, Tensor] = {}
-    layers: dict[nn.Module, ExpertSlices] = {}
-    for module in model.modules():
-        if isinstance(module, RoutedConv2d | RoutedLinear) and not module.out_slices.is_whole:
-            layers[module] = module.out_slices
-        elif isinstance(module, RoutedBatchNorm2d):
-            layers[module] = module.slices
+    sides = {module: _slices_of(module) for module in model.modules()}
+    layers = {module: slices for module, slices in sides.items() if slices is not None and not slices.is_whole}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not module.training:  # an attack's forward
@@ -372,8 +375,9 @@ def unused_frozen(model: nn.Module, wanted: bool, world: World = ALONE) -> Itera
     with torch.no_grad():
         for module, slices in layers.items():
             # by all processes together; each asks for each layer
-            count = used.get(module, torch.zeros(slices.num_experts, dtype=torch.int64, device=_device(module)))
-            count = world.total(count)
+            none = torch.zeros(slices.num_experts, dtype=torch.int64, device=_device(module))
+            # one that holds values of its own beside routed layers, as a transformer does, goes with the first of these
+            count = world.total(next((used[m] for m in module.modules() if m in used), none))
             if not int(count.sum()):
                 continue
             idle = torch.ones(slices.total, dtype=torch.bool, device=count.device)
