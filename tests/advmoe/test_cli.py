@@ -141,7 +141,7 @@ def test_options_of_the_methods_reach_the_run(asked: list[RunConfig], arguments:
     assert main(["train", "--out", "run", *arguments.split()]) == 0
     assert asked[0].method == method
     assert asked[0].attack.random_start == ("gaussian" if "--as-released" in arguments else True)
-    assert asked[0].model.router == ("global" if "--as-released" in arguments else "light")
+    assert asked[0].model.router == ("global" if "--as-released" in arguments else None)
     assert asked[0].routing.share_epochs == (0 if "--as-released" in arguments else None)
 
 
