@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import os
 import statistics
@@ -21,8 +22,12 @@ from moe_kernels.routing import GATES
 from . import demo
 from .attacks import NAMES, NonFiniteGradientError
 from .config import (
+    ALIASES,
     METHODS,
+    OPTIMIZERS,
     PRECISIONS,
+    ROBUST_EXPERTS,
+    SCHEDULES,
     AttackConfig,
     DataConfig,
     MethodConfig,
@@ -30,6 +35,7 @@ from .config import (
     OptimConfig,
     RoutingConfig,
     RunConfig,
+    write_text,
 )
 from .data import download, list_data
 from .evaluation import SUSPECT
@@ -43,13 +49,15 @@ from .recipes import SCALES, SweepOptions, reproduce
 from .routers import NonFiniteRouterError, list_routers, routers_of
 from .tables import percent, table
 from .training import Interrupted, NonFiniteLossError, Run, StepError, resume, train
-from .training.evaluation import EvaluatedRun, evaluate_run, write_record
+from .training.evaluation import EvaluatedRun, evaluate_dual, evaluate_run, write_record
 from .training.parallel import ProcessLost, joined, resume_command
 from .training.runs import build_model
 
 __all__ = ["main"]
 
 DONE, FAULT, USAGE, RESUMABLE, INTERRUPTED = 0, 1, 2, 3, 130
+
+_KIND_OF = {"rt-er": "network_moe", "jtdmoe": "dual_moe"}  # the one kind that a method is for
 
 _FAULTS = (ProcessLost, StepError, NonFiniteLossError, NonFiniteGradientError, NonFiniteRouterError, BackendUnavailable)
 
@@ -119,14 +127,22 @@ def _parser() -> argparse.ArgumentParser:
         help="continue this run; all other options come from it, but --data-dir, which may have moved",
     )
     g = p.add_argument_group("method")
-    g.add_argument("--method", choices=METHODS, default=m.name, help="how to train")
+    g.add_argument(
+        "--method", type=lambda name: ALIASES.get(name, name), choices=METHODS, default=m.name, help="how to train"
+    )
     g.add_argument(
         "--objective",
         choices=("trades", "cross_entropy"),
         default=m.objective,
         help="trades, or cross_entropy on attacked images (PGD-AT)",
     )
-    g.add_argument("--beta", type=float, default=m.beta, help="TRADES' weight of the robust term")
+    g.add_argument("--beta", type=float, default=m.beta, help="TRADES' and RT-ER's weight of the robust term")
+    g.add_argument(
+        "--robust-experts",
+        choices=ROBUST_EXPERTS,
+        default=m.robust_experts,
+        help="rt-er, jtdmoe: which are made robust besides the mixture: each image's second one, another drawn, or all",
+    )
     g.add_argument("--order", choices=("router_first", "backbone_first"), default=m.order, help="advmoe: of the levels")
     g.add_argument("--batches", choices=("two", "one"), default=m.batches, help="advmoe: a batch for each level, or one")
     g.add_argument(
@@ -151,6 +167,8 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--pretrain-epochs", type=int, default=m.pretrain_epochs, help="at_sparse: of the dense network")
     g.add_argument("--mask-epochs", type=int, default=m.mask_epochs, help="at_sparse: of the mask; the rest fine-tunes")
     g.add_argument("--init", metavar="RUN", help="begin with the weights of this run or checkpoint")
+    g.add_argument("--standard-run", metavar="RUN", help="of kind dual_moe: begin with this run's as the standard one")
+    g.add_argument("--robust-run", metavar="RUN", help="of kind dual_moe: begin with this run's as the robust one")
     g = p.add_argument_group("routing")
     g.add_argument("--balance", choices=("none", *BALANCE_LOSSES), default=t.balance, help="loss of the routers")
     g.add_argument("--balance-weight", type=float, default=t.balance_weight, help="of that loss")
@@ -165,6 +183,10 @@ def _parser() -> argparse.ArgumentParser:
     _data_options(p)
     p.add_argument("--train-limit", type=int, metavar="N", help="use N training images")
     p.add_argument("--no-augment", action="store_true", help="no random crop and mirror")
+    p.add_argument("--shift", type=int, metavar="PIXELS", help="of the random crop; the data's own by default")
+    p.add_argument(
+        "--cutout", type=int, default=0, metavar="PIXELS", help="side of a square of each image that becomes the mean"
+    )
     p.add_argument(
         "--workers",
         type=int,
@@ -194,10 +216,18 @@ def _parser() -> argparse.ArgumentParser:
         "--precision", choices=PRECISIONS, default=o.precision, help="of forwards in training; bfloat16 by autocast"
     )
     g.add_argument("--compile", action="store_true", help="training's forwards through torch.compile (minutes at first)")
-    g.add_argument("--lr", type=float, default=o.lr, help="at the start; goes to 0 by a cosine")
+    g.add_argument("--optimizer", choices=OPTIMIZERS, default=o.optimizer, help="what makes a step of the gradients")
+    g.add_argument(
+        "--schedule", choices=SCHEDULES, help="of the rate: a cosine to 0, or a triangle over and over; cyclic with adam"
+    )
+    g.add_argument("--lr", type=float, help="the highest rate; 0.1 by default, 1e-4 with adam")
+    g.add_argument("--low-lr", type=float, help="the lowest rate of schedule cyclic; half of --lr by default")
+    g.add_argument(
+        "--cycle-steps", type=_positive, default=o.cycle_steps, metavar="N", help="of schedule cyclic: each way"
+    )
     g.add_argument("--router-lr", type=float, help="the routers' own rate; --lr by default")
-    g.add_argument("--momentum", type=float, default=o.momentum, help="of SGD")
-    g.add_argument("--weight-decay", type=float, default=o.weight_decay, help="of SGD")
+    g.add_argument("--momentum", type=float, default=o.momentum, help="of SGD; Adam's first beta")
+    g.add_argument("--weight-decay", type=float, help="5e-4 by default, 0 with adam")
     g.add_argument(
         "--freeze-unused", action="store_true", help="no decay and momentum for experts nobody chose in a step"
     )
@@ -228,6 +258,22 @@ def _parser() -> argparse.ArgumentParser:
     _evaluation_options(p)
     _data_options(p, default=None)
     p.set_defaults(run=_evaluate)
+
+    p = commands.add_parser("dual", help="SA and RA of the Dual-Model of two runs against alpha", **common)
+    p.add_argument("standard", metavar="STANDARD_RUN", help="a run folder or checkpoint, of standard training")
+    p.add_argument("robust", metavar="ROBUST_RUN", help="another, of rt-er say")
+    p.add_argument(
+        "--alphas", type=_shares, default="0.5,0.6,0.7,0.8,0.9,1", metavar="A,A,…", help="the robust one's shares"
+    )
+    p.add_argument("--on", choices=MIXES, default="logits", help="what of the two is mixed")
+    p.add_argument("--attack", action="append", help=f"repeatable; pgd50 if none. {NAMES}")
+    p.add_argument(
+        "--autoattack-limit", type=_positive, default=1000, metavar="N", help="at most N images for AutoAttack"
+    )
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for dual.json, dual.csv and dual.png")
+    _evaluation_options(p)
+    p.add_argument("--data-dir", help="the folder that holds the data, if it has moved")
+    p.set_defaults(run=_dual)
 
     p = commands.add_parser("analyze", help="the paper's analyses: a CSV file and a picture each", **common)
     p.add_argument("sources", nargs="*", metavar="RUN", help="run folders, checkpoints in such, or module:function")
@@ -313,6 +359,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _shares(text: str) -> list[float]:
+    try:
+        return sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers with commas between them, got {text!r}") from None
+
+
 def _evaluation_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--checkpoint", choices=("best", "last"), default="best", help="of a run folder")
     p.add_argument("--limit", type=int, metavar="N", help="the first N test images")
@@ -331,7 +384,8 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         "--kind",
         choices=KINDS,
         default=d.kind,
-        help="s_dense: the network of a pathway's width; network_moe: whole networks and a router of the image",
+        help="s_dense: the network of a pathway's width; network_moe: whole networks and a router of the image (that of "
+        "rt-er); dual_moe: two such (that of jtdmoe)",
     )
     g.add_argument(
         "--experts", type=int, default=d.num_experts, metavar="N", help="experts of each routed layer, or networks"
@@ -354,6 +408,8 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     )
     g.add_argument("--mix", choices=MIXES, default=d.mix, help="of network_moe: what of the chosen experts is mixed")
     g.add_argument("--frozen-router", action="store_true", help="of network_moe: the router stays as it is drawn")
+    g.add_argument("--alpha", type=float, default=d.alpha, help="of dual_moe: the robust one's share")
+    g.add_argument("--dual-on", choices=MIXES, default=d.dual_on, help="of dual_moe: what of the two is mixed")
     g.add_argument("--temperature", type=float, default=d.temperature, help="of the routers' probabilities")
     g.add_argument("--noise", type=float, default=d.noise, help="deviation of noise on the scores in training")
     g.add_argument(
@@ -384,7 +440,7 @@ def _model_config(o: argparse.Namespace) -> ModelConfig:
         arch=o.arch, kind=o.kind, num_experts=o.experts, ratio=o.ratio, width=o.width, layout=o.layout, router=o.router,
         route_per=o.route_per, moe_at=None if o.moe_at is None else tuple(o.moe_at), bn=o.bn, gate=o.gate,
         gate_after=o.gate_after, temperature=o.temperature, noise=o.noise, standardize=o.standardize,
-        top_k=o.top_k, stem=o.stem, mix=o.mix, frozen_router=o.frozen_router,
+        top_k=o.top_k, stem=o.stem, mix=o.mix, frozen_router=o.frozen_router, alpha=o.alpha, dual_on=o.dual_on,
     )  # fmt: skip
 
 
@@ -402,7 +458,17 @@ def _method_config(o: argparse.Namespace) -> MethodConfig:
     return MethodConfig(
         o.method, o.objective, o.beta, o.order, o.batches, o.router_objective, o.router_alpha, o.attack_routers,
         share_attack=o.share_attack, router_every=o.router_every, part=o.part, pretrain_epochs=o.pretrain_epochs,
-        mask_epochs=o.mask_epochs,
+        mask_epochs=o.mask_epochs, robust_experts=o.robust_experts,
+    )  # fmt: skip
+
+
+def _optim_config(o: argparse.Namespace) -> OptimConfig:
+    rates = {"lr": o.lr, "weight_decay": o.weight_decay, "schedule": o.schedule}
+    given = {name: value for name, value in rates.items() if value is not None}
+    make = OptimConfig.cyclic_adam if o.optimizer == "adam" else OptimConfig
+    return make(
+        router_lr=o.router_lr, momentum=o.momentum, freeze_unused=o.freeze_unused, accumulate=o.accumulate,
+        precision=o.precision, compile=o.compile, low_lr=o.low_lr, cycle_steps=o.cycle_steps, **given,
     )  # fmt: skip
 
 
@@ -427,20 +493,26 @@ def _train(o: argparse.Namespace) -> None:
         gaussian = o.attack_start == "gaussian" or o.as_released
         share_epochs = o.share_epochs
         model = _model_config(o)
+        if "--kind" not in o.given and o.method in _KIND_OF:
+            model = dataclasses.replace(model, kind=_KIND_OF[o.method])
         if o.as_released:
             share_epochs = share_epochs or 0
             if "--router" not in o.given:
                 model = dataclasses.replace(model, router="global")
+        data = DataConfig(
+            o.data, o.data_dir, o.train_limit, o.test_limit, augment=not o.no_augment, shift=o.shift, cutout=o.cutout,
+            workers=o.workers,
+        )  # fmt: skip
         config = RunConfig(
             model=model,
-            data=DataConfig(o.data, o.data_dir, o.train_limit, o.test_limit, augment=not o.no_augment, workers=o.workers),
+            data=data,
             attack=AttackConfig(o.epsilon, o.step_size, o.attack_steps, o.attack_loss, "gaussian" if gaussian else True),
-            optim=OptimConfig(
-                o.lr, o.router_lr, o.momentum, o.weight_decay, o.freeze_unused, o.accumulate, o.precision, o.compile
-            ),
+            optim=_optim_config(o),
             method=_method_config(o),
             routing=RoutingConfig(o.balance, o.balance_weight, o.experts_start, share_epochs),
             init=o.init,
+            standard_run=o.standard_run,
+            robust_run=o.robust_run,
             epochs=o.epochs,
             batch_size=o.batch_size,
             seed=o.seed,
@@ -477,6 +549,29 @@ def _evaluate(o: argparse.Namespace) -> None:
     if path is not None:
         write_record(path, done.record)
         print(f"written to {path}")
+
+
+def _dual(o: argparse.Namespace) -> None:
+    from .analysis import alphas  # here, since drawing takes longer to import than other commands need
+
+    if o.threads is not None:
+        torch.set_num_threads(o.threads)
+    o.out.mkdir(parents=True, exist_ok=True)  # not only behind hours of attacks
+    found = {}
+    records = []
+    for alpha, record, result in evaluate_dual(
+        o.standard, o.robust, o.alphas, o.attack or ["pgd50"], o.on, checkpoint=o.checkpoint, data_dir=o.data_dir,
+        limit=o.limit, epsilon=o.epsilon, batch_size=o.batch_size, seed=o.seed, device=o.device, progress=True,
+        autoattack_limit=o.autoattack_limit,
+    ):  # fmt: skip
+        outcomes = ", ".join(f"RA {percent(each.ra)} ({name})" for name, each in result.attacks.items())
+        print(f"alpha {alpha:g}: SA {percent(result.sa)}, {outcomes}", flush=True)
+        found[alpha] = result
+        records.append(record)
+        write_text(o.out / "dual.json", json.dumps(records, indent=1) + "\n")
+    finding = alphas(found)
+    paths = finding.save(o.out)
+    print(f"{finding.note}\nwritten: {o.out / 'dual.json'}, {paths[0]}, {paths[1].name}")
 
 
 def _print_evaluation(done: EvaluatedRun) -> None:

@@ -20,8 +20,12 @@ from .registry import unknown_name
 
 __all__ = ["AttackConfig", "DataConfig", "MethodConfig", "ModelConfig", "OptimConfig", "RoutingConfig", "RunConfig"]
 
-METHODS = ("standard", "at", "at_sparse", "advmoe")
+METHODS = ("standard", "at", "at_sparse", "advmoe", "rt-er", "jtdmoe")
+ALIASES = {"rt_er": "rt-er"}  # of methods
 PRECISIONS = ("float32", "bfloat16")
+OPTIMIZERS = ("sgd", "adam")
+SCHEDULES = ("cosine", "cyclic")
+ROBUST_EXPERTS = ("second", "another", "all")
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class ModelConfig:
     image_size: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    alpha: float = 0.7
+    dual_on: str = "logits"
 
     def __post_init__(self) -> None:
         for name, value in (("router", default_router(self.kind)), ("gate", default_gate(self.top_k))):
@@ -62,17 +68,26 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Which images, and what training does to them: moved and mirrored, where ``augment`` is True, as the data set has
+    it, or by up to ``shift`` pixels; a square of ``cutout`` pixels' side becomes the data's mean (0: none)."""
+
     name: str = "digits"
     folder: str | None = None
     train_limit: int | None = None
     test_limit: int | None = None
     validation: int = 500
     augment: bool = True
+    shift: int | None = None
+    cutout: int = 0
     workers: int | None = None  # processes that decode images ahead; for images in files one for each core but one
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers: expected at least 0, got {self.workers}")
+        _require(self, ("shift", "cutout"))
+        if not self.augment and (self.cutout or self.shift is not None):
+            name = "cutout" if self.cutout else "shift"
+            raise ValueError(f"{name}: without effect with augment False")
 
 
 @dataclass(frozen=True)
@@ -95,12 +110,18 @@ class OptimConfig:
     """SGD with a cosine schedule to 0, stepped every batch; the routers' own rate is the backbone's by default.
 
     Args:
+        lr: the highest rate of the schedule.
+        momentum: of SGD; Adam's first beta (the second is 0.999).
+        weight_decay: added to the gradient, of both optimisers.
         accumulate: parts of a batch that go through the model one after the other, attack included; each has batch
             statistics of its own.
         precision: of forwards in training, ``float32`` or ``bfloat16`` (autocast); routers, losses and weights are
             float32.
         compile: the model's forward in training and its attacks goes through ``torch.compile``; for one process, and
             without settings that look at the routers of each forward. Results differ in the last digits.
+        optimizer: ``sgd`` or ``adam``, for which see :meth:`cyclic_adam`.
+        schedule: ``cosine``, or ``cyclic``: a triangle from ``low_lr`` (half of ``lr`` by default) to ``lr`` and back,
+            ``cycle_steps`` steps each way, over and over (Smith 2017). The routers' own rate goes along.
     """
 
     lr: float = 0.1
@@ -111,14 +132,32 @@ class OptimConfig:
     accumulate: int = 1
     precision: str = "float32"
     compile: bool = False
+    optimizer: str = "sgd"
+    schedule: str = "cosine"
+    low_lr: float | None = None
+    cycle_steps: int = 500
 
     def __post_init__(self) -> None:
-        _require(self, ("lr", "router_lr", "weight_decay"))
+        _require(self, ("lr", "router_lr", "weight_decay", "low_lr"))
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise unknown_name(name, getattr(self, name), known)
+        if self.low_lr is not None and (self.schedule != "cyclic" or self.low_lr > self.lr):
+            what = "with schedule 'cyclic'" if self.schedule != "cyclic" else f"at most lr, {self.lr:g}"
+            raise ValueError(f"low_lr: expected one {what}, got {self.low_lr:g}")
+        if self.cycle_steps < 1:
+            raise ValueError(f"cycle_steps: expected at least 1, got {self.cycle_steps}")
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
         if self.accumulate < 1:
             raise ValueError(f"accumulate: expected at least 1, got {self.accumulate}")
         _require(self, ("momentum",), below=1)
+
+    @classmethod
+    def cyclic_adam(cls, **others: Any) -> OptimConfig:
+        """RT-ER's released recipe: Adam, 5e-5 to 1e-4 and back in 1000 steps, without weight decay."""
+        given: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.0, "optimizer": "adam", "schedule": "cyclic"}
+        return cls(**{**given, **others})
 
 
 @dataclass(frozen=True)
@@ -152,17 +191,21 @@ class RoutingConfig:
 @dataclass(frozen=True)
 class MethodConfig:
     """``standard`` (no attack), ``at`` (adversarial training, routers and backbone together), ``at_sparse`` (HYDRA's
-    structured mask, on kind sparse), ``advmoe`` (Algorithm 1).
+    structured mask, on kind sparse), ``advmoe`` (Algorithm 1), ``rt-er`` (on kind network_moe; ``rt_er`` is the same),
+    ``jtdmoe`` (on kind dual_moe).
 
     Args:
-        objective: ``trades``, or ``cross_entropy`` on adversarial images (PGD-AT).
-        beta: TRADES' weight.
+        objective: of at, at_sparse and advmoe: ``trades``, or ``cross_entropy`` on adversarial images (PGD-AT).
+        beta: TRADES' weight; RT-ER's.
         order, batches, router_objective, attack_routers: Algorithm 1 as printed by default (``router_first``, ``two``,
             ``trades``, False); ``backbone_first``, ``one``, ``pseudo_label``, True are what the released code does.
         share_attack: of advmoe: one batch and one attack for both levels.
         router_every: of advmoe: the lower level in every so many steps.
         part: of at: ``all``, ``routers`` (the backbone rests) or ``experts`` (all but the routers).
         pretrain_epochs, mask_epochs: of at_sparse; the remaining epochs fine-tune.
+        robust_experts: of rt-er and jtdmoe: which experts are made robust besides the mixture: each sample's ``second``
+            by the router's clean scores, ``another`` than its first, drawn at random, or ``all`` (as the released code of
+            JTDMoE has it).
     """
 
     name: str = "advmoe"
@@ -178,8 +221,10 @@ class MethodConfig:
     part: str = "all"
     pretrain_epochs: int = 0
     mask_epochs: int = 0
+    robust_experts: str = "second"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", ALIASES.get(self.name, self.name))
         for name, known in (
             ("name", METHODS),
             ("objective", ("trades", "cross_entropy")),
@@ -187,6 +232,7 @@ class MethodConfig:
             ("batches", ("two", "one")),
             ("router_objective", ("trades", "pseudo_label")),
             ("part", ("all", "routers", "experts")),
+            ("robust_experts", ROBUST_EXPERTS),
         ):
             if getattr(self, name) not in known:
                 raise unknown_name("method" if name == "name" else name, getattr(self, name), known)
@@ -214,6 +260,8 @@ class RunConfig:
     method: MethodConfig = field(default_factory=MethodConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     init: str | None = None  # a run or checkpoint whose weights to begin with
+    standard_run: str | None = None  # of kind dual_moe: a run or checkpoint of its standard MoE, and of its robust one
+    robust_run: str | None = None
     epochs: int = 100
     batch_size: int = 128
     seed: int = 0
@@ -241,10 +289,15 @@ class RunConfig:
             "attack_routers": m.attack_routers,
             "router_objective": m.router_objective != "trades",
             "at_sparse": m.name == "at_sparse",
+            "jtdmoe": m.name == "jtdmoe",
         }
         if self.optim.compile and any(watching.values()):
             name = next(name for name, given in watching.items() if given)
             raise ValueError(f"compile: not with {name}, which looks into the model's forwards")
+        for name in ("standard_run", "robust_run"):
+            if getattr(self, name) is not None and (self.model.kind != "dual_moe" or self.init is not None):
+                why = "with init" if self.init is not None else f"with kind {self.model.kind!r}"
+                raise ValueError(f"{name}: one of the two MoEs of kind dual_moe begins with it, got it {why}")
         phases = self.method.pretrain_epochs + self.method.mask_epochs
         if phases > self.epochs:
             raise ValueError(f"pretrain_epochs + mask_epochs: expected at most the {self.epochs} epochs, got {phases}")

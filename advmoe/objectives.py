@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ __all__ = [
     "kl_divergence",
     "margin_loss",
     "router_pseudo_label_loss",
+    "rt_er_loss",
     "trades_loss",
 ]
 
@@ -83,6 +85,21 @@ def dlr_loss(logits: Tensor, labels: Tensor, reduction: str = "mean") -> Tensor:
 def trades_loss(clean_logits: Tensor, adversarial_logits: Tensor, labels: Tensor, beta: float = 6.0) -> Tensor:
     """TRADES (Zhang et al. 2019): ``CE(clean, y) + beta * KL(clean || adversarial)``; beta = 1 / lambda."""
     return cross_entropy(clean_logits, labels) + beta * kl_divergence(clean_logits, adversarial_logits)
+
+
+def rt_er_loss(
+    adversarial_logits: Tensor, labels: Tensor, apart: Sequence[tuple[Tensor, Tensor]], beta: float = 6.0
+) -> Tensor:
+    """RT-ER (arXiv 2502.06832): ``CE(F(x_adv), y) + beta * sum over experts of KL(f(x) || f(x_adv'))``.
+
+    Each KL is the mean over the samples that are there; the released code divides by the nominal size of a batch.
+
+    Args:
+        apart: for each choice of experts their logits of clean and of attacked images, ``[B, classes]`` both.
+    """
+    return cross_entropy(adversarial_logits, labels) + beta * sum(
+        (kl_divergence(clean, attacked) for clean, attacked in apart), start=adversarial_logits.new_zeros(())
+    )
 
 
 def router_pseudo_label_loss(

@@ -6,8 +6,9 @@ analyses are functions of. Those of :mod:`.reproduced` and :mod:`.history` are o
 """
 
 from .dissection import dissection
+from .dual import alphas
 from .finding import Finding
-from .history import history
+from .history import history, stability
 from .observation import Choice, Observation, observe
 from .pathways import overlaps, pathways
 from .radius import linear_map, radius, route_radii
@@ -20,6 +21,7 @@ __all__ = [
     "Finding",
     "Observation",
     "Result",
+    "alphas",
     "classes",
     "dissection",
     "entropy",
@@ -36,6 +38,7 @@ __all__ = [
     "pathways",
     "radius",
     "route_radii",
+    "stability",
     "transfer",
     "usage",
 ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy and loss epoch by epoch (AdvMoE, figure A2)."""
+"""Accuracy and loss epoch by epoch (AdvMoE, figure A2), and that of several runs (RT-ER, figures 2 and 5)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from . import style
 from .finding import Finding
 
-__all__ = ["history"]
+__all__ = ["history", "stability"]
 
 _ACCURACIES = {  # a run's names: how they are called in the picture
     "validation_sa": "SA, validation",
@@ -84,3 +84,50 @@ def history(
         "batches meanwhile. Losses are means over an epoch's steps. The paper's figure A2"
     )
     return Finding("training", "Accuracy and loss over the epochs", columns, rows, draw, note)
+
+
+def stability(metrics: Mapping[str, Sequence[Mapping[str, Any]]], attack: str | None = None) -> Finding:
+    """Validation SA and RA of several runs over their epochs: which climb and which fall (arXiv 2502.06832, figures 2 and
+    5).
+
+    Args:
+        metrics: of each run, by label, the lines of its ``metrics.jsonl``.
+        attack: of the validations, by name.
+
+    Columns: ``model``, ``epoch``, ``sa``, ``ra``, and ``fall``: how far RA lies below the run's highest up to then.
+
+    Raises:
+        ValueError: if a run has no line.
+    """
+    rows: list[tuple[Any, ...]] = []
+    for label, lines in metrics.items():
+        if not lines:
+            raise ValueError(f"metrics: expected the lines of at least one epoch of {label}, got none")
+        best = 0.0
+        for line in lines:
+            best = max(best, line["validation_ra"])
+            sa, ra = line["validation_sa"], line["validation_ra"]
+            rows.append((label, line["epoch"], sa, ra, best - ra))
+
+    def draw() -> Figure:
+        with style.figure(6.6, 5.4 + 0.2 * math.ceil(len(metrics) / 2), nrows=2, sharex=True) as (fig, (top, bottom)):
+            for axis, column, name in ((top, 2, "SA, %"), (bottom, 3, "RA, %")):
+                for at, label in enumerate(metrics):
+                    own = [row for row in rows if row[0] == label]
+                    look = style.line_style(at) | ({"marker": "none"} if len(own) > 40 else {})
+                    axis.plot([row[1] for row in own], [100 * row[column] for row in own], label=label, **look)
+                style.percent_axis(axis, name)
+            bottom.set_xlabel("epoch")
+            bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+            fig.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+            fig.suptitle("SA and RA of each run over its epochs", x=0.01, ha="left", fontsize=11)
+            return fig
+
+    falls = {label: max(row[4] for row in rows if row[0] == label) for label in metrics}
+    under = f" under {attack}" if attack else ""
+    note = (
+        f"On images held out of the training set{under}. The largest fall of RA below a run's highest so far, in points: "
+        + ", ".join(f"{label} {100 * fall:.1f}" for label, fall in falls.items())
+    )
+    columns = ("model", "epoch", "sa", "ra", "fall")
+    return Finding("stability", "Stability of training", columns, rows, draw, note)

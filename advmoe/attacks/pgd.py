@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,8 @@ class PGD:
     that all choices of the sample have changed.
 
     A call leaves modes, ``requires_grad``, BatchNorm statistics and ``.grad`` as they were, also when it raises. It
-    computes no gradient of any parameter.
+    computes no gradient of any parameter. Under autocast to float16 it computes in float32 all the same: there is no
+    scaling of the loss here, and what underflows in float16 has no sign.
     """
 
     epsilon: float
@@ -168,7 +170,8 @@ class PGD:
             return AttackResult(images, torch.zeros(0, dtype=torch.bool, device=images.device))
         size = len(images) if batch_size is None else batch_size
         view = RoutingView(model, self.against)
-        with undisturbed(model, eval_mode=self.mode == "eval"), torch.enable_grad(), view:
+        calm = undisturbed(model, eval_mode=self.mode == "eval")
+        with calm, torch.enable_grad(), _not_in_float16(images.device.type), view:
             view.learn(images, size)
             clean_logits = None
             if self.loss == "kl":
@@ -256,6 +259,13 @@ class PGD:
                 )
             total = grad if self.eot == 1 else total + grad / self.eot
         return total, fooled
+
+
+def _not_in_float16(device: str) -> AbstractContextManager[Any]:
+    available = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if available and torch.get_autocast_dtype(device) == torch.float16:
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 @dataclass

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random crop and mirror of a whole batch at once."""
+"""Random crop, mirror and cutout of a whole batch at once."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,8 @@ def augment(
     flip: bool = True,
     part: Tensor | slice = slice(None),
     total: int | None = None,
+    cutout: int = 0,
+    fill: Sequence[float] = (0.0, 0.0, 0.0),
 ) -> Tensor:
     """``images [B, C, H, W]``, each moved by up to ``padding`` pixels (zeros come in) and, if ``flip``, mirrored or not.
 
@@ -24,8 +28,15 @@ def augment(
 
     Args:
         part: of a batch of ``total`` images, which ``images`` are; the generator draws for all of them.
+        cutout: side of a square within each image, anywhere, that becomes ``fill``, a value for each channel (DeVries and
+            Taylor 2017; theirs reaches over the border); 0: none.
+
+    Raises:
+        ValueError: if the square is larger than the images.
     """
     batch, _, height, width = images.shape
+    if cutout > min(height, width):
+        raise ValueError(f"cutout: expected at most the images' {min(height, width)} pixels, got {cutout}")
     total = batch if total is None else total
     top, left = torch.randint(0, 2 * padding + 1, (2, total, 1), generator=generator)[:, part]
     rows = torch.arange(height) + top  # [B, H]
@@ -36,6 +47,12 @@ def augment(
     padded = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1)  # [B, H + 2p, W + 2p, C]
     sample = torch.arange(batch)[:, None, None]
     moved = padded[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    if cutout:
+        top = torch.randint(0, height - cutout + 1, (total, 1), generator=generator)[part]
+        left = torch.randint(0, width - cutout + 1, (total, 1), generator=generator)[part]
+        down, across = torch.arange(height) - top, torch.arange(width) - left
+        inside = ((down >= 0) & (down < cutout))[:, :, None] & ((across >= 0) & (across < cutout))[:, None, :]
+        moved = torch.where(inside[:, None], torch.tensor(fill, dtype=images.dtype).view(1, -1, 1, 1), moved)
     if images.is_contiguous(memory_format=torch.channels_last):
         return moved.contiguous(memory_format=torch.channels_last)
     return moved.contiguous()

@@ -11,12 +11,14 @@ from .base import (
     register_model,
     router_parameters,
 )
+from .dual import DualModel
 from .network_moe import NetworkMoE
 from .released import load_released
 from .upcycling import upcycle
 
 __all__ = [
     "MODEL_OPTIONS",
+    "DualModel",
     "NetworkMoE",
     "backbone_parameters",
     "create_model",

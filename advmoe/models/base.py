@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -32,7 +32,8 @@ __all__ = [
     "router_parameters",
 ]
 
-KINDS = ("dense", "s_dense", "sparse", "moe", "upcycled", "network_moe")
+KINDS = ("dense", "s_dense", "sparse", "moe", "upcycled", "network_moe", "dual_moe")
+WHOLE = ("network_moe", "dual_moe")  # those whose experts are whole networks
 LAYOUTS = ("partition", "windows")
 ROUTE_PER = ("layer", "block", "stage", "network")
 STEMS = ("cifar", "imagenet")
@@ -47,6 +48,7 @@ MODEL_OPTIONS = {  # of create_model, for each kind
     "moe": (*_COMMON, *_ROUTER, "bn", "gate_after", "route_per", "moe_at"),
     "upcycled": (*_COMMON, *_ROUTER),
     "network_moe": (*_COMMON, *_ROUTER, "mix", "frozen_router"),
+    "dual_moe": (*_COMMON, *_ROUTER, "mix", "frozen_router", "alpha", "dual_on"),
 }
 
 
@@ -74,6 +76,8 @@ class ModelSpec:
     router_options: RouterOptions = field(default_factory=RouterOptions)
     mix: str = "logits"
     frozen_router: bool = False
+    alpha: float = 0.7
+    dual_on: str = "logits"
 
     @property
     def routed(self) -> bool:
@@ -82,7 +86,7 @@ class ModelSpec:
     @property
     def whole(self) -> bool:
         """Whether experts are whole networks: every layer has a slice for each."""
-        return self.kind == "network_moe"
+        return self.kind in WHOLE
 
     def routes(self, routed: bool) -> bool:
         """Whether a layer is routed that kind moe routes, or (``routed`` False) does not."""
@@ -144,7 +148,7 @@ def register_kind(name: str) -> Callable[[_Made], _Made]:
 
 
 def default_router(kind: str) -> str:
-    return "linear" if kind == "network_moe" else "light"
+    return "linear" if kind in WHOLE else "light"
 
 
 def default_gate(top_k: int) -> str:
@@ -171,8 +175,9 @@ def create_model(
         kind: ``"dense"`` (every width as it is), ``"s_dense"`` (all widths times ratio: about one pathway), ``"sparse"``
             (dense, with a mask over output channels that ``advmoe.sparse`` learns to keep ``ratio`` of them), ``"moe"``
             (routed convolutions of num_experts experts, each as wide as s_dense's), ``"upcycled"`` (what
-            :func:`advmoe.upcycle` makes of the dense network) or ``"network_moe"`` (num_experts dense networks and a
-            router of the image: :class:`advmoe.models.NetworkMoE`).
+            :func:`advmoe.upcycle` makes of the dense network), ``"network_moe"`` (num_experts dense networks and a
+            router of the image: :class:`advmoe.models.NetworkMoE`) or ``"dual_moe"`` (two of the latter, a standard and a
+            robust one: :class:`advmoe.models.DualModel`).
         ratio: r, the width of an expert against the dense layer's; widths are ``int(r * channels)``.
         width: channels of the first stage; the architecture's own by default.
         layout: of kind moe. ``"partition"``: expert e owns rows ``e * w : (e + 1) * w`` of the weight, as in AdvMoE's
@@ -181,19 +186,21 @@ def create_model(
             is the dense network. The stem keeps its full width (but DenseNet's), and the classifier has a column for each
             dense channel and reads those of the window that it gets.
         router: a name of ``advmoe.routers.list_routers()``, or ``module:Class``; by default ``"light"``, of kind
-            network_moe ``"linear"``.
+            network_moe and dual_moe ``"linear"``.
         normalize: subtract ``mean`` and divide by ``std`` (options; CIFAR-10's by default) inside the model.
         options: ``mean``, ``std``; ``stem``: ``"cifar"`` (3×3) or ``"imagenet"`` (7×7 of stride 2, pooled; by default
-            from 128 pixels on). For kinds moe, upcycled and network_moe
+            from 128 pixels on). For kinds moe, upcycled, network_moe and dual_moe
 
             - ``gate``, ``temperature``, ``noise``, ``standardize``, ``top_k``: see
               :class:`advmoe.routers.RouterOptions`; the gate of several choices is ``"softmax"`` by default; of kinds moe
               and upcycled more than one choice only in vision transformers;
 
-            for kind network_moe also
+            for kinds network_moe and dual_moe also
 
             - ``mix``: ``"logits"`` of the chosen experts are mixed, or their ``"probabilities"``;
             - ``frozen_router``: the router stays as it is drawn;
+            - ``alpha`` and ``dual_on``, of kind dual_moe alone: the robust one's share, and what is mixed, ``"logits"``
+              or ``"probabilities"``;
 
             for kind moe also
 
@@ -212,7 +219,7 @@ def create_model(
     _MODELS[arch]  # an unknown name raises
     if kind not in KINDS:
         raise unknown_name("kind", kind, KINDS)
-    if kind in ("upcycled", "network_moe") and layout != "partition":
+    if kind in ("upcycled", *WHOLE) and layout != "partition":
         raise ValueError(
             f"layout: the experts of kind {kind} have weights of their own, layout 'partition'; got {layout!r}"
         )
@@ -222,7 +229,7 @@ def create_model(
     options = {name: value for name, value in options.items() if value is not None}
     options.setdefault("stem", None)
     given_route_per = options.get("route_per")
-    whole = kind == "network_moe"
+    whole = kind in WHOLE
     options.setdefault("route_per", "network" if whole else "layer")
     options.setdefault("bn", "per_expert" if whole or layout == "windows" else "shared")
     options.setdefault("gate", default_gate(options.get("top_k", 1)))
@@ -310,18 +317,18 @@ def initialize(model: nn.Module) -> None:
 
 
 def router_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """φ: the parameters of all routers, each once; not of frozen ones."""
-    return [p for p in _of_routers(model) if p.requires_grad]
+    """φ: the parameters of all routers, each once; not of those that are frozen for good (:attr:`Router.frozen`)."""
+    return _of_routers([router for router in routers_of(model).values() if not router.frozen])
 
 
 def backbone_parameters(model: nn.Module) -> list[nn.Parameter]:
     """ψ: all parameters but the routers'."""
-    routers = {id(p) for p in _of_routers(model)}
+    routers = {id(p) for p in _of_routers(routers_of(model).values())}
     return [p for p in model.parameters() if id(p) not in routers]
 
 
-def _of_routers(model: nn.Module) -> list[nn.Parameter]:
-    return list({id(p): p for router in routers_of(model).values() for p in router.parameters()}.values())
+def _of_routers(routers: Iterable[nn.Module]) -> list[nn.Parameter]:
+    return list({id(p): p for router in routers for p in router.parameters()}.values())
 
 
 @dataclass

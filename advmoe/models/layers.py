@@ -93,7 +93,7 @@ class Path:
     @classmethod
     def following(cls, routing: Routing) -> Path:
         """One on which all layers take this choice, the first too."""
-        path = cls()
+        path = cls(pools=True)
         path.choice = path.writer = routing
         return path
 

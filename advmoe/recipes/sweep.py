@@ -21,7 +21,8 @@ __all__ = ["Outcome", "Sweep", "SweepOptions", "differences", "plain"]
 
 # what a run takes from its data and machine where the recipe leaves it open
 _OPEN = (
-    "model.num_classes", "model.image_size", "model.mean", "model.std", "attack.loss", "routing.share_epochs",
+    "model.num_classes", "model.image_size", "model.mean", "model.std", "model.router", "model.gate", "attack.loss",
+    "routing.share_epochs",
 )  # fmt: skip
 # where things lie, what computes them and what is written besides
 _PLACE = ("data.folder", "data.workers", "threads", "device", "tensorboard")

@@ -41,6 +41,7 @@ ANALYSES = {  # each by its name, which its files have too
     "epsilons": "RA against the radius of the attack, of all runs (figure 2)",
     "transfer": "every run on the images that were attacked on every other one",
     "training": "SA, RA and loss over the epochs (figure A2)",
+    "stability": "SA and RA over the epochs, of all runs",
     "fig2": "RA against the radius of the attack, of reproduced runs",
     "fig3": "a MoE of which only the routers are trained adversarially, of reproduced runs",
     "fig7": "RA against r and N, of reproduced runs",
@@ -260,7 +261,7 @@ def _plan(
             skipped.append(Skipped(name, label, obstacle))
         else:
             assert folder is not None
-            tasks.append(_Task(name, label, folder, make, attacks=name != "training"))
+            tasks.append(_Task(name, label, folder, make, attacks=name not in ("training", "stability")))
 
     several = len(loaded) > 1
     alike = None if len({source.images for source in loaded}) == 1 else _not_alike(loaded)
@@ -275,7 +276,26 @@ def _plan(
                 add(name, None, out, alike, make)
             else:
                 add(name, loaded[0], loaded[0].folder, None, make)
+    if loaded and "stability" in wanted:
+        unlike = _not_on_record(loaded) if several else "it compares several runs, got one"
+        add("stability", None, out, unlike, partial(_stability, loaded))
     return tasks, skipped
+
+
+def _not_on_record(loaded: Sequence[_Source]) -> str | None:
+    lacking = [source.label for source in loaded if source.config is None]
+    if lacking:
+        return f"a model that is not a run's has no epochs on record; {', '.join(lacking)} is none"
+    attacks = {source.config.validation_attack: source.label for source in loaded if source.config is not None}
+    if len(attacks) > 1:
+        return f"it takes runs validated alike; {', '.join(f'{label} by {name}' for name, label in attacks.items())}"
+    return None
+
+
+def _stability(loaded: Sequence[_Source], attacks: _Attacks) -> Finding:
+    lines = {source.label: source.run.metrics() for source in loaded if source.run is not None}
+    config = loaded[0].config
+    return analysis.stability(lines, None if config is None else config.validation_attack)
 
 
 def _obstacle(name: str, source: _Source, sparse: nn.Module | None) -> str | None:

@@ -30,6 +30,7 @@ from ..attacks import PGD, from_name
 from ..config import RunConfig, write_text
 from ..data import load
 from ..evaluation import SUSPECT
+from ..models.base import WHOLE
 from ..recipes import Catalog
 from ..recipes.sweep import differences, plain
 from ..tables import percent
@@ -44,7 +45,7 @@ __all__ = ["write_report"]
 NOTHING = "-"
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d):\d\d,\d+ ")  # of a line in log.txt
 _PGD50 = re.compile(r"pgd50(x\d+)?(-ce)?")
-_FIRST = ("training", "curve", "epsilons", "per_class")  # the pictures that come before the others
+_FIRST = ("training", "stability", "curve", "epsilons", "per_class")  # the pictures that come before the others
 _HATCHES = ("", "///", "...", "xx")
 _MANY = 20  # classes from which on there is no room for their names
 
@@ -200,7 +201,7 @@ def _settings(configs: Sequence[RunConfig]) -> dict[str, Any]:
     if len(configs) > 1:
         return {"first": {name: row for name, row in rows.items() if len(set(row)) > 1}, "all": rows}
     c = configs[0]
-    routed = c.model.kind in ("moe", "upcycled", "network_moe")
+    routed = c.model.kind in ("moe", "upcycled", *WHOLE)
     first = {
         "data": c.data.name,
         "training images": "all" if c.data.train_limit is None else str(c.data.train_limit),
@@ -368,7 +369,7 @@ def _wanted(subjects: Sequence[_Subject]) -> list[str]:
     left_out = {"fig2", "fig3", "fig7", "fig8"}
     left_out |= {"epsilons"} if _curves(subjects) else set()
     left_out |= set() if _mask(subjects) else {"pathways"}
-    left_out |= set() if len(subjects) > 1 else {"transfer"}
+    left_out |= set() if len(subjects) > 1 else {"transfer", "stability"}
     return [name for name in ANALYSES if name not in left_out]
 
 

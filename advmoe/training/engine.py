@@ -26,6 +26,7 @@ from ..config import ModelConfig, RunConfig
 from ..data import Batches, BatchStream, DataSet, load, stream_generator
 from ..evaluation.measure import Evaluation, evaluate
 from ..models import router_parameters, upcycle
+from ..models.base import WHOLE
 from ..routers import FixedRouter, NonFiniteRouterError, RouterOptions, routers_of
 from ..sparse import masked_convolutions
 from . import tensorboard
@@ -66,7 +67,7 @@ class Trainer:
         if config.optim.compile and world.size > 1:
             raise ValueError(f"compile: for one process, got {world.size}")
         self.device = device_of(config.device)
-        if config.model.kind in ("moe", "upcycled", "network_moe"):
+        if config.model.kind in ("moe", "upcycled", *WHOLE):
             choose(self.device)
         torch.manual_seed(config.seed)
         model = build_model(config.model).to(self.device)
@@ -82,6 +83,9 @@ class Trainer:
             tensorboard.require()
         if config.init is not None:
             _load_weights(self.model, config.init, config.model)
+        for moe, source in (("standard", config.standard_run), ("robust", config.robust_run)):
+            if source is not None:
+                _load_weights(self.model.get_submodule(moe), source, config.model, f"{moe}_run")
         world.prepare(self.model)
         if config.optim.compile:
             _compile(self.model)
@@ -92,9 +96,10 @@ class Trainer:
         if workers is None:  # the cores are for all streams of all processes on this machine
             streams = len(names) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             workers = min(data.train.workers, max(1, data.train.workers // streams))
+        training = data.train.augmented(config.data.shift, config.data.cutout, data.mean)
         orders = [Batches(len(data.train), config.batch_size, config.seed, name) for name in names]
         self.batches = [
-            BatchStream(data.train, order, config.data.augment, workers, self.device.type == "cuda", part)
+            BatchStream(training, order, config.data.augment, workers, self.device.type == "cuda", part)
             for order in orders
         ]
         self.steps_per_epoch = len(orders[-1])
@@ -225,11 +230,17 @@ class Trainer:
         return Batch(images, labels, attack)
 
     def _set_rates(self) -> None:
-        """Cosine from the full rate to 0 over all steps of the method's phase (the released code steps it once an epoch,
-        in the same shape)."""
+        """Cosine from the full rate to 0 over all steps of the method's phase (AdvMoE's released code steps it once an
+        epoch, in the same shape), or a triangle of so many steps over and over. A function of where the run is."""
         start, end = self.method.schedule(self.epoch, self.config.epochs)
-        done = (self.epoch - start + self.step / self.steps_per_epoch) / (end - start)
-        factor = 0.5 * (1 + math.cos(math.pi * done))
+        steps = (self.epoch - start) * self.steps_per_epoch + self.step
+        o = self.config.optim
+        if o.schedule == "cyclic":
+            low = o.low_lr / o.lr if o.low_lr is not None and o.lr else 0.5
+            way = steps / o.cycle_steps % 2
+            factor = low + (1 - low) * min(way, 2 - way)
+        else:
+            factor = 0.5 * (1 + math.cos(math.pi * steps / ((end - start) * self.steps_per_epoch)))
         for optimizer in self.method.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
@@ -371,8 +382,11 @@ def _compile(model: nn.Module) -> None:
     model.compile(dynamic=False)
 
 
-def _load_weights(model: nn.Module, source: str, into: ModelConfig) -> None:
+def _load_weights(model: nn.Module, source: str, into: ModelConfig, setting: str = "init") -> None:
     """Begins with another run's weights; of kind upcycled with what becomes of a dense network's.
+
+    Args:
+        setting: that names the source.
 
     Raises:
         RunError: if they are not there or do not fit.
@@ -393,7 +407,7 @@ def _load_weights(model: nn.Module, source: str, into: ModelConfig) -> None:
         first = str(error).split("\n\t")[1]  # of a line for each; one may list all names
         first = first if len(first) < 300 else f"{first[:300]} …"
         theirs = "" if config is None else f" (kind {config.model.kind}, width {config.model.width or 'as it is'})"
-        raise RunError(f"init: the weights of {source}{theirs} do not fit this model: {first}") from error
+        raise RunError(f"{setting}: the weights of {source}{theirs} do not fit this model: {first}") from error
 
 
 def device_of(name: str) -> torch.device:
@@ -422,19 +436,26 @@ def resolve(config: RunConfig, data: DataSet) -> RunConfig:
         apart = config.model.kind != "upcycled" or bool(routers_of(network))
         if other is not None and config.model.mean is None and other.model.mean and other.model.std:
             mean, std = other.model.mean, other.model.std  # of what its weights have seen
+    given = [load_model(source)[1] for source in (config.standard_run, config.robust_run) if source is not None]
+    seen = {(each.model.mean, each.model.std) for each in given if each is not None and each.model.mean}
+    if len(seen) > 1:
+        raise RunError("standard_run, robust_run: expected two that normalise images alike, got different mean or std")
+    if seen and config.model.mean is None:
+        mean, std = next((m, s) for m, s in seen if m and s)
     model = dataclasses.replace(
         config.model, num_classes=data.num_classes, image_size=data.image_size, mean=mean, std=std
     )
+    by_label = config.method.objective == "cross_entropy" or config.method.name in ("rt-er", "jtdmoe")
     attack = dataclasses.replace(
         config.attack,
-        loss=config.attack.loss or ("ce" if config.method.objective == "cross_entropy" else "kl"),
+        loss=config.attack.loss or ("ce" if by_label else "kl"),
         epsilon=data.epsilon if config.attack.epsilon is None else config.attack.epsilon,
         step_size=data.step_size if config.attack.step_size is None else config.attack.step_size,
     )
     routing = config.routing
-    if config.model.kind in ("moe", "upcycled", "network_moe") and routing.share_epochs is None:
+    if config.model.kind in ("moe", "upcycled", *WHOLE) and routing.share_epochs is None:
         # networks that answer by themselves are trained apart from the start, as the paper's
-        can_share = not apart and model.kind != "network_moe" and _can_share(dataclasses.replace(config, model=model))
+        can_share = not apart and model.kind not in WHOLE and _can_share(dataclasses.replace(config, model=model))
         shared = config.epochs * 3 // 4 if can_share else 0
         routing = dataclasses.replace(routing, share_epochs=shared)
     threads = torch.get_num_threads() if config.threads is None else config.threads
@@ -521,7 +542,7 @@ def resume(folder: str | Path, quiet: bool = False, data_dir: str | None = None,
         torch.set_num_threads(config.threads)
     begun = run.checkpoint().exists()
     # a checkpoint holds the weights; those that the run began with may be gone by now
-    trainer = Trainer(dataclasses.replace(config, init=None) if begun else config, run, data, quiet, world)
+    trainer = Trainer(_without_sources(config) if begun else config, run, data, quiet, world)
     if begun:
         state = load_checkpoint(run.checkpoint())
         try:
@@ -535,6 +556,10 @@ def resume(folder: str | Path, quiet: bool = False, data_dir: str | None = None,
     with _logged(run, world):
         trainer.fit()
     return run
+
+
+def _without_sources(config: RunConfig) -> RunConfig:
+    return dataclasses.replace(config, init=None, standard_run=None, robust_run=None)
 
 
 def load_data(config: RunConfig, world: World = ALONE) -> DataSet:

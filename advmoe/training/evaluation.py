@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from ..attacks import PGD, AutoAttack, from_name
 from ..config import RunConfig, write_text
 from ..data import DataSet, load
 from ..evaluation import Evaluation, Scrutiny, evaluate, scrutinize, suspect
+from ..models import DualModel
 from ..profiling import Latency, Profile, measure_latency, profile
 from ..sparse import compact, masked_convolutions
 from .engine import device_of
 from .runs import RunError, load_model
 
-__all__ = ["EvaluatedRun", "Opened", "evaluate_run", "open_source", "write_record"]
+__all__ = ["EvaluatedRun", "Opened", "evaluate_dual", "evaluate_run", "open_source", "write_record"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,59 @@ class EvaluatedRun:
     latency: list[Latency]
     record: dict[str, Any]
     path: Path | None
+
+
+def evaluate_dual(
+    standard: str | Path,
+    robust: str | Path,
+    alphas: Sequence[float],
+    attacks: Sequence[str],
+    on: str = "logits",
+    checkpoint: str = "best",
+    data_dir: str | None = None,
+    limit: int | None = None,
+    epsilon: float | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool = False,
+    autoattack_limit: int | None = None,
+) -> Iterator[tuple[float, dict[str, Any], Evaluation]]:
+    """The Dual-Model of two trained runs: for one alpha after the other a record of it and its evaluation, in which every
+    attack is made anew on the Dual-Model as it then is.
+
+    Args:
+        standard, robust: run folders or checkpoints of one data set, whose test images and radius (the robust one's) are
+            taken.
+        limit: the first so many test images; ``autoattack_limit``: of these, for AutoAttack.
+
+    Raises:
+        ValueError: if there is no such run or attack, if the two are of other data, or for an alpha outside of [0, 1].
+    """
+    ours, theirs = (open_source(source, checkpoint, data_dir=data_dir) for source in (standard, robust))
+    if ours.data.name != theirs.data.name:
+        raise ValueError(f"dual: expected two runs of one data set, got {ours.data.name} and {theirs.data.name}")
+    epsilon = theirs.epsilon if epsilon is None else epsilon
+    chosen = {attack: from_name(attack, epsilon) for attack in attacks}
+    shorter = {n: autoattack_limit for n, a in chosen.items() if isinstance(a, AutoAttack) and autoattack_limit}
+    models = [DualModel(ours.model, theirs.model, alpha, on).to(device_of(device)).eval() for alpha in alphas]
+    test = theirs.data.test.first(limit)
+    for model in models:
+        torch.manual_seed(seed)
+        result = evaluate(model, test, chosen, batch_size, seed=seed, progress=progress, limits=shorter)
+        record = {
+            "standard": str(standard),
+            "robust": str(robust),
+            "checkpoint": checkpoint,
+            "on": on,
+            "data": theirs.data.name,
+            "seed": seed,
+            "epsilon": epsilon,
+            "torch": torch.__version__,
+            "alpha": model.alpha,
+            **result.as_dict(),
+        }
+        yield model.alpha, record, result
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

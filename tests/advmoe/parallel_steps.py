@@ -59,6 +59,12 @@ CASES = {
     "advmoe unused frozen": Case(MethodConfig("advmoe"), bright=True, freeze_unused=True),
     "standard bfloat16": Case(MethodConfig("standard"), torch.float32, bright=True, precision="bfloat16"),
     "at bfloat16": Case(MethodConfig("at"), torch.float32, bright=True, precision="bfloat16"),
+    "rt-er another in parts": Case(
+        MethodConfig("rt-er", robust_experts="another"),
+        options={"kind": "network_moe", "num_experts": 3},
+        accumulate=2,
+    ),
+    "jtdmoe": Case(MethodConfig("jtdmoe"), options={"kind": "dual_moe", "num_experts": 3, "frozen_router": True}),
     "at one expert unused per_expert": Case(MethodConfig("at"), options={"bn": "per_expert"}, bright=True),
 }
 

@@ -95,7 +95,8 @@ def assert_same_run(first: Run, second: Run) -> None:
     for a, b in zip(one["model"].values(), two["model"].values(), strict=True):
         assert torch.equal(a, b)
     for name, state in one["optimizers"].items():
-        buffers = [[v["momentum_buffer"] for v in s["state"].values()] for s in (state, two["optimizers"][name])]
+        both = (state["state"], two["optimizers"][name]["state"])
+        buffers = [[t for v in s.values() for t in v.values() if torch.is_tensor(t)] for s in both]
         assert all(torch.equal(a, b) for a, b in zip(*buffers, strict=True)) and buffers[0]
     assert one["batches"] == two["batches"]
     assert torch.equal(one["torch_rng"], two["torch_rng"])

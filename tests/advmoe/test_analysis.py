@@ -380,6 +380,19 @@ def test_history_has_every_epoch_and_loss() -> None:
         analysis.history([])
 
 
+def test_stability_says_how_far_each_run_falls() -> None:
+    def lines(*robust: float) -> list[dict[str, float]]:
+        return [{"epoch": i, "validation_sa": 0.5, "validation_ra": ra} for i, ra in enumerate(robust, start=1)]
+
+    found = analysis.stability({"at": lines(0.2, 0.3, 0.1, 0.25), "rt-er": lines(0.1, 0.2)}, "pgd10")
+    assert [row[:4] for row in found.rows[3:5]] == [("at", 4, 0.5, 0.25), ("rt-er", 1, 0.5, 0.1)]
+    assert [row[4] for row in found.rows] == pytest.approx([0, 0, 0.2, 0.05, 0, 0])
+    assert "pgd10" in found.note and "at 20.0, rt-er 0.0" in found.note
+    require_picture(found)
+    with pytest.raises(ValueError, match="at least one epoch of at"):
+        analysis.stability({"at": []})
+
+
 def test_reproduced_figures_of_what_is_there() -> None:
     results = [
         Result("d", "ResNet-18", "AT (Dense)", sa=(0.8,), ra=(0.5,)),

@@ -78,7 +78,7 @@ def test_one_run(runs: Path) -> None:
     assert len(rows(folder / "training.csv")) == 2
     why = reasons(found, "moe/seed0")
     assert why.keys() == {"pathways", "radius"} and "--against" in why["pathways"] and "LightRouter" in why["radius"]
-    assert "got one" in reasons(found, None)["transfer"]
+    assert "got one" in reasons(found, None)["transfer"] and "got one" in reasons(found, None)["stability"]
 
 
 def test_another_checkpoint_goes_elsewhere(runs: Path) -> None:
@@ -92,7 +92,10 @@ def test_another_checkpoint_goes_elsewhere(runs: Path) -> None:
 def test_several_runs(runs: Path, tmp_path: Path) -> None:
     sources = [runs / name / "seed0" for name in ("moe", "linear", "dense")]
     found = small(*sources, out=tmp_path, against=runs / "sparse" / "seed0")
-    assert names(found, None) == ["epsilons", "transfer"]
+    assert names(found, None) == ["epsilons", "transfer", "stability"]
+    assert {row["model"] for row in rows(tmp_path / "stability.csv")} == {
+        f"{n}/seed0" for n in ("moe", "linear", "dense")
+    }
     assert names(found, "moe/seed0") == [*ROUTED, "pathways", "training"]
     assert names(found, "linear/seed0") == [*ROUTED, "pathways", "radius", "training"]
     assert names(found, "dense/seed0") == ["training"]
@@ -156,7 +159,7 @@ def test_wrong_words(runs: Path) -> None:
         small(run, run)
     with pytest.raises(ValueError, match="moves every image, such as pgd50; got 'pgd2-l2'"):
         small(run, attack="pgd2-l2")
-    assert set(driver._OF_ONE) | {"epsilons", "transfer"} | set(driver._REPRODUCED) == set(ANALYSES)
+    assert set(driver._OF_ONE) | {"epsilons", "transfer", "stability"} | set(driver._REPRODUCED) == set(ANALYSES)
 
 
 def test_figures_of_reproduced_runs(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from small_runs import write_cifar10
 
 from advmoe import __version__
 from advmoe.attacks import NonFiniteGradientError
-from advmoe.cli import _method_config, _model_config, _parser, main
+from advmoe.cli import _method_config, _model_config, _optim_config, _parser, main
 from advmoe.config import (
     METHODS,
     AttackConfig,
@@ -186,8 +186,10 @@ def test_as_released_refuses_what_contradicts_it(
 def test_the_defaults_are_those_of_the_settings() -> None:
     options = _parser().parse_args(["train", "--out", "run"])
     assert _model_config(options) == ModelConfig()
-    assert (options.epochs, options.batch_size, options.lr, options.momentum) == (100, 128, 0.1, 0.9)
-    assert (options.weight_decay, options.beta, options.attack_steps, options.method) == (5e-4, 6.0, 2, "advmoe")
+    assert (options.epochs, options.batch_size) == (100, 128) and _optim_config(options) == OptimConfig()
+    assert (options.beta, options.attack_steps, options.method) == (6.0, 2, "advmoe")
+    adam = _parser().parse_args(["train", "--out", "run", "--optimizer", "adam"])
+    assert _optim_config(adam) == OptimConfig.cyclic_adam()
     assert options.epsilon is None and options.step_size is None  # the data's own
     asked = [options.balance, options.balance_weight, options.experts_start, options.share_epochs]
     assert RoutingConfig(*asked) == RoutingConfig() and options.init is None

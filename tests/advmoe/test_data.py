@@ -230,6 +230,43 @@ def test_no_padding_and_no_mirror_is_no_change() -> None:
     assert torch.equal(augment(images, stream_generator(0), padding=0, flip=False), images)
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_cutout_fills_one_square_of_each_image(channels_last: bool) -> None:
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+    images, fill = torch.rand(64, 3, 8, 9).contiguous(memory_format=memory), (0.25, 0.5, 0.75)
+    plain = augment(images, stream_generator(0), padding=2)
+    cut = augment(images, stream_generator(0), padding=2, cutout=3, fill=fill)
+    assert cut.is_contiguous(memory_format=memory)
+    changed = (cut != plain).any(1)
+    assert torch.equal(changed, (cut == torch.tensor(fill).view(1, 3, 1, 1)).all(1))
+    corners = set()
+    for each in changed:
+        rows, columns = each.any(1).nonzero().squeeze(1), each.any(0).nonzero().squeeze(1)
+        assert each.sum() == 9 and len(rows) == len(columns) == 3
+        corners.add((int(rows[0]), int(columns[0])))
+    assert {t for t, _ in corners} == set(range(6)) and {left for _, left in corners} == set(range(7))
+    part = torch.arange(5, 20)  # one of several processes: the same squares
+    own = augment(images[part], stream_generator(0), 2, part=part, total=64, cutout=3, fill=fill)
+    assert torch.equal(own, cut[part])
+    with pytest.raises(ValueError, match="cutout: expected at most the images' 8 pixels, got 9"):
+        augment(images, stream_generator(0), cutout=9)
+
+
+def test_a_split_is_augmented_as_it_is_told(archive: Path) -> None:
+    data = load("cifar10", archive)
+    index, generator = torch.arange(16), stream_generator
+    split = data.train.augmented(2, 8, data.mean)
+    images, _ = split.batch(index, generator(0))
+    raw, _ = data.train.batch(index)
+    assert torch.equal(images, augment(raw, generator(0), 2, cutout=8, fill=data.mean))
+    assert torch.equal(split.select(index).batch(index, generator(0))[0], images)
+    assert torch.equal(split.batch(index)[0], raw)  # as they are where nothing is drawn
+    same = data.train.augmented(None, 0, data.mean).batch(index, generator(0))[0]
+    assert torch.equal(same, data.train.batch(index, generator(0))[0])
+    with pytest.raises(ValueError, match="cutout: expected at most the images' 32 pixels, got 33"):
+        data.train.augmented(None, 33, data.mean)
+
+
 def test_streams_are_functions_of_their_key() -> None:
     draws = [
         torch.rand(4, generator=stream_generator(*key)) for key in ((0, "a"), (0, "a"), (0, "b"), (1, "a"), (0, "a", 0))

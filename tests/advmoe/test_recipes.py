@@ -21,7 +21,7 @@ from setuptools import Distribution
 
 from advmoe.attacks import PGD
 from advmoe.cli import main
-from advmoe.config import RunConfig
+from advmoe.config import OptimConfig, RunConfig
 from advmoe.models import create_model, router_parameters
 from advmoe.profiling import profile
 from advmoe.recipes import SCALES, Catalog, catalog, results, sweep
@@ -199,6 +199,7 @@ def test_the_models_and_methods_go_together(recipes: Catalog) -> None:
     configs = [recipes.plan(name, "cpu").config for name in [*recipes.recipes, *extremes]]
     chosen = {(c.model.arch, c.model.kind, c.method.name, c.method.part): c for c in configs[: -len(extremes)]}
     pairs = {(arch, kind) for arch in ARCHS.values() for kind in ("dense", "s_dense", "sparse", "moe")}
+    pairs |= {("resnet18", kind) for kind in ("network_moe", "dual_moe")}
     assert {key[:2] for key in chosen} == pairs
     with torch.device("meta"):
         for c in [*chosen.values(), *configs[-len(extremes) :]]:
@@ -230,6 +231,24 @@ def test_the_papers_settings(recipes: Catalog) -> None:
     assert advmoe == RunConfig(  # the defaults are the paper's
         data=advmoe.data, attack=dataclasses.replace(RunConfig().attack, epsilon=8 / 255, step_size=5 / 255, loss="kl")
     )
+
+
+def test_the_settings_of_rt_er(recipes: Catalog) -> None:
+    names = [r.name.removeprefix("rter/cifar10/resnet18/") for r in recipes.select("rter")]
+    assert names == ["st", "at", "rt_er", "jtdmoe", "trades", "advmoe"]
+    for name in names:
+        plan = recipes.plan(f"rter/cifar10/resnet18/{name}", "paper")
+        c = plan.config
+        assert c.optim == OptimConfig.cyclic_adam(low_lr=5e-5) and (c.batch_size, c.epochs) == (512, 130)
+        assert (c.attack.steps, c.attack.step_size, c.attack.epsilon) == (10, 2 / 255, 8 / 255)
+        assert c.attack.loss == ("kl" if name in ("st", "trades", "advmoe") else "ce")
+        assert (c.data.augment, c.data.shift, c.data.cutout) == (True, 2, 8) and c.data.train_limit is None
+        assert (c.model.num_experts, c.model.width, c.model.alpha) == (4, None, 0.7)
+        assert c.model.frozen_router == (name != "advmoe")
+        assert (c.method.beta, c.method.robust_experts, plan.evaluation.attack) == (6.0, "second", "pgd50")
+    methods = {name: recipes.plan(f"rter/cifar10/resnet18/{name}", "cpu").config.method for name in names}
+    assert [m.name for m in methods.values()] == ["standard", "at", "rt-er", "jtdmoe", "at", "advmoe"]
+    assert methods["at"].objective == "cross_entropy" and methods["trades"].objective == "trades"
 
 
 def test_the_other_scales_say_what_they_are(recipes: Catalog) -> None:
@@ -623,4 +642,4 @@ def test_the_files_are_in_the_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "advmoe.recipes" in distribution.packages
     packed = {Path(name).resolve() for name in build.find_data_files("advmoe.recipes", "advmoe/recipes")}
     folder = ROOT / "advmoe" / "recipes"
-    assert packed == {*folder.glob("*.yaml"), *folder.glob("paper/*")} and len(packed) == 19
+    assert packed == {*folder.glob("*.yaml"), *folder.glob("paper/*")} and len(packed) == 20

@@ -13,13 +13,16 @@ from ..parallel import World
 from .adversarial import AT, Standard
 from .advmoe import AdvMoE
 from .base import Batch, Method, NonFiniteLossError, StepResult
+from .rter import RTER, JTDMoE
 from .sparse import ATSparse
 
 __all__ = [
     "AT",
+    "RTER",
     "ATSparse",
     "AdvMoE",
     "Batch",
+    "JTDMoE",
     "Method",
     "NonFiniteLossError",
     "Standard",
@@ -27,7 +30,9 @@ __all__ = [
     "build_method",
 ]
 
-_METHODS: dict[str, type[Method]] = {"standard": Standard, "at": AT, "at_sparse": ATSparse, "advmoe": AdvMoE}
+_METHODS: dict[str, type[Method]] = {
+    "standard": Standard, "at": AT, "at_sparse": ATSparse, "advmoe": AdvMoE, "rt-er": RTER, "jtdmoe": JTDMoE,
+}  # fmt: skip
 # settings of MethodConfig that one method alone has
 _OWN = {
     "advmoe": (
@@ -56,6 +61,11 @@ def build_method(
             to a method or a model that has no use for it.
     """
     plain = MethodConfig(config.name)
+    robust = config.name in ("rt-er", "jtdmoe")
+    if config.robust_experts != plain.robust_experts and not robust:
+        raise ValueError(f"robust_experts: a setting of the methods rt-er and jtdmoe, without effect on {config.name}")
+    if config.objective != plain.objective and robust:
+        raise ValueError(f"objective: without effect on {config.name}, whose own is cross-entropy and KL")
     for method, names in _OWN.items():
         given = [name for name in names if getattr(config, name) != getattr(plain, name)]
         if given and method != config.name:
@@ -64,6 +74,8 @@ def build_method(
         raise ValueError("router_lr: without effect where no router is trained")
     if config.router_alpha != plain.router_alpha and config.router_objective != "pseudo_label":
         raise ValueError("router_alpha: a setting of the router objective pseudo_label, without effect on another")
-    if config.attack_routers and (config.name == "standard" or not routers_of(model)):
-        raise ValueError("attack_routers: without effect on a method without attack or a model without routers")
+    if config.attack_routers and (config.name == "standard" or robust or not routers_of(model)):
+        raise ValueError(
+            "attack_routers: without effect on rt-er, jtdmoe, a method without attack or a model without routers"
+        )
     return _METHODS[config.name](model, config, optim, attack, routing, world)

@@ -64,7 +64,7 @@ class AT(Method):
         routers = self.config.part == "routers"
         lr = self.optim.router_lr if routers and self.optim.router_lr is not None else self.optim.lr
         parameters = router_parameters(self.model) if routers else backbone_parameters(self.model)
-        return {"all": self._sgd([(parameters, lr)])}
+        return {"all": self._optimizer([(parameters, lr)])}
 
     @contextmanager
     def _part(self) -> Iterator[None]:

@@ -32,7 +32,8 @@ class AdvMoE(Method):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         if not router_parameters(model):
             raise ValueError(
-                "method: advmoe needs a model with trainable routers (kind moe, router not random or fixed); at does not"
+                "method: advmoe needs a model with trainable routers (kind moe, or network_moe; router not random, fixed "
+                "or frozen); at does not"
             )
         super().__init__(model, *args, **kwargs)
         two = self.config.batches == "two" and not self.config.share_attack
@@ -44,8 +45,8 @@ class AdvMoE(Method):
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         router_lr = self.optim.lr if self.optim.router_lr is None else self.optim.router_lr
         return {
-            "router": self._sgd([(router_parameters(self.model), router_lr)]),
-            "backbone": self._sgd([(backbone_parameters(self.model), self.optim.lr)]),
+            "router": self._optimizer([(router_parameters(self.model), router_lr)]),
+            "backbone": self._optimizer([(backbone_parameters(self.model), self.optim.lr)]),
         }
 
     def step(self, batches: Sequence[Batch]) -> StepResult:

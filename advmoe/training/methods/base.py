@@ -110,7 +110,7 @@ class Method(ABC):
             setting = next(f.name for f in dataclasses.fields(asked) if getattr(asked, f.name) != f.default)
             raise ValueError(f"routing.{setting}: a setting of routers, without effect on a model that has none")
         if self.routing.balance != "none" and not router_parameters(model):
-            raise ValueError("balance: without effect on routers that have no parameters")
+            raise ValueError("balance: without effect on routers that have no parameters, or frozen ones")
         self.share_epochs = self.routing.share_epochs or 0
         # those of several experts are 1 in sum
         if self.share_epochs and any(
@@ -129,25 +129,27 @@ class Method(ABC):
         return self.routing.balance != "none"
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        routers = router_parameters(self.model)
-        if self.optim.router_lr is None or not routers:
-            return {"all": self._sgd([(list(self.model.parameters()), self.optim.lr)])}
-        groups = [(backbone_parameters(self.model), self.optim.lr), (routers, self.optim.router_lr)]
-        return {"all": self._sgd(groups)}
+        return {"all": self._optimizer(self._groups(self.model))}
 
-    def _sgd(self, groups: Sequence[tuple[Sequence[nn.Parameter], float]]) -> torch.optim.Optimizer:
+    def _groups(self, model: nn.Module) -> list[tuple[Sequence[nn.Parameter], float]]:
+        """All parameters of a model or a part of it, with their rates."""
+        routers = router_parameters(model)
+        if self.optim.router_lr is None or not routers:
+            return [(list(model.parameters()), self.optim.lr)]
+        return [(backbone_parameters(model), self.optim.lr), (routers, self.optim.router_lr)]
+
+    def _optimizer(self, groups: Sequence[tuple[Sequence[nn.Parameter], float]]) -> torch.optim.Optimizer:
         """Groups of parameters with their rates, each kept as ``base_lr``, which the schedule scales."""
         o = self.optim
-        return torch.optim.SGD(
-            [{"params": list(parameters), "lr": lr, "base_lr": lr} for parameters, lr in groups],
-            momentum=o.momentum,
-            weight_decay=o.weight_decay,
-        )
+        each = [{"params": list(parameters), "lr": lr, "base_lr": lr} for parameters, lr in groups]
+        if o.optimizer == "adam":
+            return torch.optim.Adam(each, betas=(o.momentum, 0.999), weight_decay=o.weight_decay)
+        return torch.optim.SGD(each, momentum=o.momentum, weight_decay=o.weight_decay)
 
     # --- phases of a run ------------------------------------------------------------------------------------------------
 
     def schedule(self, epoch: int, epochs: int) -> tuple[int, int]:
-        """First epoch and end of the cosine schedule that ``epoch`` lies in."""
+        """First epoch and end of the schedule that ``epoch`` lies in."""
         return 0, epochs
 
     def enter_epoch(self, epoch: int) -> None:
@@ -246,8 +248,8 @@ class Method(ABC):
         self,
         optimizer: torch.optim.Optimizer,
         parts: Sequence[Batch],
-        objective: Callable[[Batch, Tensor], tuple[Tensor, Tensor]],
-        attacked: Sequence[Tensor] | None = None,
+        objective: Callable[[Batch, Any], tuple[Tensor, Tensor]],
+        attacked: Sequence[Any] | None = None,
         balanced: bool = False,
         name: str = "loss",
     ) -> StepResult:
@@ -255,7 +257,7 @@ class Method(ABC):
 
         Args:
             objective: of a part and its attacked images, to the loss and the logits whose accuracy is counted.
-            attacked: the attacked images of each part; found here by default.
+            attacked: the attacked images of each part, or what else the objective takes for them; found here by default.
             balanced: adds the routers' balancing loss.
             name: of the loss.
 
@@ -286,8 +288,8 @@ class Method(ABC):
     def _forward(
         self,
         part: Batch,
-        attacked: Tensor,
-        objective: Callable[[Batch, Tensor], tuple[Tensor, Tensor]],
+        attacked: Any,
+        objective: Callable[[Batch, Any], tuple[Tensor, Tensor]],
         balanced: bool,
     ) -> tuple[Tensor, Tensor, dict[str, float]]:
         with self._autocast():

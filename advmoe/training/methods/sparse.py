@@ -43,6 +43,8 @@ class ATSparse(Method):
         self.image_size: int | None = None  # of the images, once one has come
         if self.config.mask_epochs < 1:
             raise ValueError("mask_epochs: expected at least 1 for at_sparse, got 0")
+        if self.optim.optimizer != "sgd":
+            raise ValueError(f"optimizer: at_sparse learns its masks by sgd, got {self.optim.optimizer!r}")
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         scores = score_parameters(self.model)
@@ -51,9 +53,9 @@ class ATSparse(Method):
         self.weights, self.scores = weights, scores
         lr = self.optim.lr
         return {
-            "pretrain": self._sgd([(weights, lr)]),
+            "pretrain": self._optimizer([(weights, lr)]),
             "mask": torch.optim.SGD([{"params": scores, "lr": lr, "base_lr": lr}], momentum=self.optim.momentum),
-            "finetune": self._sgd([(weights, lr)]),
+            "finetune": self._optimizer([(weights, lr)]),
         }
 
     def schedule(self, epoch: int, epochs: int) -> tuple[int, int]:
