@@ -274,14 +274,14 @@ void sums_row(const FeatureJob& job, const Rows<A>& rows, int64_t at, int64_t n)
     const A* __restrict pooled = rows.pooled;
     A* __restrict sums = rows.sums, * __restrict products = rows.products;
     A* __restrict d = rows.work;
-    if (grad == nullptr) {
-        for (int64_t i = 0; i < n; ++i) d[i] = pooled[i];
-    } else {
-        for (int64_t i = 0; i < n; ++i) d[i] = to_acc(grad[i]) + pooled[i];
-    }
     // a loop of its own: together with the sums compilers make a branch of the choice
-    if constexpr (kKept != Kept::all) {
-        for (int64_t i = 0; i < n; ++i) d[i] = through<kKept>(A(to_acc(x[i])), d[i], mean[i], scale[i], shift[i]);
+    const auto each = [&](int64_t i, A of_result) {
+        d[i] = through<kKept>(A(to_acc(x[i])), of_result + pooled[i], mean[i], scale[i], shift[i]);
+    };
+    if (grad == nullptr) {
+        for (int64_t i = 0; i < n; ++i) each(i, A(0));
+    } else {
+        for (int64_t i = 0; i < n; ++i) each(i, to_acc(grad[i]));
     }
     for (int64_t i = 0; i < n; ++i) {
         sums[i] += d[i];
