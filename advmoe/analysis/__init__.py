@@ -5,13 +5,15 @@
 analyses are functions of. Those of :mod:`.reproduced` and :mod:`.history` are of what runs have written down.
 """
 
+from ..certification.routes import linear_map, route_radii
+from .certified import certified
 from .dissection import dissection
 from .dual import alphas
 from .finding import Finding
 from .history import history, stability
 from .observation import Choice, Observation, observe
 from .pathways import overlaps, pathways
-from .radius import linear_map, radius, route_radii
+from .radius import radius
 from .reproduced import Result, fig2, fig3, fig7, fig8
 from .robustness import epsilons, transfer
 from .routing import classes, entropy, flips, usage
@@ -22,6 +24,7 @@ __all__ = [
     "Observation",
     "Result",
     "alphas",
+    "certified",
     "classes",
     "dissection",
     "entropy",

@@ -5,64 +5,14 @@ from __future__ import annotations
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
-from ..models.base import Normalize
-from ..routers import LinearRouter, routers_of
+from ..certification.routes import linear_map, route_radii
 from . import style
 from .finding import Finding
 from .observation import Observation
 
-__all__ = ["linear_map", "radius", "route_radii"]
-
-
-def linear_map(model: nn.Module) -> Tensor:
-    """The weight ``[N, 3 * S * S]``, float64, from pixels in [0, 1] to the scores that a model's linear router chooses by
-    in eval mode: normalisation of the image, standardisation of the scores and temperature are linear and part of it.
-
-    Raises:
-        ValueError: if the model does not have one router, ``"linear"``, of its ``normalize``\\ d image.
-    """
-    routers = list(routers_of(model).values())
-    if len(routers) != 1 or type(routers[0]) is not LinearRouter:
-        found = sorted({type(router).__name__ for router in routers}) or ["none"]
-        raise ValueError(
-            f"model: expected one router, linear, of the whole image; got {len(routers)}: {', '.join(found)}"
-        )
-    router = routers[0]
-    assert isinstance(router, LinearRouter)
-    if router.only is not None:
-        raise ValueError(f"model: expected a router that chooses, got one that sends all to expert {router.only}")
-    weight = router.linear.weight.detach().double()
-    normalize = getattr(model, "normalize", None)
-    if isinstance(normalize, Normalize):
-        std = normalize.std.double().expand(1, router.in_channels, router.image_size, router.image_size)
-        weight = weight / std.flatten()
-    elif not isinstance(normalize, nn.Identity):
-        raise ValueError(f"model: expected a normalize of kind Normalize or Identity, got {type(normalize).__name__}")
-    if router.score_norm is not None:
-        var = router.score_norm.running_var
-        assert var is not None
-        weight = weight * (var.double() + router.score_norm.eps).rsqrt()[:, None]
-    return weight / router.options.temperature
-
-
-def route_radii(weight: Tensor, scores: Tensor) -> Tensor:
-    """The greatest L-infinity radius within which no image of the ball is routed otherwise: float64 ``[n]``.
-
-    ``min_j (s_i - s_j) / ||W_i - W_j||_1`` over the experts j beside the chosen i, in units of the pixel range. The ball
-    is not cut to [0, 1]: for images in that box it is a lower bound, hence a certificate still. Infinite where the scores
-    differ by a constant.
-
-    Args:
-        weight: ``[N, D]`` of the map from pixels to scores, :func:`linear_map`.
-        scores: ``[n, N]``.
-    """
-    scores = scores.double().to(weight.device)
-    best, chosen = scores.max(1, keepdim=True)
-    lengths = torch.stack([(weight - row).abs().sum(1) for row in weight])[chosen[:, 0]]  # [n, N]
-    gaps = torch.where(lengths > 0, (best - scores) / lengths, torch.inf)
-    return gaps.amin(1)
+__all__ = ["radius"]
 
 
 def radius(observed: Observation, model: nn.Module) -> Finding:

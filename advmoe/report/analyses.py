@@ -21,6 +21,7 @@ from ..analysis import Finding, Observation, Result, observe
 from ..attacks import PGD, from_name
 from ..config import RunConfig
 from ..data import DataSet, load
+from ..models import DualModel, NetworkMoE
 from ..recipes import Catalog, Recipe, Sweep, SweepOptions
 from ..registry import unknown_name
 from ..training import Run
@@ -38,6 +39,7 @@ ANALYSES = {  # each by its name, which its files have too
     "flips": "which layers' choices the attack changes",
     "pathways": "IoU of the pathways and the mask of a sparse run (figure 6)",
     "radius": "within which radius a linear router's choice cannot change",
+    "certified": "within which radius mixtures of whole networks are certain to stay right",
     "epsilons": "RA against the radius of the attack, of all runs (figure 2)",
     "transfer": "every run on the images that were attacked on every other one",
     "training": "SA, RA and loss over the epochs (figure A2)",
@@ -55,8 +57,9 @@ _OF_OBSERVATION: dict[str, Callable[[Observation], Finding]] = {
     "entropy": analysis.entropy,
     "flips": analysis.flips,
 }
-_OF_ONE = (*_OF_OBSERVATION, "pathways", "radius", "training")
+_OF_ONE = (*_OF_OBSERVATION, "pathways", "radius", "certified", "training")
 _RADII = (0.25, 0.5, 0.75, 1.0)  # of figure 2, against the attack's: 2, 4, 6 and 8 / 255 of 8 / 255
+_QUICK = 2_000_000  # parameters of an expert up to which certified bounds are made unasked
 _UNTOLD = re.compile(r"seed\d+|.*\.pt")  # names that do not say which run it is
 _FIG3 = {  # what figure 3 shows: the recipes' names, and the paper's
     "m1_standard_moe": "M1: MoE, standard training",
@@ -188,7 +191,7 @@ def analyze(
         loaded.append(_open(source, label, place, checkpoint, data, data_dir, test_limit, limit, epsilon, on, read))
     sparse = None if against is None else load_model(against, checkpoint)[0]
     torch.manual_seed(seed)
-    tasks, skipped = _plan(wanted, loaded, sparse, out)
+    tasks, skipped = _plan(wanted, loaded, sparse, out, only is not None)
     if reproduced is not None:
         where = reproduced / scale / "analysis" if out is None else out
         sweep = Sweep(Catalog(), scale, SweepOptions(reproduced))
@@ -246,9 +249,10 @@ class _Attacks:
 
 
 def _plan(
-    wanted: Sequence[str], loaded: Sequence[_Source], sparse: nn.Module | None, out: Path | None
+    wanted: Sequence[str], loaded: Sequence[_Source], sparse: nn.Module | None, out: Path | None, named: bool
 ) -> tuple[list[_Task], list[Skipped]]:
-    """What can be done with the sources, as far as is known before any attack, and why the rest cannot."""
+    """What can be done with the sources, as far as is known before any attack, and why the rest cannot; ``named``:
+    somebody asked for these by name, also for what takes long."""
     tasks: list[_Task] = []
     skipped: list[Skipped] = []
 
@@ -267,7 +271,13 @@ def _plan(
     alike = None if len({source.images for source in loaded}) == 1 else _not_alike(loaded)
     for source in loaded:
         for name in (name for name in wanted if name in _OF_ONE):
-            add(name, source, source.folder, _obstacle(name, source, sparse), partial(_of_one, name, source, sparse))
+            add(
+                name,
+                source,
+                source.folder,
+                _obstacle(name, source, sparse, named),
+                partial(_of_one, name, source, sparse),
+            )
     for name, make in (("epsilons", _curve), ("transfer", _transfer)):
         if loaded and name in wanted:
             if not several and name == "transfer":
@@ -298,7 +308,7 @@ def _stability(loaded: Sequence[_Source], attacks: _Attacks) -> Finding:
     return analysis.stability(lines, None if config is None else config.validation_attack)
 
 
-def _obstacle(name: str, source: _Source, sparse: nn.Module | None) -> str | None:
+def _obstacle(name: str, source: _Source, sparse: nn.Module | None, named: bool) -> str | None:
     """Why it cannot be asked of this source."""
     if name == "training":
         return None if source.run is not None else "a model that is not a run's has no epochs on record"
@@ -306,7 +316,17 @@ def _obstacle(name: str, source: _Source, sparse: nn.Module | None) -> str | Non
         return "the model has no routed layers"
     if name == "pathways" and sparse is None:
         return "--against says which sparse run's mask to compare with"
-    if name == "radius":
+    if name == "certified":
+        if not isinstance(source.model, NetworkMoE | DualModel):
+            return "it takes mixtures of whole networks, kinds network_moe and dual_moe"
+        size = max(
+            sum(p.numel() for p in module.experts.parameters()) // module.num_experts
+            for module in source.model.modules()
+            if isinstance(module, NetworkMoE)
+        )
+        if size > _QUICK and not named:
+            return f"bounds of experts of {size / 1e6:.0f} M parameters take minutes; --only certified asks for them"
+    if name == "radius" or (name == "certified" and isinstance(source.model, NetworkMoE)):
         try:
             analysis.linear_map(source.model)
         except ValueError as error:
@@ -321,6 +341,8 @@ def _of_one(name: str, source: _Source, sparse: nn.Module | None, attacks: _Atta
     if name == "pathways":
         assert sparse is not None
         return analysis.pathways(observed, source.model, sparse)
+    if name == "certified":
+        return analysis.certified(observed, source.model, source.data.test)
     return analysis.radius(observed, source.model) if name == "radius" else _OF_OBSERVATION[name](observed)
 
 

@@ -77,7 +77,11 @@ def test_one_run(runs: Path) -> None:
     )
     assert len(rows(folder / "training.csv")) == 2
     why = reasons(found, "moe/seed0")
-    assert why.keys() == {"pathways", "radius"} and "--against" in why["pathways"] and "LightRouter" in why["radius"]
+    assert (
+        why.keys() == {"pathways", "radius", "certified"}
+        and "--against" in why["pathways"]
+        and "LightRouter" in why["radius"]
+    )
     assert "got one" in reasons(found, None)["transfer"] and "got one" in reasons(found, None)["stability"]
 
 
