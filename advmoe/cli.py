@@ -547,8 +547,9 @@ def _evaluate(o: argparse.Namespace) -> None:
     _print_evaluation(done)
     path = o.out or done.path
     if path is not None:
+        replaced = ", in place of an earlier one (another file: --out)" if path.exists() else ""
         write_record(path, done.record)
-        print(f"written to {path}")
+        print(f"written to {path}{replaced}")
 
 
 def _dual(o: argparse.Namespace) -> None:

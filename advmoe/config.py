@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from .models.base import default_gate, default_router
 from .objectives import BALANCE_LOSSES
 from .registry import unknown_name
 
@@ -29,7 +30,8 @@ ROBUST_EXPERTS = ("second", "another", "all")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What goes to ``create_model``; mean and std of the data set are resolved at the start of a run."""
+    """What goes to ``create_model``, whose own defaults stand for a router or gate of None; mean and std of the data set
+    are resolved at the start of a run."""
 
     arch: str = "resnet18"
     kind: str = "moe"
@@ -57,6 +59,11 @@ class ModelConfig:
     std: tuple[float, ...] | None = None
     alpha: float = 0.7
     dual_on: str = "logits"
+
+    def __post_init__(self) -> None:
+        for name, value in (("router", default_router(self.kind)), ("gate", default_gate(self.top_k))):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)

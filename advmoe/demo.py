@@ -72,6 +72,7 @@ def run(folder: Path, fast: bool = False, seed: int = 0) -> str:
     for index, (name, kind, method) in enumerate(METHODS):
         print(f"[{index + 1}/{len(METHODS)}] {name}", flush=True)
         done = train(_config(kind, method, fast, seed), folder / f"{kind}-{method}")
+        print(f"    trained; attacking ({attack_name}) and timing", flush=True)
         # last: 140 validation images are too few to choose an epoch by
         result = evaluate_run(
             done.folder, [attack_name], "last", limit=limit, seed=seed, checks=32 if fast else 96, latency=(1, 32)

@@ -48,7 +48,9 @@ def export(source: str | Path, path: str | Path, checkpoint: str = "best", forma
         raise ValueError(f"path: expected a name that ends in {FORMATS[format]} for format {format}, got {path}")
     model, config = load_model(source, checkpoint)
     if config is None:
-        raise RunError(f"{source}: only models of runs can be exported, whose settings are known")
+        raise RunError(
+            f"{source}: expected a run folder or its checkpoint file, whose settings are known, and no module:function"
+        )
     size = config.model.image_size or 32
     masks = {_MASK + name: conv.mask for name, conv in masked_convolutions(model).items()}
     if masks:

@@ -115,6 +115,7 @@ class Router(nn.Module):
         self.num_experts = num_experts
         self.options = RouterOptions()
         self.routes = ""  # the name of the layer it routes; "" for all
+        self.frozen = False  # stays as it was drawn, for good
         self.only: int | None = None  # every sample to this expert, without looking at it
         self.replayed: Routing | None = None  # the next choice, whatever comes in: see replay_routing
         self.score_norm: ScoreNorm | None = None

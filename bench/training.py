@@ -20,6 +20,7 @@ import torch
 
 from advmoe.attacks import PGD
 from advmoe.config import MethodConfig, ModelConfig, OptimConfig
+from advmoe.memory import keep_freed_memory
 from advmoe.models import router_parameters
 from advmoe.registry import unknown_name
 from advmoe.tables import table
@@ -116,6 +117,7 @@ def main() -> None:
     o = parser.parse_args()
     if o.threads is not None:
         torch.set_num_threads(o.threads)
+    keep_freed_memory()  # as the command does, for all contenders
     model = ModelConfig(arch=o.arch, width=o.width, router=o.router)
     contenders = chosen(o.methods)
     times = measure(model, o.batch_size, o.rounds, contenders, o.period)

@@ -20,12 +20,12 @@ namespace {
 using Pointer = std::uintptr_t;
 using SideTuple = std::tuple<Pointer, int64_t, std::vector<int64_t>>;  // expert, number of slices, starts
 
-// sizes: samples, pixels, channels, total. Pointers: x, grad; scale, mean, shift, grad_scale; pooled_grad; y; first,
-// second, third.
-void features(int kernel, int dtype, int threads, const std::array<int64_t, 4>& sizes, const SideTuple& side,
-              const std::array<Pointer, 11>& p) {
+// sizes: samples, pixels, channels, total. Pointers: x, grad, residual; scale, mean, shift, grad_scale, kept_shift;
+// pooled_grad; y; first, second, third.
+void features(int kernel, int dtype, int threads, bool relu, const std::array<int64_t, 4>& sizes, const SideTuple& side,
+              const std::array<Pointer, 13>& p) {
     if (dtype < 0 || dtype > 3) throw std::invalid_argument("dtype: expected 0 .. 3, got " + std::to_string(dtype));
-    if (kernel < 0 || kernel > 5) throw std::invalid_argument("kernel: expected 0 .. 5, got " + std::to_string(kernel));
+    if (kernel < 0 || kernel > 3) throw std::invalid_argument("kernel: expected 0 .. 3, got " + std::to_string(kernel));
     const auto& [expert, count, starts] = side;
     if (!starts.empty() && int64_t(starts.size()) != count) {
         throw std::invalid_argument("starts: expected " + std::to_string(count) + ", got " +
@@ -40,11 +40,12 @@ void features(int kernel, int dtype, int threads, const std::array<int64_t, 4>& 
                                         std::to_string(v) + " is outside 0 .. " + std::to_string(count - 1));
         }
     }
-    const void** const inputs[] = {&job.x,     &job.grad,       &job.scale,      &job.mean,
-                                   &job.shift, &job.grad_scale, &job.pooled_grad};
-    for (int i = 0; i < 7; ++i) *inputs[i] = reinterpret_cast<const void*>(p[i]);
+    const void** const inputs[] = {&job.x,     &job.grad,       &job.residual,   &job.scale,      &job.mean,
+                                   &job.shift, &job.grad_scale, &job.kept_shift, &job.pooled_grad};
+    for (int i = 0; i < 9; ++i) *inputs[i] = reinterpret_cast<const void*>(p[i]);
     void** const outputs[] = {&job.y, &job.first, &job.second, &job.third};
-    for (int i = 0; i < 4; ++i) *outputs[i] = reinterpret_cast<void*>(p[7 + i]);
+    for (int i = 0; i < 4; ++i) *outputs[i] = reinterpret_cast<void*>(p[9 + i]);
+    job.relu = relu;
     job.threads = threads;
     const auto result = cpu::kernels().features(static_cast<DType>(dtype), static_cast<cpu::FeatureKernel>(kernel), job);
     if (result == cpu::Result::out_of_memory) throw std::bad_alloc();

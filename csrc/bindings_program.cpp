@@ -61,7 +61,7 @@ void conv(Program& program, const PlaceTuple& src, const PlaceTuple& dst, const 
 // numbers: groups, kernel, stride, padding (two each), at_channel
 void layer(Program& program, int op, const PlaceTuple& src, const PlaceTuple& other, const PlaceTuple& dst,
            Pointer weight, Pointer bias, int64_t index, const std::array<int64_t, 8>& numbers, double eps,
-           bool count_padding, bool relu, const PrologueTuple& before) {
+           bool count_padding, const PrologueTuple& before) {
     if (op < 0 || op > int(cpu::LayerOp::flatten)) throw std::invalid_argument("op: unknown, " + std::to_string(op));
     ProgramLayer l{};
     l.src = place(src), l.other = place(other), l.dst = place(dst);
@@ -75,7 +75,6 @@ void layer(Program& program, int op, const PlaceTuple& src, const PlaceTuple& ot
     l.job.at_channel = numbers[7];
     l.job.eps = eps;
     l.job.count_padding = count_padding;
-    l.job.relu = relu;
     l.prologue = prologue(before);
     program.layer(std::move(l));
 }
@@ -123,8 +122,7 @@ void bind_program(py::module_& m) {
         .def(py::init([](int dtype, int64_t sample_bytes, int64_t chunk) {
             return std::make_unique<Program>(dtype_of(dtype), sample_bytes, chunk);
         }))
-        .def("load", [](Program& p, int64_t input, const PlaceTuple& dst,
-                        const PrologueTuple& before) { p.load(input, place(dst), prologue(before)); })
+        .def("load", [](Program& p, int64_t input, const PlaceTuple& dst) { p.load(input, place(dst)); })
         .def("store", [](Program& p, int64_t output, const PlaceTuple& src,
                          const PrologueTuple& before) { p.store(output, place(src), prologue(before)); })
         .def("load_index", &Program::load_index)

@@ -451,6 +451,30 @@ class RoutedBatchNorm2d(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor, routing: Routing) -> Tensor:
+        expert = self._checked(input, routing)
+        by_kernels = planning.has_kernels_for_norm(input) or (fusing() and not self._takes_statistics())
+        if not self.slices.is_whole and not self.synchronized and by_kernels:
+            return self._by_kernels(input, routing, expert)
+        wide = torch.promote_types(input.dtype, torch.float32)
+        x = input.to(wide)
+        if self._takes_statistics():
+            mean, var, count = self._batch_statistics(x, expert)
+            if self.training and self.track_running_stats:
+                self.update(mean.detach(), var.detach(), count)
+        else:
+            assert self.running_mean is not None and self.running_var is not None
+            mean, var = self.running_mean.to(wide), self.running_var.to(wide)
+        scale = torch.rsqrt(var + self.eps)
+        if self.affine:
+            scale = scale * self.weight.to(wide)
+        centred = x - self._rows(mean, expert)
+        y = centred * self._rows(scale, expert)
+        if self.affine:
+            y = y + self._rows(self.bias.to(wide), expert)
+        return y.to(input.dtype)
+
+    def _checked(self, input: Tensor, routing: Routing) -> Tensor:
+        """Each sample's expert."""
         if input.dim() != 4 or input.shape[1] != self.num_features:
             raise ValueError(f"input: expected shape [V, {self.num_features}, H, W], got {tuple(input.shape)}")
         if not isinstance(routing, Routing):
@@ -465,34 +489,29 @@ class RoutedBatchNorm2d(nn.Module):
             raise ValueError(f"routing: expected {self.num_experts} experts, got {routing.num_experts}")
         if not self.slices.is_whole:
             checks.experts("routing", expert, self.num_experts)
-        by_kernels = planning.has_kernels_for_norm(input) or (fusing() and not self._takes_statistics())
-        if not self.slices.is_whole and not self.synchronized and by_kernels:
-            return self._by_kernels(input, routing, expert)
-        wide = torch.promote_types(input.dtype, torch.float32)
-        x = input.to(wide)
-        if self._takes_statistics():
-            mean, var, count = self._batch_statistics(x, expert)
-            if self.training and self.track_running_stats:
-                self._update(mean.detach(), var.detach(), count)
-        else:
-            assert self.running_mean is not None and self.running_var is not None
-            mean, var = self.running_mean.to(wide), self.running_var.to(wide)
-        scale = torch.rsqrt(var + self.eps)
-        if self.affine:
-            scale = scale * self.weight.to(wide)
-        centred = x - self._rows(mean, expert)
-        y = centred * self._rows(scale, expert)
-        if self.affine:
-            y = y + self._rows(self.bias.to(wide), expert)
-        return y.to(input.dtype)
+        return expert
+
+    def side(self, input: Tensor, routing: Routing) -> backends.Side:
+        """Whose values each sample takes, for kernels that do more than this layer in one pass (``features.py``).
+
+        Raises:
+            ValueError, TypeError: as the forward.
+        """
+        expert = self._checked(input, routing)
+        if self._takes_statistics() and checks.readable(input):
+            self._refuse_single_values(input, expert)
+        return self._side(expert)
+
+    def _side(self, expert: Tensor) -> backends.Side:
+        s = self.slices
+        return backends.Side(expert, s.num_experts, () if s.is_partition else s.starts, s.width, s.total)
 
     def _takes_statistics(self) -> bool:
         """Whether the batch's own statistics are used, and not the running ones."""
         return self.training or self.running_mean is None or self.running_var is None
 
     def _by_kernels(self, input: Tensor, routing: Routing, expert: Tensor) -> Tensor:
-        s = self.slices
-        side = backends.Side(expert, s.num_experts, () if s.is_partition else s.starts, s.width, s.total)
+        side = self._side(expert)
         wide = torch.promote_types(input.dtype, torch.float32)
         if not self._takes_statistics():
             assert self.running_mean is not None and self.running_var is not None
@@ -505,11 +524,11 @@ class RoutedBatchNorm2d(nn.Module):
             return norm.affine(input, scale, mean, shift, side, None)
         if checks.readable(input):
             self._refuse_single_values(input, expert)
-        plan = planning.plan_for_norm(routing, input, s.num_experts)
+        plan = planning.plan_for_norm(routing, input, self.num_experts)
         weight, bias = (self.weight, self.bias) if self.affine else (None, None)
         y, mean, var, count = norm.batch_norm(input, weight, bias, self.eps, side, plan)
         if self.training and self.track_running_stats:
-            self._update(mean, var, count)
+            self.update(mean, var, count)
         return y
 
     def _rows(self, value: Tensor, expert: Tensor) -> Tensor:
@@ -555,7 +574,8 @@ class RoutedBatchNorm2d(nn.Module):
         return count
 
     @torch.no_grad()
-    def _update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+    def update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        """Moves the running statistics of those channels that had values: mean, biased variance, number, ``[total]``."""
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         seen = count > 0
         self.num_batches_tracked += seen

@@ -21,7 +21,7 @@ from .backends import Backend, Side
 from .layout import memory_format_of
 from .ops import wanted
 
-__all__ = ["affine", "batch_norm"]
+__all__ = ["affine", "batch_norm", "derivatives", "normalise", "scale_of", "slope_of"]
 
 _SIDE = "Tensor expert, int num_experts, int[] starts, int width, int total, Tensor? plan"
 _SIDE_FIELDS = len(Side._fields) + 1
@@ -59,18 +59,29 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _normalise(backend: Backend, x: Tensor, weight: Any, bias: Any, eps: float, side: Side, plan: Any) -> Any:
+def scale_of(var: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """``1 / sqrt(var + eps)``, and that times the weight."""
+    rstd = torch.rsqrt(var + eps)
+    return rstd, rstd if weight is None else rstd * weight.to(rstd.dtype)
+
+
+def slope_of(scale: Tensor, rstd: Tensor, count: Tensor, sum_grad: Tensor, sum_product: Tensor) -> tuple[Tensor, Tensor]:
+    """The derivative by way of the statistics is ``slope * (x - mean) + shift``: these two."""
+    each = scale / count.clamp_min(1)
+    return -each * rstd * rstd * sum_product, -each * sum_grad
+
+
+def normalise(backend: Backend, x: Tensor, weight: Any, bias: Any, eps: float, side: Side, plan: Any) -> Any:
+    """As :func:`batch_norm`, by the calls of one backend."""
     mean, var, count = backend.moments(x, side, plan)
-    scale = torch.rsqrt(var + eps)
-    if weight is not None:
-        scale = scale * weight.to(scale.dtype)
+    _, scale = scale_of(var, weight, eps)
     shift = None if bias is None else bias.to(scale.dtype)
     return backend.affine(x, side, scale, mean, shift), mean, var, count
 
 
 def _batch_norm(x: Tensor, weight: Any, bias: Any, eps: float, *rest: Any) -> Any:
     side, plan = _side(rest)
-    return _normalise(backends.choose(x.device), x, weight, bias, eps, side, plan)
+    return normalise(backends.choose(x.device), x, weight, bias, eps, side, plan)
 
 
 def _sums(x: Tensor, grad: Tensor, mean: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -109,18 +120,16 @@ def _batch_norm_backward(ctx: Any, grad: Tensor, *others: Any) -> tuple[Any, ...
     side = Side(expert, *ctx.sizes)
     none = (None,) * (1 + _SIDE_FIELDS)
     if torch.is_grad_enabled():  # a second derivative is asked for
-        y, *_ = _normalise(backends.REFERENCE, x, weight, bias, ctx.eps, side, None)
-        return *_derivatives(ctx, y, (x, weight, bias), grad), *none
-    rstd = torch.rsqrt(var + ctx.eps)
-    scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
+        y, *_ = normalise(backends.REFERENCE, x, weight, bias, ctx.eps, side, None)
+        return *derivatives(ctx, y, (x, weight, bias), grad), *none
+    rstd, scale = scale_of(var, weight, ctx.eps)
     asked = [wanted(ctx, index) for index in range(3)]
     if not any(asked):
         return None, None, None, *none
     sum_grad, sum_product = _ops.batch_norm_sums.default(x, grad, mean, *side, plan)
     dx = None
     if asked[0]:
-        each = scale / count.clamp_min(1)
-        slope, shift = -each * rstd * rstd * sum_product, -each * sum_grad
+        slope, shift = slope_of(scale, rstd, count, sum_grad, sum_product)
         dx = _ops.batch_norm_affine.default(x, slope, mean, shift, grad, scale, *side, plan)
     dw = (sum_product * rstd).to(weight.dtype) if asked[1] else None
     return dx, dw, sum_grad.to(bias.dtype) if asked[2] else None, *none
@@ -138,7 +147,7 @@ def _affine_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     none = (None,) * (2 + _SIDE_FIELDS)
     if torch.is_grad_enabled():
         y = backends.REFERENCE.affine(x, side, scale, mean, shift)
-        return *_derivatives(ctx, y, (x, scale, None, shift), grad), *none
+        return *derivatives(ctx, y, (x, scale, None, shift), grad), *none
     dx = dscale = dshift = None
     if ctx.needs_input_grad[0]:
         dx = _ops.batch_norm_affine.default(grad, scale, torch.zeros_like(mean), None, None, None, *side, plan)
@@ -148,10 +157,12 @@ def _affine_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return dx, dscale if slope else None, None, dshift if offset else None, *none
 
 
-def _derivatives(ctx: Any, y: Tensor, inputs: Sequence[Tensor | None], grad: Tensor) -> list[Tensor | None]:
-    """Of ``y`` for those of its inputs that need one, with a graph of their own."""
+def derivatives(
+    ctx: Any, outputs: Sequence[Tensor] | Tensor, inputs: Sequence[Tensor | None], grads: Sequence[Tensor] | Tensor
+) -> list[Tensor | None]:
+    """Of ``outputs`` for those of the function's first inputs that need one, with a graph of their own."""
     wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed and t is not None]
-    found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
     return [
         next(found) if needed and t is not None else None for t, needed in zip(inputs, ctx.needs_input_grad, strict=False)
     ]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -317,18 +317,18 @@ def initialize(model: nn.Module) -> None:
 
 
 def router_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """φ: the parameters of all routers, each once; not of frozen ones."""
-    return [p for p in _of_routers(model) if p.requires_grad]
+    """φ: the parameters of all routers, each once; not of those that are frozen for good (:attr:`Router.frozen`)."""
+    return _of_routers([router for router in routers_of(model).values() if not router.frozen])
 
 
 def backbone_parameters(model: nn.Module) -> list[nn.Parameter]:
     """ψ: all parameters but the routers'."""
-    routers = {id(p) for p in _of_routers(model)}
+    routers = {id(p) for p in _of_routers(routers_of(model).values())}
     return [p for p in model.parameters() if id(p) not in routers]
 
 
-def _of_routers(model: nn.Module) -> list[nn.Parameter]:
-    return list({id(p): p for router in routers_of(model).values() for p in router.parameters()}.values())
+def _of_routers(routers: Iterable[nn.Module]) -> list[nn.Parameter]:
+    return list({id(p): p for router in routers for p in router.parameters()}.values())
 
 
 @dataclass

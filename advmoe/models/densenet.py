@@ -35,8 +35,8 @@ class _DenseLayer(nn.Module):
 
     def forward(self, x: Tensor, path: Path) -> Tensor:
         path.enter(self, x)
-        y = path.convolve(self.conv1, path.rectify(path.normalize(self.norm1, x)), self.norm2)
-        return path.convolve(self.conv2, path.rectify(y))
+        y = path.activate(self.conv1, path.rectify(x, self.norm1), self.norm2)
+        return path.convolve(self.conv2, y)
 
 
 class _DenseBlock(nn.Module):
@@ -120,8 +120,7 @@ class DenseNet(Backbone):
             x = parts[f"denseblock{i}"](x, path)  # type: ignore[misc]
             if i < self.stages:
                 x = parts[f"transition{i}"](x, path)  # type: ignore[misc]
-        x = path.rectify(path.normalize(parts["norm_final"], x))  # type: ignore[arg-type]
-        return path.linear(self.classifier, path.features(x))
+        return path.linear(self.classifier, path.features(path.rectify(x, parts["norm_final"])))
 
 
 @register_model("densenet40")

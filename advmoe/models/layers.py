@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_kernels import ExpertSlices, RoutedBatchNorm2d, RoutedConv2d, RoutedLayerNorm, RoutedLinear, Routing
-from moe_kernels.features import has_kernel, relu_with_means
+from moe_kernels.features import has_kernel, norm_relu_with_means, relu_with_means
 from moe_kernels.rows import gather_rows
 
 from ..routers import Router, build_router, router_class
-from ..sparse import LiveBatchNorm2d, MaskedConv2d
+from ..sparse import Add, LiveBatchNorm2d, MaskedConv2d
 from .base import ModelSpec, Normalize
 
 __all__ = [
@@ -77,8 +77,8 @@ class Path:
     behind a ReLU, with their channel means, which the next router or the classifier may ask for.
 
     Args:
-        pools: whether features have their channel means computed along with their ReLU: a network without light routers
-            would have no use for them.
+        pools: whether BatchNorm, ReLU and channel means are computed together: of networks with routed layers. Ordinary
+            ones are torch's operators, as whoever compares with them expects.
     """
 
     __slots__ = ("choice", "gate_at_end", "pools", "rectified", "writer")
@@ -93,7 +93,7 @@ class Path:
     @classmethod
     def following(cls, routing: Routing) -> Path:
         """One on which all layers take this choice, the first too."""
-        path = cls()
+        path = cls(pools=True)
         path.choice = path.writer = routing
         return path
 
@@ -125,9 +125,36 @@ class Path:
             y = self.normalize(after, y)
         return routing.combine(y) if gate_after else y
 
-    def rectify(self, x: Tensor) -> Tensor:
-        """``max(x, 0)``, with its channel means remembered if they are wanted and cost little."""
-        if not (self.pools and has_kernel(x)):
+    def activate(
+        self,
+        conv: nn.Module,
+        x: Tensor,
+        after: nn.Module,
+        gate_after: bool = False,
+        add: nn.Module | None = None,
+        shortcut: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        """``relu(add(after(conv(x)), shortcut()))``, arguments as those of :meth:`convolve`; without ``add`` no sum."""
+        gated = gate_after and isinstance(conv, RoutedConv2d)
+        y = self.convolve(conv, x, after if gated else None, gate_after)
+        other = None if shortcut is None else shortcut()
+        return self.rectify(y, None if gated else after, add, other)
+
+    def rectify(
+        self, x: Tensor, after: nn.Module | None = None, add: nn.Module | None = None, other: Tensor | None = None
+    ) -> Tensor:
+        """``relu(add(after(x), other))``, ``after`` a BatchNorm of what the writer wrote; without these, ``relu(x)``. The
+        result's channel means are remembered, if the path pools and they cost little."""
+        fast = self.pools and has_kernel(x)
+        if fast and after is not None and (add is None or type(add) is Add):
+            routing = self.writer if isinstance(after, RoutedBatchNorm2d) else None
+            self.rectified = norm_relu_with_means(after, x, routing, other)
+            return self.rectified[0]
+        if after is not None:
+            x = self.normalize(after, x)
+        if add is not None:
+            x = add(x, other)
+        if not fast:
             return F.relu(x)
         self.rectified = relu_with_means(x)
         return self.rectified[0]
@@ -365,8 +392,7 @@ class Backbone(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x ``[B, 3, H, W]`` in [0, 1] to logits ``[B, num_classes]``."""
-        pools = self.spec.routed and router_class(self.spec.router).reads_means
-        x, path = self.normalize(x), Path(pools)
+        x, path = self.normalize(x), Path(self.spec.routed)
         if self.image_level:
             path.enter(self, x)
         return self.run(x, path)

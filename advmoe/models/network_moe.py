@@ -78,6 +78,7 @@ class NetworkMoE(nn.Module):
         self.normalize = Normalize(spec.mean, spec.std) if spec.normalize else nn.Identity()
         self.experts = Experts(spec)
         self.router = build_router(spec.router, 3, spec.num_experts, options, spec.image_size)
+        self.router.frozen = spec.frozen_router
         if spec.frozen_router:
             self.router.requires_grad_(False)
 

@@ -49,12 +49,15 @@ class _Block(nn.Module):
     def forward(self, x: Tensor, path: Path) -> Tensor:
         path.enter(self, x)
         source = path.writer
-        y = x
-        for i in range(1, self.depth + 1):
-            y = path.convolve(getattr(self, f"conv{i}"), y, getattr(self, f"bn{i}"), self.gate_after_norm)
-            if i < self.depth:
-                y = path.rectify(y)
-        return path.rectify(self.add(y, path.project(self.shortcut, x, source, self.gate_after_norm)))
+        y, gate_after = x, self.gate_after_norm
+        for i in range(1, self.depth):
+            y = path.activate(getattr(self, f"conv{i}"), y, getattr(self, f"bn{i}"), gate_after)
+        last, bn = getattr(self, f"conv{self.depth}"), getattr(self, f"bn{self.depth}")
+
+        def shortcut() -> Tensor:
+            return path.project(self.shortcut, x, source, gate_after)
+
+        return path.activate(last, y, bn, gate_after, self.add, shortcut)
 
 
 class BasicBlock(_Block):
@@ -108,7 +111,7 @@ class ResNet(Backbone):
         initialize(self)
 
     def run(self, x: Tensor, path: Path) -> Tensor:
-        x = self._behind_stem(self.pool(path.rectify(path.convolve(self.conv1, x, self.bn1))), path)
+        x = self._behind_stem(self.pool(path.activate(self.conv1, x, self.bn1)), path)
         for name in self.stages:
             x = getattr(self, name)(x, path)
         return path.linear(self.linear, path.features(x))

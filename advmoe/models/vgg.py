@@ -70,7 +70,7 @@ class VGG(Backbone):
             if isinstance(layer, nn.MaxPool2d):
                 x = layer(x)
             elif i in self.convolutions:  # with the two layers behind it
-                x = path.rectify(path.convolve(layer, x, self.features[i + 1], self.gate_after_norm))
+                x = path.activate(layer, x, self.features[i + 1], self.gate_after_norm)
             if i == 0:
                 x = self._behind_stem(x, path)
         x = path.gated(F.adaptive_avg_pool2d(x, 2).flatten(1))

@@ -39,13 +39,13 @@ class _Block(nn.Module):
     def forward(self, x: Tensor, path: Path) -> Tensor:
         path.enter(self, x)
         source = path.writer
-        activated = path.rectify(path.normalize(self.bn1, x))
+        activated = path.rectify(x, self.bn1)
         if self.convShortcut is not None:
             if self.raw_input:
                 activated = x
             x = path.convolve(self.convShortcut, every(activated, self.step))
             path.writer = source
-        y = path.rectify(path.convolve(self.conv1, activated, self.bn2))
+        y = path.activate(self.conv1, activated, self.bn2)
         return self.add(path.convolve(self.conv2, y), x)
 
 
@@ -89,7 +89,7 @@ class WideResNet(Backbone):
         x = self._behind_stem(x, path)
         for name in self.stages:
             x = getattr(self, name)(x, path)
-        return path.linear(self.fc, path.features(path.rectify(path.normalize(self.bn1, x))))
+        return path.linear(self.fc, path.features(path.rectify(x, self.bn1)))
 
 
 @register_model("wrn28_10")

@@ -26,7 +26,7 @@ from ..config import ModelConfig, RunConfig
 from ..data import Batches, BatchStream, DataSet, load, stream_generator
 from ..evaluation.measure import Evaluation, evaluate
 from ..models import router_parameters, upcycle
-from ..models.base import WHOLE, default_gate, default_router
+from ..models.base import WHOLE
 from ..routers import FixedRouter, NonFiniteRouterError, RouterOptions, routers_of
 from ..sparse import masked_convolutions
 from . import tensorboard
@@ -442,15 +442,8 @@ def resolve(config: RunConfig, data: DataSet) -> RunConfig:
         raise RunError("standard_run, robust_run: expected two that normalise images alike, got different mean or std")
     if seen and config.model.mean is None:
         mean, std = next((m, s) for m, s in seen if m and s)
-    m = config.model
     model = dataclasses.replace(
-        m,
-        router=m.router or default_router(m.kind),
-        gate=m.gate or default_gate(m.top_k),
-        num_classes=data.num_classes,
-        image_size=data.image_size,
-        mean=mean,
-        std=std,
+        config.model, num_classes=data.num_classes, image_size=data.image_size, mean=mean, std=std
     )
     by_label = config.method.objective == "cross_entropy" or config.method.name in ("rt-er", "jtdmoe")
     attack = dataclasses.replace(
@@ -462,7 +455,7 @@ def resolve(config: RunConfig, data: DataSet) -> RunConfig:
     routing = config.routing
     if config.model.kind in ("moe", "upcycled", *WHOLE) and routing.share_epochs is None:
         # networks that answer by themselves are trained apart from the start, as the paper's
-        can_share = not apart and m.kind not in WHOLE and _can_share(dataclasses.replace(config, model=model))
+        can_share = not apart and model.kind not in WHOLE and _can_share(dataclasses.replace(config, model=model))
         shared = config.epochs * 3 // 4 if can_share else 0
         routing = dataclasses.replace(routing, share_epochs=shared)
     threads = torch.get_num_threads() if config.threads is None else config.threads

@@ -118,7 +118,6 @@ struct LayerJob {
     int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;  // of pools; copy: the stride is the step
     bool count_padding;  // average_pool divides by the kernel's size at the border too
     int64_t at_channel;  // of copy
-    bool relu;           // of what is written
     int threads;
 };
 

@@ -100,7 +100,7 @@ void group_norm(const LayerJob& job) {
                 A y = (from[c] - center) * scale;
                 if (weight != nullptr) y *= weight[c];
                 if (bias != nullptr) y += bias[c];
-                to[c] = job.relu && y < A(0) ? A(0) : y;
+                to[c] = y;
             }
         }
     }
@@ -128,8 +128,7 @@ void linear(const LayerJob& job) {
         const A* from = sample_of<A>(job.src, s);
         A* to = sample_of<A>(job.dst, s);
         for (int64_t n = 0; n < job.dst.channels; ++n) {
-            const A y = dot(weight + n * job.src.channels, from, job.src.channels) + (bias != nullptr ? bias[n] : A(0));
-            to[n] = job.relu && y < A(0) ? A(0) : y;
+            to[n] = dot(weight + n * job.src.channels, from, job.src.channels) + (bias != nullptr ? bias[n] : A(0));
         }
     }
 }
@@ -169,7 +168,7 @@ void gather(const LayerJob& job) {
     }
 }
 
-// dst = relu(before(src) [+ other] [* factor]) for each pixel of dst; src is read at every step-th pixel.
+// dst = before(src) [+ other] [* factor] for each pixel of dst; src is read at every step-th pixel.
 template <class A>
 void pointwise(const LayerJob& job) {
     const View& dst = job.dst;
@@ -196,7 +195,7 @@ void pointwise(const LayerJob& job) {
                 if (scales) {
                     for (int64_t c = 0; c < count; ++c) line[c] *= factor;
                 }
-                for (int64_t c = 0; c < count; ++c) to[c] = job.relu && line[c] < A(0) ? A(0) : line[c];
+                for (int64_t c = 0; c < count; ++c) to[c] = line[c];
             }
         }
     });

@@ -51,7 +51,7 @@ void move(const External& outside, int64_t begin, int64_t count, const Place& pl
         for (int64_t x = 0; x < place.width; ++x, in += place.pixel_stride, out += strides[3]) {
             for (int64_t c = 0; c < place.channels; ++c) {
                 if (LOADS) {
-                    in[c] = before<A>(p, expert, s, c, out[c * strides[1]]);
+                    in[c] = out[c * strides[1]];
                 } else {
                     out[c * strides[1]] = before<A>(p, expert, s, c, in[c]);
                 }
@@ -67,9 +67,9 @@ Program::Memory::~Memory() { std::free(data); }
 Program::Program(DType dtype, int64_t sample_bytes, int64_t chunk)
     : dtype_(dtype), sample_bytes_(sample_bytes), chunk_(chunk) {}
 
-void Program::load(int64_t input, Place dst, ProgramPrologue prologue) {
+void Program::load(int64_t input, Place dst) {
     Step step{Step::Kind::load};
-    step.external = input, step.place = dst, step.prologue = prologue;
+    step.external = input, step.place = dst;
     steps_.push_back(step);
 }
 

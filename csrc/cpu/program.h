@@ -67,7 +67,7 @@ class Program {
     Program(const Program&) = delete;
     Program& operator=(const Program&) = delete;
 
-    void load(int64_t input, Place dst, ProgramPrologue prologue);
+    void load(int64_t input, Place dst);
     void load_index(int64_t input, int64_t dst);
     void store(int64_t output, Place src, ProgramPrologue prologue);
     void store_index(int64_t output, int64_t src);

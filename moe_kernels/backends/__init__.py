@@ -16,13 +16,14 @@ import torch
 
 from . import cpu, cuda, triton
 from .fallback import REFERENCE
-from .interface import NO_EPILOGUE, Backend, BackendUnavailable, Epilogue, Experts, Side
+from .interface import NO_EPILOGUE, Backend, BackendUnavailable, Behind, Epilogue, Experts, Side
 
 __all__ = [
     "NO_EPILOGUE",
     "REFERENCE",
     "Backend",
     "BackendUnavailable",
+    "Behind",
     "Epilogue",
     "Experts",
     "Side",

@@ -21,12 +21,12 @@ from .native import pointer as _pointer
 
 if TYPE_CHECKING:
     from ..geometry import Conv2dGeometry
-    from .interface import Epilogue, Experts, Side
+    from .interface import Behind, Epilogue, Experts, Side
 
 __all__ = ["CpuBackend"]
 
 _FORWARD, _GRAD_INPUT = 0, 1
-_MAP, _MOMENTS, _SUMS, _DOT, _RECTIFY, _RECTIFY_BACKWARD = range(6)  # as moe::cpu::FeatureKernel
+_MAP, _MOMENTS, _SUMS, _DOT = range(4)  # as moe::cpu::FeatureKernel
 _NHWC = torch.channels_last
 # Two sliced sides have a packed block for each pair of slices; more than this many times the weight is not worth keeping,
 # but for small weights, whose few channels are padded to a whole panel.
@@ -177,9 +177,22 @@ class CpuBackend(Backend):
         return first, second, third
 
     def sums(self, x: Tensor, grad: Tensor, mean: Tensor, side: Side, plan: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._sums(x, grad, mean, side, None)
+
+    def sums_behind(
+        self, x: Tensor, grad: Tensor | None, mean: Tensor, side: Side, behind: Behind
+    ) -> tuple[Tensor, Tensor]:
+        return self._sums(x, grad, mean, side, behind)
+
+    def _sums(
+        self, x: Tensor, grad: Tensor | None, mean: Tensor, side: Side, behind: Behind | None
+    ) -> tuple[Tensor, Tensor]:
         first, second = (_values(x, side.total) for _ in range(2))
         x = nhwc(x)
-        _features(_SUMS, x, side, x=x, grad=nhwc(grad.to(x.dtype)), mean=_read(mean, x), first=first, second=second)
+        _features(
+            _SUMS, x, side, behind is not None, x=x, grad=_beside(grad, x), mean=_read(mean, x), first=first,
+            second=second, **_behind(behind, x),
+        )  # fmt: skip
         return first, second
 
     def affine(
@@ -192,34 +205,72 @@ class CpuBackend(Backend):
         grad: Tensor | None = None,
         grad_scale: Tensor | None = None,
     ) -> Tensor:
+        given = {} if grad is None else {"grad": grad, "grad_scale": grad_scale}
+        return self._map(x, side, scale, mean, shift, False, given)
+
+    def affine_behind(
+        self,
+        x: Tensor,
+        side: Side,
+        scale: Tensor | None,
+        mean: Tensor,
+        shift: Tensor | None,
+        grad: Tensor | None,
+        behind: Behind,
+    ) -> Tensor:
+        return self._map(x, side, scale, mean, shift, True, {"grad": grad, **_behind(behind, x)})
+
+    def _map(
+        self,
+        x: Tensor,
+        side: Side,
+        scale: Tensor | None,
+        mean: Tensor,
+        shift: Tensor | None,
+        relu: bool,
+        given: dict[str, Tensor | None],
+    ) -> Tensor:
         layout = memory_format_of(x)
         x = nhwc(x)
         y = torch.empty_like(x)
-        both = grad is not None and grad_scale is not None
+        grad = _beside(given.pop("grad", None), x)
+        values = {name: _read(value, x) for name, value in given.items()}
         _features(
-            _MAP, x, side, x=x, scale=_read(scale, x), mean=_read(mean, x), shift=_read(shift, x), y=y,
-            grad=nhwc(grad.to(x.dtype)) if grad is not None and both else None,
-            grad_scale=_read(grad_scale, x) if both else None,
+            _MAP, x, side, relu, x=x, scale=_read(scale, x), mean=_read(mean, x), shift=_read(shift, x), y=y, grad=grad,
+            **values,
         )  # fmt: skip
         return in_format(y, layout)
 
-    def rectify(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def rectify(
+        self,
+        x: Tensor,
+        side: Side | None = None,
+        scale: Tensor | None = None,
+        mean: Tensor | None = None,
+        shift: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         y, means = torch.empty_like(x), x.new_empty(x.shape[:2], dtype=_accumulation(x.dtype))
-        _features(_RECTIFY, x, x=x, y=y, first=means)
+        _features(
+            _MAP, x, side, True, x=x, scale=_read(scale, x), mean=_read(mean, x), shift=_read(shift, x),
+            residual=_beside(residual, x), y=y, first=means,
+        )  # fmt: skip
         return y, means
 
     def rectify_backward(self, grad: Tensor | None, grad_means: Tensor | None, y: Tensor) -> Tensor:
         dx = torch.empty_like(y)
-        grad = None if grad is None else nhwc(grad.to(y.dtype))
-        _features(_RECTIFY_BACKWARD, y, x=y, grad=grad, pooled_grad=_read(grad_means, y), y=dx)
+        _features(_MAP, y, None, True, x=y, grad=_beside(grad, y), pooled_grad=_read(grad_means, y), y=dx)
         return dx
 
 
 # as moe::cpu::FeatureJob
-_POINTERS = ("x", "grad", "scale", "mean", "shift", "grad_scale", "pooled_grad", "y", "first", "second", "third")
+_POINTERS = (
+    "x", "grad", "residual", "scale", "mean", "shift", "grad_scale", "kept_shift", "pooled_grad", "y", "first", "second",
+    "third",
+)  # fmt: skip
 
 
-def _features(kernel: int, like: Tensor, side: Side | None = None, **tensors: Tensor | None) -> None:
+def _features(kernel: int, like: Tensor, side: Side | None = None, relu: bool = False, **tensors: Tensor | None) -> None:
     """A kernel of csrc/cpu/features.h over channels_last features of this shape; the tensors are named as there."""
     samples, channels, height, width = like.shape
     expert = None
@@ -230,8 +281,23 @@ def _features(kernel: int, like: Tensor, side: Side | None = None, **tensors: Te
         slices = (expert.data_ptr(), side.num_experts, side.starts)
     sizes = (samples, height * width, channels, total)
     pointers = [_pointer(tensors.get(name)) for name in _POINTERS]
-    _C.features(kernel, _DTYPE[like.dtype], torch.get_num_threads(), sizes, slices, pointers)
+    _C.features(kernel, _DTYPE[like.dtype], torch.get_num_threads(), relu, sizes, slices, pointers)
     del expert  # it has to outlive the call
+
+
+def _beside(features: Tensor | None, x: Tensor) -> Tensor | None:
+    """Features as kernels read them beside ``x``."""
+    return None if features is None else nhwc(features.to(x.dtype))
+
+
+def _behind(behind: Behind | None, x: Tensor) -> dict[str, Tensor | None]:
+    if behind is None:
+        return {}
+    return {
+        "grad_scale": _read(behind.scale, x),
+        "kept_shift": _read(behind.shift, x),
+        "pooled_grad": _read(behind.grad_means, x),
+    }
 
 
 def _values(x: Tensor, count: int) -> Tensor:

@@ -15,7 +15,7 @@ from ..rows import gather_rows, scatter_rows
 if TYPE_CHECKING:
     from ..geometry import Conv2dGeometry
 
-__all__ = ["NO_EPILOGUE", "Backend", "BackendUnavailable", "Epilogue", "Experts", "Side"]
+__all__ = ["NO_EPILOGUE", "Backend", "BackendUnavailable", "Behind", "Epilogue", "Experts", "Side"]
 
 
 class BackendUnavailable(RuntimeError):
@@ -66,6 +66,11 @@ class Side(NamedTuple):
     width: int
     total: int
 
+    @classmethod
+    def shared(cls, x: Tensor) -> Side:
+        """One slice, the channels of ``x``, for all samples."""
+        return cls(torch.zeros(x.shape[0], dtype=torch.int64, device=x.device), 1, (), x.shape[1], x.shape[1])
+
     def rows(self, value: Tensor) -> Tensor:
         """``[total]`` to each sample's slice, ``[V, width]``."""
         return gather_rows(value, self.expert, self.num_experts, self.starts, self.width)
@@ -73,6 +78,14 @@ class Side(NamedTuple):
     def sum(self, rows: Tensor) -> Tensor:
         """``[V, width]`` summed into ``[total]``."""
         return scatter_rows(rows, self.expert, self.num_experts, self.starts, self.width, self.total)
+
+
+class Behind(NamedTuple):
+    """A ReLU and channel means behind ``scale * (x - mean) + shift``: what their gradient takes to come through them."""
+
+    scale: Tensor  # [total]
+    shift: Tensor
+    grad_means: Tensor | None = None  # [V, C], of the means
 
 
 class Epilogue(NamedTuple):
@@ -216,17 +229,49 @@ class Backend(abc.ABC):
             y = y + _wide(grad) * side.rows(grad_scale)[:, :, None, None]
         return y.to(x.dtype)
 
-    def rectify(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``max(x, 0)`` of channels_last ``x [V, C, H, W]`` and its channel means, ``[V, C]`` in float32 at least."""
-        y = x.relu()
-        return y, _wide(y).mean((2, 3))
+    def sums_behind(
+        self, x: Tensor, grad: Tensor | None, mean: Tensor, side: Side, behind: Behind
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`sums` of the gradient that comes through ``behind``; of ``grad`` and that of the means one is there."""
+        return self.sums(x, _through(x, grad, mean, side, behind), mean, side, None)
+
+    def affine_behind(
+        self,
+        x: Tensor,
+        side: Side,
+        scale: Tensor | None,
+        mean: Tensor,
+        shift: Tensor | None,
+        grad: Tensor | None,
+        behind: Behind,
+    ) -> Tensor:
+        """:meth:`affine` of the gradient that comes through ``behind``, multiplied by its scale; without ``scale`` and
+        ``shift`` that is all."""
+        none = torch.zeros_like(mean)
+        return self.affine(
+            x, side, none if scale is None else scale, mean, shift, _through(x, grad, mean, side, behind), behind.scale
+        )
+
+    def rectify(
+        self,
+        x: Tensor,
+        side: Side | None = None,
+        scale: Tensor | None = None,
+        mean: Tensor | None = None,
+        shift: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """``y = max(x, 0)`` of channels_last ``x [V, C, H, W]``, or of ``scale * (x - mean) + shift + residual`` with the
+        values of each sample's slice; and y's channel means, ``[V, C]`` in float32 at least."""
+        wide = _wide(x)
+        if side is not None and scale is not None and mean is not None:
+            wide = _wide(self.affine(wide, side, scale, mean, shift))
+        y = (wide if residual is None else wide + _wide(residual)).relu()
+        return y.to(x.dtype), y.mean((2, 3))
 
     def rectify_backward(self, grad: Tensor | None, grad_means: Tensor | None, y: Tensor) -> Tensor:
-        """The gradient for the input of :meth:`rectify`, from those of its results; one of them at least is there."""
-        total = 0.0 if grad is None else _wide(grad)
-        if grad_means is not None:
-            total = total + grad_means[:, :, None, None] / (y.shape[2] * y.shape[3])
-        return torch.where(y <= 0, 0.0, total).to(y.dtype)
+        """The gradient for what ReLU got in :meth:`rectify`, from those of its results; one of them at least is there."""
+        return torch.where(y <= 0, 0.0, _of_both(grad, grad_means, y)).to(y.dtype)
 
     def route(
         self,
@@ -247,5 +292,24 @@ class Backend(abc.ABC):
         return None
 
 
+def _of_both(grad: Tensor | None, grad_means: Tensor | None, like: Tensor) -> Tensor:
+    """What each pixel has from its own gradient and from that of the means."""
+    total = torch.zeros_like(like, dtype=_wide_type(like)) if grad is None else _wide(grad)
+    if grad_means is not None:
+        total = total + grad_means[:, :, None, None] / (like.shape[2] * like.shape[3])
+    return total
+
+
+def _through(x: Tensor, grad: Tensor | None, mean: Tensor, side: Side, behind: Behind) -> Tensor:
+    """The gradient of the map's result."""
+    result = (_wide(x) - side.rows(mean)[:, :, None, None]) * side.rows(behind.scale)[:, :, None, None]
+    result = result + side.rows(behind.shift)[:, :, None, None]
+    return torch.where(result <= 0, 0.0, _of_both(grad, behind.grad_means, x))
+
+
+def _wide_type(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(_wide_type(x))

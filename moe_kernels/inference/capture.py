@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import operator
 import re
@@ -60,6 +61,7 @@ class Captured:
     inputs: list[torch.fx.Node]
     out_spec: pytree.TreeSpec
     writers: list[torch.fx.Node] = field(default_factory=list)  # that write in place where others may see it
+    packed: dict[torch.fx.Node, Tensor | None] = field(default_factory=dict)  # convolutions' weights
     _names: Iterator[int] = field(default_factory=itertools.count)
 
     def constant(self, value: Any) -> Tensor | None:
@@ -147,12 +149,22 @@ def _exported(
     model: nn.Module, example: tuple[Tensor, ...], size: int, batch: torch.export.Dim | None
 ) -> torch.export.ExportedProgram:
     examples = tuple(_resized(x, size) for x in example)
-    dims = None if batch is None else tuple({0: batch} for _ in example)
+    dims = None if batch is None else _as_given(model, [{0: batch} for _ in example])
     try:
         with torch.no_grad(), for_fusion():
             return torch.export.export(model, examples, dynamic_shapes=dims, strict=False)
     except Exception as error:  # whatever a model's forward does with a stand-in for a tensor
         raise ValueError(f"model: torch.export cannot trace it ({type(error).__name__}: {error})") from error
+
+
+def _as_given(model: nn.Module, dims: list[Any]) -> tuple[Any, ...]:
+    """One for each positional argument of the forward, as torch.export wants them: those of ``*args`` are a tuple."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    kinds = [p.kind for p in parameters]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return tuple(dims)
+    named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return tuple(dims) if len(dims) <= named else (*dims[:named], tuple(dims[named:]))
 
 
 def _steps(program: torch.export.ExportedProgram) -> list[tuple[str, tuple[int, ...]]]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,13 +74,17 @@ def fuse(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> FusedM
     of images of the example's size; it has no backward, and autocast does not reach into it.
 
     Args:
-        model: in eval mode; ``torch.export`` must be able to trace it.
+        model: in eval mode; ``torch.export`` must be able to trace its forward with these inputs as positional arguments.
+            Of keyword arguments their defaults become part of the form.
         example_input: an input ``[B, ...]`` with B >= 1, or a tuple of them, for the sizes, dtype and device.
 
     Raises:
-        ValueError: if the model is in training mode, or cannot be traced; TypeError: for an example that is no tensor.
+        ValueError: if the model is in training mode, of another dtype than the example, or cannot be traced; TypeError:
+            for an example that is no tensor, or a model that is no module or fused already.
         BackendUnavailable: if no backend computes on the example's device.
     """
+    if not isinstance(model, nn.Module) or isinstance(model, FusedModel):
+        raise TypeError(f"model: expected an nn.Module that is not fused yet, got {type(model).__name__}")
     examples = example_input if isinstance(example_input, tuple) else (example_input,)
     for x in examples:
         if not isinstance(x, Tensor):
@@ -90,6 +94,10 @@ def fuse(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> FusedM
     training = [name or "the model" for name, module in model.named_modules() if module.training]
     if training:
         raise ValueError(f"model: expected eval mode, call model.eval() first; {training[0]} is in training mode")
+    given = {x.dtype for x in examples if x.is_floating_point()}
+    own = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if given and own and not given & own:
+        raise ValueError(f"example_input: expected {_names(own)} as the model's parameters, got {_names(given)}")
     captured = capture(model, examples)
     device, dtype = examples[0].device, examples[0].dtype
     backend = backends.choose(device)
@@ -97,11 +105,18 @@ def fuse(model: nn.Module, example_input: Tensor | tuple[Tensor, ...]) -> FusedM
     if not captured.writers:
         fold(captured, dense=on_cpu, routers=backend.routes)
     fused = FusedModel(captured, examples, native=on_cpu)
+    if device.type == "cpu" and not on_cpu and not captured.writers:
+        why = f"backend {backend.name!r}" if backend.name != "cpu" else f"{dtype}, and not float32 or float64"
+        warnings.warn(f"fuse: the whole model runs as torch's own operators ({why})", stacklevel=2)
     if fused.fallbacks:
         shown = "; ".join(str(f) for f in fused.fallbacks[:3])
         more = f"; and {len(fused.fallbacks) - 3} more" if len(fused.fallbacks) > 3 else ""
         warnings.warn(f"fuse: {len(fused.fallbacks)} operations run as torch's own: {shown}{more}", stacklevel=2)
     return fused
+
+
+def _names(dtypes: set[torch.dtype]) -> str:
+    return " or ".join(sorted(map(str, dtypes)))
 
 
 class FusedModel(nn.Module):
@@ -123,6 +138,7 @@ class FusedModel(nn.Module):
         self._stages, self.fallbacks = _stages(captured, self._outputs, examples[0].dtype if native else None)
         left = [n for stage in self._stages if isinstance(stage, _Torch) for n in stage.nodes]
         captured.keep_constants_of([*left, *self._outputs])  # programs have copies of what they read
+        captured.packed.clear()
         self._dead = _last_uses(self._stages, self._outputs)
         self._graphs = CudaGraphs(self._run) if examples[0].device.type == "cuda" else None
         super().train(False)
@@ -145,6 +161,21 @@ class FusedModel(nn.Module):
         """Raises ValueError for ``mode=True``: there is nothing to train."""
         if mode:
             raise ValueError("mode: a fused model is for inference; train the model that it was made of, and fuse again")
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedModel:
+        """Of ``to()``, ``half()``, ``cuda()`` and their kin.
+
+        Raises:
+            TypeError: if they ask for another dtype or device.
+        """
+        for _, dtype, device in self._like:
+            probe = fn(torch.empty(0, dtype=dtype, device=device))
+            if probe.dtype != dtype or probe.device != device:
+                raise TypeError(
+                    f"a fused model stays of {dtype} on {device}; take the model that it was made of to {probe.dtype} on "
+                    f"{probe.device}, and fuse that"
+                )
         return self
 
     def profile(self, *inputs: Tensor) -> list[StepTime]:
@@ -187,7 +218,7 @@ class FusedModel(nn.Module):
             if tuple(x.shape[1:]) != shape or x.dtype != dtype or x.device != device:
                 raise ValueError(
                     f"input: expected [B, {', '.join(map(str, shape))}] of {dtype} on {device} as the example's, got "
-                    f"{list(x.shape)} of {x.dtype} on {x.device}; fuse once more for another size"
+                    f"{list(x.shape)} of {x.dtype} on {x.device}; fuse once more for another size, dtype or device"
                 )
             if len(x) != len(inputs[0]):
                 raise ValueError(f"inputs: expected batches of one size, got {[len(i) for i in inputs]}")

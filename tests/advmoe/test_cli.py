@@ -19,7 +19,7 @@ from small_runs import write_cifar10
 
 from advmoe import __version__
 from advmoe.attacks import NonFiniteGradientError
-from advmoe.cli import _method_config, _model_config, _parser, main
+from advmoe.cli import _method_config, _model_config, _optim_config, _parser, main
 from advmoe.config import (
     METHODS,
     AttackConfig,
@@ -141,7 +141,7 @@ def test_options_of_the_methods_reach_the_run(asked: list[RunConfig], arguments:
     assert main(["train", "--out", "run", *arguments.split()]) == 0
     assert asked[0].method == method
     assert asked[0].attack.random_start == ("gaussian" if "--as-released" in arguments else True)
-    assert asked[0].model.router == ("global" if "--as-released" in arguments else None)
+    assert asked[0].model.router == ("global" if "--as-released" in arguments else "light")
     assert asked[0].routing.share_epochs == (0 if "--as-released" in arguments else None)
 
 
@@ -186,8 +186,10 @@ def test_as_released_refuses_what_contradicts_it(
 def test_the_defaults_are_those_of_the_settings() -> None:
     options = _parser().parse_args(["train", "--out", "run"])
     assert _model_config(options) == ModelConfig()
-    assert (options.epochs, options.batch_size, options.lr, options.momentum) == (100, 128, 0.1, 0.9)
-    assert (options.weight_decay, options.beta, options.attack_steps, options.method) == (5e-4, 6.0, 2, "advmoe")
+    assert (options.epochs, options.batch_size) == (100, 128) and _optim_config(options) == OptimConfig()
+    assert (options.beta, options.attack_steps, options.method) == (6.0, 2, "advmoe")
+    adam = _parser().parse_args(["train", "--out", "run", "--optimizer", "adam"])
+    assert _optim_config(adam) == OptimConfig.cyclic_adam()
     assert options.epsilon is None and options.step_size is None  # the data's own
     asked = [options.balance, options.balance_weight, options.experts_start, options.share_epochs]
     assert RoutingConfig(*asked) == RoutingConfig() and options.init is None
@@ -635,3 +637,34 @@ def test_a_folder_that_cannot_be_made_says_so(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "file").write_text("")
     assert train(tmp_path / "file" / "run") == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+FAULTS = """
+import resource
+import torch
+from advmoe.memory import keep_freed_memory
+kept = keep_freed_memory()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for i in range(10):  # as the features of a network come and go
+    a, b = torch.ones(9 << 20), torch.ones(8 << 20)
+    c = a[: 8 << 20] + b
+    d = c.relu()
+    a = b = None
+    e = d * 2
+    c = d = e = None
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_freed_memory_is_kept_unless_the_environment_says_how() -> None:
+    """Then the kernel maps a part of the pages anew that it maps each time otherwise."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    faults = []
+    for given, kept in (({}, "True"), ({"MALLOC_ARENA_MAX": "4"}, "False")):
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True, env=clean | given
+        )
+        said, count = done.stdout.split()
+        assert said == kept
+        faults.append(int(count))
+    assert faults[0] < 0.7 * faults[1]

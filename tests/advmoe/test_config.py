@@ -17,7 +17,7 @@ def test_defaults_are_the_papers_recipe() -> None:
     assert (c.optim.lr, c.optim.momentum, c.optim.weight_decay) == (0.1, 0.9, 5e-4)
     assert (c.epochs, c.batch_size, c.attack.steps, c.method.beta) == (100, 128, 2, 6.0)
     assert (c.method.order, c.method.batches, c.method.router_objective) == ("router_first", "two", "trades")
-    assert c.model.gate is None  # straight_through: create_model's default
+    assert c.model.gate == "straight_through"
     assert (c.method.share_attack, c.method.router_every, c.method.attack_routers) == (False, 1, False)
     assert (c.model.temperature, c.model.noise, c.routing.balance, c.routing.share_epochs) == (1.0, 0.0, "none", None)
 

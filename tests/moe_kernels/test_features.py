@@ -3,19 +3,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import pytest
 import torch
 from oracle import windows
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from moe_kernels import backends, use_backend
+from moe_kernels import ExpertSlices, RoutedBatchNorm2d, Routing, backends, use_backend
 from moe_kernels.backends import REFERENCE, Side
 from moe_kernels.backends.native import module
-from moe_kernels.features import relu_with_means
+from moe_kernels.features import norm_relu_with_means, relu_with_means
 
 # narrow pixels, which the kernels take several at a time; wide ones; images of more than one unit; one pixel; none
 SHAPES = [(3, 5, 7, 9), (4, 8, 8, 8), (2, 70, 5, 3), (2, 300, 20, 20), (3, 1, 6, 6), (1, 3, 160, 160), (5, 6, 1, 1)]
@@ -161,6 +162,138 @@ def test_statistics_of_large_means() -> None:
     torch.testing.assert_close(var.double(), narrow.double().var((0, 2, 3), unbiased=False), rtol=1e-4, atol=0)
 
 
+NORMS = ("shared", "partition", "windows")
+
+
+def _norm(kind: str, channels: int, samples: int, dtype: torch.dtype) -> tuple[nn.Module, Routing | None]:
+    """A BatchNorm with weights and statistics of its own, and what it takes beside features."""
+    layer: nn.Module
+    routing = None
+    if kind == "shared":
+        layer = nn.BatchNorm2d(channels)
+    else:
+        slices = ExpertSlices.partition(channels, 3) if kind == "partition" else windows(2 * channels, 0.5, 3)
+        layer = RoutedBatchNorm2d(slices)
+        routing = Routing(torch.arange(samples) % 2, num_experts=3)  # the last expert has none
+    with torch.no_grad():
+        for name, value in [*layer.named_parameters(), *layer.named_buffers()]:
+            if value.is_floating_point():
+                value.copy_(torch.rand_like(value) + 0.5 if name != "bias" else torch.randn_like(value))
+    return layer.to(dtype if dtype == torch.float64 else torch.float32), routing
+
+
+def _one_by_one(layer: nn.Module, x: Tensor, routing: Routing | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    y = layer(x) if routing is None else layer(x, routing)
+    y = (y if residual is None else y + residual).relu()
+    return y, y.mean((2, 3), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("joined", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", NORMS)
+def test_norm_relu_with_means(kind: str, training: bool, joined: bool, dtype: torch.dtype) -> None:
+    for shape in [(4, 6, 9, 9), (5, 70, 5, 3), (2, 300, 20, 20), (2, 3, 160, 160)]:
+        layer, routing = _norm(kind, shape[1], shape[0], dtype)
+        layer.train(training)
+        exact = copy.deepcopy(layer).double()
+        x = (_images(shape, dtype) * 2 + 3).requires_grad_()
+        residual = _images(shape, dtype).requires_grad_() if joined else None
+        y, means = norm_relu_with_means(layer, x, routing, residual)
+        assert type(y.grad_fn).__name__ == "_NormReluWithMeansBackward"
+        assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+        wide = [None if t is None else t.detach().double().requires_grad_() for t in (x, residual)]
+        z, pooled = _one_by_one(exact, wide[0], routing, wide[1])
+        _near(y, z, dtype, 10)
+        _near(means, pooled, dtype)
+        assert (y == 0).sum() > 0 and (means.dtype == torch.promote_types(dtype, torch.float32))
+        for (name, got), expected in zip(layer.named_buffers(), exact.buffers(), strict=True):
+            torch.testing.assert_close(
+                got.double(), expected.double(), rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-6
+            )
+            assert name != "num_batches_tracked" or torch.equal(got, expected)
+        dy, dm = _images(shape, dtype), torch.randn_like(means)
+        # where a rounded y is 0 and the exact one is not, the derivatives are of different functions
+        dy = torch.where((y == 0) == (z == 0), dy, torch.zeros_like(dy))
+        inputs = [t for t in (x, layer.weight, layer.bias, residual) if t is not None]
+        exact_inputs = [t for t in (wide[0], exact.weight, exact.bias, wide[1]) if t is not None]
+        for given in ((dy, dm), (dy, None), (None, dm)):
+            pairs = [(t, s, g) for t, s, g in zip((y, means), (z, pooled), given, strict=True) if g is not None]
+            got = torch.autograd.grad([t for t, _, _ in pairs], inputs, [g for *_, g in pairs], retain_graph=True)
+            expected = torch.autograd.grad(
+                [s for _, s, _ in pairs], exact_inputs, [g.double() for *_, g in pairs], retain_graph=True
+            )
+            for a, b in zip(got, expected, strict=True):
+                error = (a.double() - b).norm() / b.norm()
+                assert error < {torch.float64: 1e-12, torch.float32: 2e-5}.get(dtype, 2e-2), error
+
+
+def test_an_attack_takes_no_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of a weight that requires one is not computed where only the image's is asked for."""
+    layer, _ = _norm("shared", 6, 4, torch.float32)
+    x = _images((4, 6, 9, 9)).requires_grad_()
+    y, _ = norm_relu_with_means(layer.eval(), x)
+    cpu = backends.choose(x.device)
+    monkeypatch.setattr(cpu, "sums_behind", lambda *args: pytest.fail("sums were taken"))
+    torch.autograd.grad(y.sum(), x)
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", ["shared", "partition"])
+def test_second_derivatives_of_norm_and_relu(kind: str, training: bool, joined: bool) -> None:
+    layer, routing = _norm(kind, 3, 4, torch.float64)
+    layer.train(training)
+    x = _images((4, 3, 3, 2), torch.float64).requires_grad_()
+    residual = _images((4, 3, 3, 2), torch.float64).requires_grad_() if joined else None
+
+    def of(x: Tensor, weight: Tensor, bias: Tensor, *residual: Tensor) -> tuple[Tensor, Tensor]:
+        layer.weight, layer.bias = weight, bias  # by attribute: gradcheck moves them
+        return norm_relu_with_means(layer, x, routing, *residual)
+
+    weight, bias = (p.detach().clone().requires_grad_() for p in (layer.weight, layer.bias))
+    del layer.weight, layer.bias
+    inputs = (x, weight, bias) if residual is None else (x, weight, bias, residual)
+    assert gradcheck(of, inputs)
+    assert gradgradcheck(of, inputs)
+
+
+@pytest.mark.parametrize("why", ["hook", "another norm", "contiguous", "one value", "no weight", "another dtype"])
+def test_norm_and_relu_one_by_one_where_kernels_would_not_do(why: str) -> None:
+    layer: nn.Module = nn.BatchNorm2d(4, affine=why != "no weight")
+    x = _images((2, 4, 5, 5))
+    residual = _images((2, 4, 5, 5), torch.float64 if why == "another dtype" else torch.float32)
+    calls: list[int] = []
+    if why == "hook":
+        layer.register_forward_hook(lambda *args: calls.append(1))
+    elif why == "another norm":
+        layer = nn.GroupNorm(2, 4)
+    elif why == "contiguous":
+        x = x.contiguous()
+    elif why == "one value":
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+            norm_relu_with_means(layer, x[:1, :, :1, :1].contiguous(memory_format=torch.channels_last))
+        return
+    other = copy.deepcopy(layer)
+    y, means = norm_relu_with_means(layer, x.requires_grad_(), None, residual)
+    assert type(y.grad_fn).__name__ != "_NormReluWithMeansBackward"
+    assert why != "hook" or calls == [1]
+    expected = _one_by_one(other, x, None, residual)
+    assert torch.equal(y, expected[0])
+    torch.testing.assert_close(means, expected[0].mean((2, 3)))
+
+
+def test_norm_and_relu_refuse_what_the_layer_refuses() -> None:
+    layer, routing = _norm("partition", 4, 3, torch.float32)
+    assert routing is not None
+    with pytest.raises(ValueError, match=r"expected 2 choices as the input.s samples, got 3"):
+        norm_relu_with_means(layer, _images((2, 4, 5, 5)), routing)
+    with pytest.raises(ValueError, match="expected more than one value per channel"):
+        norm_relu_with_means(layer.train(), _images((3, 4, 1, 1)), routing)
+    with pytest.raises(ValueError, match=r"expected shape \[V, 4, H, W\]"):
+        norm_relu_with_means(layer, _images((3, 5, 2, 2)), routing)
+
+
 def test_features_have_the_same_bits_for_any_number_of_threads() -> None:
     backend = backends.choose(torch.device("cpu"))
     x, grad = _images((6, 40, 50, 50)), _images((6, 40, 50, 50))
@@ -170,9 +303,15 @@ def test_features_have_the_same_bits_for_any_number_of_threads() -> None:
         torch.set_num_threads(threads)
         mean, *others = backend.moments(x, side, None)
         y, means = backend.rectify(x)
+        layer = nn.BatchNorm2d(40)
+        z, pooled = norm_relu_with_means(layer, x.requires_grad_())
         results.append(
-            [mean, *others, *backend.sums(x, grad, mean, side, None), y, means, backend.rectify_backward(grad, means, y)]
-        )
+            [
+                mean, *others, *backend.sums(x, grad, mean, side, None), y, means,
+                backend.rectify_backward(grad, means, y), z, pooled,
+                *torch.autograd.grad((z, pooled), (x, layer.weight, layer.bias), (grad, means)),
+            ]
+        )  # fmt: skip
     for later in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], later, strict=True))
 
@@ -183,8 +322,8 @@ def test_an_index_out_of_range_is_refused() -> None:
         side = Side(torch.tensor([0, bad]), 2, (), 3, 6)
         with pytest.raises(ValueError, match=rf"expert: index {bad} of sample 1 is outside 0 \.\. 1"):
             backend.moments(_images((2, 3, 4, 4)), side, None)
-    nothing = (0, 0, (1,)), [0] * 11
+    nothing = (0, 0, (1,)), [0] * 13
     with pytest.raises(ValueError, match="starts: expected 0, got 1"):
-        module.features(0, 0, 1, (0, 0, 0, 0), *nothing)
-    with pytest.raises(ValueError, match=r"kernel: expected 0 \.\. 5, got 6"):
-        module.features(6, 0, 1, (0, 0, 0, 0), *nothing)
+        module.features(0, 0, 1, False, (0, 0, 0, 0), *nothing)
+    with pytest.raises(ValueError, match=r"kernel: expected 0 \.\. 3, got 4"):
+        module.features(4, 0, 1, False, (0, 0, 0, 0), *nothing)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import pickle
 import random
@@ -29,10 +30,10 @@ from moe_kernels import (
     SelfRoutedConv2d,
     convert,
     fuse,
+    use_backend,
 )
 from moe_kernels.functional import routed_conv2d_fused
-from moe_kernels.inference import lowering
-from moe_kernels.inference.lowering import Buffer, Step
+from moe_kernels.inference.recording import Buffer, Step, plan_memory
 
 BATCHES = (1, 3, 17)
 
@@ -708,7 +709,7 @@ def test_buffers_in_use_together_do_not_overlap(seed: int) -> None:
         reads = tuple(draw.sample(written, min(len(written), draw.randint(0, 3))))
         steps.append(Step("", None, reads, buffer, lambda program: None))  # type: ignore[arg-type]
         written.append(buffer)
-    total = lowering._plan_memory(steps)
+    total = plan_memory(steps)
     roots = {id(b.root()[0]): b.root()[0] for b in buffers}
     alive: dict[int, list[int]] = {
         key: [i for i, s in enumerate(steps) for b in (*s.reads, s.writes) if b is not None and b.root()[0] is root]
@@ -721,3 +722,52 @@ def test_buffers_in_use_together_do_not_overlap(seed: int) -> None:
             if a is not b and together:
                 assert a.offset + a.bytes <= b.offset or b.offset + b.bytes <= a.offset
     assert total < sum(-(-root.bytes // 64) * 64 for root in roots.values())
+
+
+class _Several(nn.Module):
+    """Takes its images by ``*images``, behind one by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, first: Tensor, *images: Tensor) -> Tensor:
+        y = self.conv(first)
+        for x in images:
+            y = y + self.conv(x)
+        return y
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_any_number_of_positional_arguments(count: int) -> None:
+    model, images = _Several().eval(), tuple(torch.randn(2, 3, 6, 6) for _ in range(count))
+    fused = fuse(model, images)
+    for size in (1, 5):
+        given = [torch.randn(size, 3, 6, 6) for _ in images]
+        torch.testing.assert_close(fused(*given), model(*given))
+
+
+def test_a_dtype_without_kernels_is_told() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval().bfloat16(), torch.randn(2, 3, 6, 6).bfloat16()
+    with pytest.warns(UserWarning, match="whole model runs as torch's own operators .torch.bfloat16"):
+        fused = fuse(model, x)
+    torch.testing.assert_close(fused(x), model(x))
+    with use_backend("reference"), pytest.warns(UserWarning, match="backend 'reference'"):
+        fuse(model.float(), x.float())
+
+
+@pytest.mark.parametrize("move", ["half", "double", "bfloat16"])
+def test_a_fused_model_stays_where_it_is(move: str) -> None:
+    fused = fuse(nn.Conv2d(3, 4, 3).eval(), torch.randn(2, 3, 6, 6))
+    with pytest.raises(TypeError, match=r"stays of torch\.float32 on cpu; take the model that it was made of to torch\."):
+        getattr(fused, move)()
+    assert fused.to("cpu").float() is fused
+
+
+def test_what_is_no_model_to_fuse() -> None:
+    model, x = nn.Conv2d(3, 4, 3).eval(), torch.randn(2, 3, 6, 6)
+    for other in (fuse(model, x), functools.partial(model)):
+        with pytest.raises(TypeError, match=r"expected an nn\.Module that is not fused yet, got (FusedModel|partial)"):
+            fuse(other, x)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"expected torch\.float32 as the model's parameters, got torch\.float64"):
+        fuse(model, x.double())
