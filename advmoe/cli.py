@@ -492,9 +492,9 @@ def _train(o: argparse.Namespace) -> None:
             raise ValueError("train: --out RUN is needed (or --resume RUN)")
         gaussian = o.attack_start == "gaussian" or o.as_released
         share_epochs = o.share_epochs
+        if "--kind" not in o.given:  # first: the default router is the kind's
+            o.kind = _KIND_OF.get(o.method, o.kind)
         model = _model_config(o)
-        if "--kind" not in o.given and o.method in _KIND_OF:
-            model = dataclasses.replace(model, kind=_KIND_OF[o.method])
         if o.as_released:
             share_epochs = share_epochs or 0
             if "--router" not in o.given:

@@ -92,10 +92,13 @@ def _by_kernels(layer: nn.Module, x: Tensor, routing: Routing | None) -> bool:
         return False
     if type(layer) is RoutedBatchNorm2d:
         return routing is not None and not layer.synchronized and not layer.slices.is_whole
+    if type(layer) is not nn.BatchNorm2d or routing is not None:
+        return False
+    kept = layer.running_mean, layer.running_var, layer.num_batches_tracked
+    if layer.training and layer.track_running_stats and any(each is None for each in kept):
+        return False  # taken away by hand: torch goes on without them
     # of one value alone torch refuses to take statistics
-    return (
-        type(layer) is nn.BatchNorm2d and routing is None and x.shape[1] == layer.num_features and x.numel() > x.shape[1]
-    )
+    return x.shape[1] == layer.num_features and x.numel() > x.shape[1]
 
 
 @torch.no_grad()
@@ -116,9 +119,10 @@ def has_kernel(x: Tensor) -> bool:
 
 def _able(x: Tensor) -> Backend | None:
     """The backend, if it has a kernel and nobody watches or wants another derivative."""
-    if torch.compiler.is_compiling() or not x.numel() or not is_channels_last(x) or x.is_neg():
+    # first: within vmap a tensor does not say its memory format
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or ops.traced(x, x):
         return None
-    if forward_ad._current_level >= 0 or ops.traced(x, x):
+    if not x.numel() or not is_channels_last(x) or x.is_neg():
         return None
     try:
         backend = backends.choose(x.device)

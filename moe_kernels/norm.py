@@ -162,7 +162,8 @@ def derivatives(
 ) -> list[Tensor | None]:
     """Of ``outputs`` for those of the function's first inputs that need one, with a graph of their own."""
     wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed and t is not None]
-    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True))
+    # none where a residual alone has a derivative, which torch refuses to be asked for
+    found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True) if wanted else ())
     return [
         next(found) if needed and t is not None else None for t, needed in zip(inputs, ctx.needs_input_grad, strict=False)
     ]

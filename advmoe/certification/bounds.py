@@ -155,6 +155,11 @@ class Certifier:
             self.members = [_Mixture(m, norm, method, shape) for m in (whole.robust, whole.standard)]
             if not self.alpha:
                 self.alpha, self.members = None, self.members[1:]
+            elif self.alpha != 1 and any(member.scaled for member in self.members):
+                raise ValueError(
+                    "gate: of a Dual-Model, expected mixtures without the softmax gate of a single choice; it scales the "
+                    "logits, of which no bound is known"
+                )
         else:
             self.members = [_Mixture(whole, norm, method, shape)]
 
@@ -260,11 +265,13 @@ class _Mixture:
         self.lengths = torch.zeros(1, 1, dtype=torch.float64)
         self.weight: Tensor | None = None
         self.mix = "logits"
+        self.scaled = False  # a single choice's logits by its gate, which leaves its own class, but not a sum's
         networks = [model]
         if isinstance(getattr(model, "router", None), Router) and hasattr(model, "expert"):
             self.weight = linear_map(model)
             self.lengths = distances(self.weight, norm)
             self.mix = model.spec.mix
+            self.scaled = model.router.options.top_k == 1 and model.router.options.gate == "softmax"
             networks = [model.expert(i) for i in range(len(self.weight))]
         self.bounds = [LipschitzBounds(network, norm, method, shape) for network in networks]
 

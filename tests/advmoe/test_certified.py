@@ -33,6 +33,7 @@ KINDS = {  # k, gate, what is mixed
     "top-2": (2, "softmax", "probabilities"),
     "top-2 logits": (2, "softmax", "logits"),
     "sum of two": (2, "none", "probabilities"),
+    "scaled": (1, "softmax", "logits"),
 }
 
 
@@ -285,6 +286,20 @@ def test_what_is_misclassified_or_estimated_is_not_certified() -> None:
         certify(mixture("soft logits"), x, y, variant="paper")
     with pytest.raises(ValueError, match=r"Theorem 5\.5 is about probabilities"):
         certify(DualModel(model, model, 0.7, "logits"), x, y, variant="paper")
+
+
+@pytest.mark.parametrize("on", ["logits", "probabilities"])
+def test_a_scaled_single_choice_is_certified_by_itself_alone(on: str) -> None:
+    """Its gate is below 1: one expert's class does not depend on it, that of the Dual-Model does."""
+    scaled = mixture("scaled")
+    x, y = truthful(scaled)
+    found = certify(scaled, x, y).radius
+    assert (found > 0).any()
+    unbroken(scaled, x, y, found, "linf")
+    assert torch.equal(certify(DualModel(scaled, scaled, 1.0, on), x, y).radius, found)
+    for standard, robust in ((mixture("hard"), scaled), (scaled, mixture("hard"))):
+        with pytest.raises(ValueError, match=r"^gate: of a Dual-Model"):
+            certify(DualModel(standard, robust, 0.7, on), x, y)
 
 
 def test_a_ball_of_its_own_gives_larger_radii() -> None:

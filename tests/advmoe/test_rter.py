@@ -472,6 +472,7 @@ def test_an_alias_of_the_method_and_its_kind(tmp_path: Path) -> None:
         assert main(["train", "--method", method, *common, "--out", str(out)]) == 0
         c = Run(out).config()
         assert c.model.kind == kind and c.optim == OptimConfig.cyclic_adam() and c.attack.loss == "ce"
+        assert c.model.router == "linear"  # the kind's default, not that of the command's own default kind
 
 
 # --- Adam and its cyclic rate ---

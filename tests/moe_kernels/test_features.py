@@ -86,6 +86,8 @@ def test_transforms_and_modes() -> None:
     tangent = torch.randn_like(x)
     _, slope = torch.func.jvp(loss, (x.detach(),), (tangent,))
     torch.testing.assert_close(slope, (expected * tangent).sum(), rtol=1e-4, atol=1e-4)
+    scaled = torch.func.vmap(lambda s: loss(x.detach() * s))(torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(scaled, torch.stack([loss(x.detach()), loss(2 * x.detach())]))
 
 
 def test_second_derivatives() -> None:
@@ -256,6 +258,25 @@ def test_second_derivatives_of_norm_and_relu(kind: str, training: bool, joined: 
     inputs = (x, weight, bias) if residual is None else (x, weight, bias, residual)
     assert gradcheck(of, inputs)
     assert gradgradcheck(of, inputs)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_second_derivatives_where_the_residual_alone_has_one(training: bool) -> None:
+    layer, _ = _norm("shared", 3, 4, torch.float64)
+    layer.train(training).requires_grad_(False)
+    x = _images((4, 3, 3, 2), torch.float64)
+    residual = _images((4, 3, 3, 2), torch.float64).requires_grad_()
+    assert gradgradcheck(lambda r: norm_relu_with_means(layer, x, None, r), (residual,))
+
+
+def test_norm_and_relu_where_statistics_were_taken_away() -> None:
+    layer, _ = _norm("shared", 4, 3, torch.float32)
+    layer.running_mean = layer.running_var = None
+    x = _images((3, 4, 5, 5))
+    y, means = norm_relu_with_means(layer, x)
+    expected = _one_by_one(layer, x, None, None)
+    assert torch.equal(y, expected[0])
+    torch.testing.assert_close(means, expected[0].mean((2, 3)))
 
 
 @pytest.mark.parametrize("why", ["hook", "another norm", "contiguous", "one value", "no weight", "another dtype"])
