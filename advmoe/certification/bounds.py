@@ -172,8 +172,10 @@ class Certifier:
         """Radii of ``images [n, 3, S, S]`` with ``labels [n]``.
 
         Raises:
-            ValueError: for an unknown variant, or the printed theorem of what it is not about.
+            ValueError: for an unknown variant, the printed theorem of what it is not about, or no images.
         """
+        if not len(images):
+            raise ValueError(f"images: expected at least one, got shape {tuple(images.shape)}")
         if variant not in VARIANTS:
             raise unknown_name("variant", variant, tuple(VARIANTS))
         images, labels = images.detach().to("cpu", torch.float64), labels.cpu()

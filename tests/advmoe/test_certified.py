@@ -282,6 +282,8 @@ def test_what_is_misclassified_or_estimated_is_not_certified() -> None:
     assert torch.allclose(parts.radius, certify(model, x, y).radius)
     with pytest.raises(ValueError, match="variant: expected one of sound"):
         certify(model, x, y, variant="printed")
+    with pytest.raises(ValueError, match="images: expected at least one"):
+        certify(model, x[:0], y[:0])
     with pytest.raises(ValueError, match=r"Theorem 5\.4 is about mixtures of probabilities"):
         certify(mixture("soft logits"), x, y, variant="paper")
     with pytest.raises(ValueError, match=r"Theorem 5\.5 is about probabilities"):

@@ -431,6 +431,7 @@ def test_alpha_is_swept_with_attacks_made_anew(
         ("network_moe", MethodConfig("rt-er"), {"optim": OptimConfig(router_lr=0.1)}, "router_lr: without effect where"),
         ("one", MethodConfig("rt-er"), {}, "experts: rt-er makes a second one robust; expected at least 2, got 1"),
         ("end", MethodConfig("jtdmoe"), {}, "alpha: at 1 the standard mixture has no part"),
+        ("start", MethodConfig("jtdmoe"), {}, "alpha: at 0 the robust mixture has no part"),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -440,6 +441,7 @@ def test_what_does_not_go_together_is_refused(
         "moe": {"kind": "moe", "frozen_router": None},
         "one": {"num_experts": 1},
         "end": {"kind": "dual_moe", "alpha": 1.0},
+        "start": {"kind": "dual_moe", "alpha": 0.0},
     }
     given = {k: v for k, v in {**{"kind": kind}, **options.get(kind, {})}.items() if v is not None}
     given = given | ({"kind": "network_moe"} if kind == "one" else {})

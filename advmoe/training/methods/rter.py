@@ -128,8 +128,11 @@ class JTDMoE(_Robust):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         if not isinstance(model, DualModel):
             raise ValueError("method: jtdmoe needs a model of kind dual_moe")
-        if model.alpha == 1:
-            raise ValueError("alpha: at 1 the standard mixture has no part in the Dual-Model, and is not trained")
+        if model.alpha in (0, 1):
+            which = "standard" if model.alpha else "robust"
+            raise ValueError(
+                f"alpha: at {model.alpha:g} the {which} mixture has no part in the Dual-Model that is trained"
+            )
         self.dual = model
         super().__init__(model, *args, **kwargs)
         self.moe = self._require(model.robust, "dual_moe")
