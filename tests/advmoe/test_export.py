@@ -77,7 +77,7 @@ def test_what_is_no_exported_model_is_refused(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(2)}, other, metadata={"format": "advmoe-1", "model": json.dumps({"width": 8})})
     with pytest.raises(RunError, match="does not fit"):
         load_exported(other)
-    with pytest.raises(RunError, match="only models of runs"):
+    with pytest.raises(RunError, match="expected a run folder or its checkpoint file"):
         export("tests.advmoe.test_export:something", tmp_path / "x.safetensors")
 
 

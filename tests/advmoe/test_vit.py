@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from advmoe.config import MethodConfig, OptimConfig, RoutingConfig
 from advmoe.models import create_model, record_routing, router_parameters
+from advmoe.models.layers import Path
 from advmoe.models.vit import Attention, MoeMlp
 from advmoe.profiling import profile
 from advmoe.routers import routers_of
@@ -94,10 +95,13 @@ def test_cost_against_a_hand_count() -> None:
 
 def test_attention_is_softmax_of_scaled_products() -> None:
     torch.manual_seed(0)
-    layer, x = Attention(12, 3).double(), torch.randn(2, 5, 12, dtype=torch.float64)
+    layer: Any = create_model("deit_tiny", kind="dense", image_size=8, width=12).blocks[0].attn.double()  # type: ignore[index]
+    assert isinstance(layer, Attention)
+    layer.heads = 3  # of 4 numbers each; a network of this width has one
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
     q, k, v = layer.qkv(x).view(2, 5, 3, 3, 4).permute(2, 0, 3, 1, 4)
     y = ((q @ k.transpose(-1, -2)) / 2).softmax(-1) @ v
-    torch.testing.assert_close(layer(x), layer.proj(y.transpose(1, 2).reshape(2, 5, 12)))
+    torch.testing.assert_close(layer(x, Path()), layer.proj(y.transpose(1, 2).reshape(2, 5, 12)))
 
 
 def looped(mlp: MoeMlp, x: Tensor, expert: Tensor, gate: Tensor) -> Tensor:
@@ -180,7 +184,10 @@ def test_routers_and_what_is_recorded(router: str) -> None:
         ({"width": 193}, "width: expected a multiple of the 3 heads, got 193"),
         ({"route_per": "stage"}, "route_per: expected layer or network for deit_tiny, got 'stage'"),
         ({"bn": "per_expert"}, "bn: expected shared for deit_tiny, got 'per_expert'"),
-        ({"top_k": 2}, "gate: expected 'softmax' or 'none' with top_k 2, got 'straight_through'"),
+        (
+            {"top_k": 2, "gate": "straight_through"},
+            "gate: expected 'softmax' or 'none' with top_k 2, got 'straight_through'",
+        ),
         ({"top_k": 3, "gate": "softmax"}, "top_k: expected at most the 2 experts, got 3"),
         (
             {"arch": "resnet18", "top_k": 2, "gate": "softmax"},
