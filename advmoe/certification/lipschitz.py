@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..attacks.balls import NORMS
 from ..registry import unknown_name
-from .network import Add, Affine, Cat, Dense, Network, Node
+from .network import Add, Affine, Cat, Dense, Network, Node, Unary
 from .norms import SLACK
 
 __all__ = ["METHODS", "Lipschitz", "LipschitzBounds", "lipschitz"]
@@ -137,9 +137,9 @@ class LipschitzBounds:
         """Of each node's step, of one input (sums and concatenations: 0)."""
         net, estimate = self.network, self.method == "power"
         return [
-            _Lengths(0.0, 0.0)
-            if isinstance(node.step, Add | Cat)
-            else _Lengths(*(node.step.norm(norm, estimate, net.shape_of(node.reads[0])) for norm in NORMS))
+            _Lengths(*(node.step.norm(norm, estimate, net.shape_of(node.reads[0])) for norm in NORMS))
+            if isinstance(node.step, Unary)
+            else _Lengths(0.0, 0.0)
             for node in net.nodes
         ]
 
@@ -206,6 +206,7 @@ class LipschitzBounds:
 
         def through(i: int, behind: list[Tensor], shape: tuple[int, ...]) -> list[Tensor]:
             step = self.network.nodes[i].step
+            assert isinstance(step, Unary)
             return list(step.pull(behind[0], behind[1], None if seen is None else seen.boxes[i], shape))
 
         flat = heads.flatten(0, 1)
@@ -218,6 +219,7 @@ class LipschitzBounds:
 
         def through(i: int, behind: list[Tensor], shape: tuple[int, ...]) -> list[Tensor]:
             node, norms = self.network.nodes[i], self._norms[i]
+            assert isinstance(node.step, Unary)
             g, far = behind[0], _Lengths(behind[1], behind[2])
             before, other = node.step.turn(g, seen.boxes[i], seen.values[node.reads[0]])
             size = g.flatten(1)

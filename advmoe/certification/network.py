@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import dataclasses
 import math
@@ -19,40 +20,59 @@ from torch.fx.node import map_arg
 from ..models.vit import VisionTransformer
 from .norms import SLACK, convolution_norm, dense_norm, power_iteration
 
-__all__ = ["Add", "Affine", "Average", "Cat", "Conv", "Dense", "MaxPool", "Network", "Node", "Relu", "Scale", "Step"]
+__all__ = [
+    "Add",
+    "Affine",
+    "Average",
+    "Cat",
+    "Conv",
+    "Dense",
+    "MaxPool",
+    "Network",
+    "Node",
+    "Relu",
+    "Scale",
+    "Step",
+    "Unary",
+]
 
 _aten = torch.ops.aten
 _ROUNDING = 2.0**-40  # of a sum of up to 2**13 products of float64, against the sum of their sizes
 _EXACT = 1 << 18  # entries of a matrix whose norm is taken as it is
 
 
-class Step:
+class Step(abc.ABC):
     """What happens to one tensor ``[n, *shape]`` or several.
 
     Interval arithmetic is of pairs ``(low, high)``; ``pull`` takes bounds of the gradient behind the step to bounds of
     that before it.
     """
 
-    def __call__(self, *x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def norm(self, norm: str, estimate: bool, shape: tuple[int, ...]) -> float:
-        """The Lipschitz constant of a step of one input of this shape, in one norm on both sides: an upper bound, or,
-        in L2, an estimate."""
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __call__(self, *x: Tensor) -> Tensor: ...
 
     def bounds(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Of the output, where the input lies between ``low`` and ``high``; for steps that grow with their input."""
         return self(low), self(high)
 
+
+class Unary(Step):
+    """A step of one input."""
+
+    @abc.abstractmethod
+    def norm(self, norm: str, estimate: bool, shape: tuple[int, ...]) -> float:
+        """The Lipschitz constant for an input of this shape, in one norm on both sides: an upper bound, or,
+        in L2, an estimate."""
+
+    @abc.abstractmethod
     def pull(self, low: Tensor, high: Tensor, seen: tuple[Tensor, Tensor] | None, shape: tuple[int, ...]) -> Any:
         """Bounds ``[n * m, *shape]`` of the gradient before the step from those behind it.
 
         Args:
             seen: bounds ``[n, *shape]`` of the step's input; None: any.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def turn(self, g: Tensor, seen: tuple[Tensor, Tensor], at: Tensor) -> tuple[Tensor, Tensor | None]:
         """One gradient ``[n * m, *shape]`` that may be before the step for the one ``g`` behind it, and by what any other
         may differ: by no more than its norm, in L1 and, times the step's own norm, in L2; None: there is no other.
@@ -60,20 +80,19 @@ class Step:
         Args:
             at: a value of the step's input, ``[n, *shape]``.
         """
-        raise NotImplementedError
 
 
-class Affine(Step):
+class Affine(Unary):
     """``A x + b``. ``size(x)`` is ``|A| x``; ``back(g, shape)`` is the transpose's, ``back_size`` that of ``|A|``."""
 
     bias: Tensor | None
 
-    def size(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def size(self, x: Tensor) -> Tensor: ...
 
+    @abc.abstractmethod
     def linear(self, x: Tensor) -> Tensor:
         """``A x``."""
-        raise NotImplementedError
 
     def __call__(self, *x: Tensor) -> Tensor:
         y = self.linear(x[0])
@@ -111,9 +130,9 @@ class Affine(Step):
             return power_iteration(self.linear, lambda y: self.back(y, shape), shape)
         return self.length_bound(shape)
 
+    @abc.abstractmethod
     def length_bound(self, shape: tuple[int, ...]) -> float:
         """An upper bound of A's L2 norm."""
-        raise NotImplementedError
 
 
 def _transposed(step: Any, g: Tensor, shape: tuple[int, ...], at: Tensor | None = None) -> Tensor:
@@ -237,11 +256,14 @@ class Reshape(Affine):
     def norm(self, norm: str, estimate: bool, shape: tuple[int, ...]) -> float:
         return 1.0
 
+    def length_bound(self, shape: tuple[int, ...]) -> float:
+        return 1.0
+
     def pull(self, low: Tensor, high: Tensor, seen: tuple[Tensor, Tensor] | None, shape: tuple[int, ...]) -> Any:
         return low.reshape(-1, *shape), high.reshape(-1, *shape)
 
 
-class Relu(Step):
+class Relu(Unary):
     def __call__(self, *x: Tensor) -> Tensor:
         return x[0].clamp_min(0)
 
@@ -264,7 +286,7 @@ class Relu(Step):
 
 
 @dataclass(frozen=True)
-class MaxPool(Step):
+class MaxPool(Unary):
     """The greatest of each window."""
 
     kernel: tuple[int, int]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -365,7 +366,7 @@ class Stage(nn.Module):
         return getattr(self, str(range(self.blocks)[index]))
 
 
-class Backbone(nn.Module):
+class Backbone(nn.Module, abc.ABC):
     """What the backbones share: normalisation, and the router of a whole network.
 
     Raises:
@@ -397,9 +398,9 @@ class Backbone(nn.Module):
             path.enter(self, x)
         return self.run(x, path)
 
+    @abc.abstractmethod
     def run(self, x: Tensor, path: Path) -> Tensor:
         """The network behind the normalisation, along a path that begins."""
-        raise NotImplementedError
 
     def _behind_stem(self, x: Tensor, path: Path) -> Tensor:
         if not self.image_level:
