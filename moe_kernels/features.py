@@ -15,7 +15,7 @@ from . import backends, norm, ops
 from .backends import REFERENCE, Backend, BackendUnavailable, Behind, Side
 from .layout import is_channels_last
 from .nn import RoutedBatchNorm2d
-from .routing import Routing, apply_gate
+from .routing import Routing
 
 __all__ = ["has_kernel", "norm_relu_with_means", "relu_with_means"]
 
@@ -43,14 +43,9 @@ def relu_with_means(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def norm_relu_with_means(
-    layer: nn.Module,
-    x: Tensor,
-    routing: Routing | None = None,
-    residual: Tensor | None = None,
-    gate: Tensor | None = None,
+    layer: nn.Module, x: Tensor, routing: Routing | None = None, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``y = relu(layer(gate * x) + residual)`` of ``x [B, C, H, W]``, and ``y.mean((2, 3))``, ``[B, C]`` in float32 at
-    least.
+    """``y = relu(layer(x) + residual)`` of ``x [B, C, H, W]``, and ``y.mean((2, 3))``, ``[B, C]`` in float32 at least.
 
     On the CPU, for channels_last features and a BatchNorm without hooks, what follows the statistics is one pass over
     memory, and without a residual so is what follows the two sums in the backward. Elsewhere the operators one by one.
@@ -59,8 +54,6 @@ def norm_relu_with_means(
         layer: an ``nn.BatchNorm2d``, or a :class:`RoutedBatchNorm2d`, which is given ``routing``; any other module of one
             input is called as it is.
         residual: of x's shape.
-        gate: ``[B]``, of value 1, as of a routing with ``unit_gate``, that the convolution before was not given: only its
-            gradient ``<x[b], dx[b]>`` matters, and here it comes along with ``dx``.
 
     Raises:
         ValueError: if ``x`` is not floating and of four dimensions; and what the layer raises.
@@ -69,7 +62,6 @@ def norm_relu_with_means(
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         backend = None
     if backend is None or not _by_kernels(layer, x, routing):
-        x = x if gate is None else apply_gate(x, gate, unit=True)
         y = layer(x) if routing is None else layer(x, routing)
         return relu_with_means(y if residual is None else y + residual)
     side = Side.shared(x) if routing is None else layer.side(x, routing)  # type: ignore[operator]
@@ -80,8 +72,8 @@ def norm_relu_with_means(
         kept = torch.is_grad_enabled()  # for a backward, which a training step in between must not spoil
         mean, var = mean.to(wide, copy=kept), var.to(wide, copy=kept)
     plan = None
-    arguments = (x, weight, bias, residual, gate, mean, var, layer.eps, side, plan, backend)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:5]):
+    arguments = (x, weight, bias, residual, mean, var, layer.eps, side, plan, backend)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias, residual)):
         y, means, mean, var, count = _NormReluWithMeans.apply(*arguments)  # type: ignore[attr-defined]
     else:
         y, means, mean, var, count = _forward(*arguments)  # type: ignore[arg-type]
@@ -163,7 +155,6 @@ def _forward(
     weight: Tensor,
     bias: Tensor,
     residual: Tensor | None,
-    gate: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
     eps: float,
@@ -184,10 +175,10 @@ def _forward(
 class _NormReluWithMeans(_Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        x, weight, bias, residual, gate, _, _, ctx.eps, side, ctx.plan, ctx.backend = arguments
+        x, weight, bias, residual, _, _, ctx.eps, side, ctx.plan, ctx.backend = arguments
         y, _, mean, var, count = results = _forward(*arguments)
         expert, *ctx.side = side
-        ctx.save_for_backward(x, weight, bias, gate, mean, var, count, expert, None if residual is None else y)
+        ctx.save_for_backward(x, weight, bias, mean, var, count, expert, None if residual is None else y)
         ctx.mark_non_differentiable(*(t for t in (mean, var, count) if t is not None))
         ctx.set_materialize_grads(False)
         return results
@@ -196,39 +187,42 @@ class _NormReluWithMeans(_Function):
     def backward(ctx: Any, grad: Tensor | None, grad_means: Tensor | None, *others: Any) -> tuple[Any, ...]:
         none = (None,) * 6
         if grad is None and grad_means is None:
-            return None, None, None, None, None, *none
-        x, weight, bias, gate, mean, var, count, expert, y = ctx.saved_tensors
+            return None, None, None, None, *none
+        x, weight, bias, mean, var, count, expert, y = ctx.saved_tensors
         side = Side(expert, *ctx.side)
         if torch.is_grad_enabled():  # a second derivative is asked for
-            gated = x if gate is None else apply_gate(x, gate, unit=True)
             if count is None:
                 _, scale = norm.scale_of(var, weight, ctx.eps)
-                z = REFERENCE.affine(gated, side, scale, mean, bias)
+                z = REFERENCE.affine(x, side, scale, mean, bias)
             else:
-                z, *_ = norm.normalise(REFERENCE, gated, weight, bias, ctx.eps, side, None)
+                z, *_ = norm.normalise(REFERENCE, x, weight, bias, ctx.eps, side, None)
             through = REFERENCE.rectify_backward(grad, grad_means, z.detach() if y is None else y)
-            dx, dw, db, _, dgate = norm.derivatives(ctx, z, (x, weight, bias, None, gate), through)
-            return dx, dw, db, through if ctx.needs_input_grad[3] else None, dgate, *none
-        asked = [ops.wanted(ctx, index) for index in range(5)]
-        through_x = asked[0] or asked[4]
+            return (
+                *norm.derivatives(ctx, z, (x, weight, bias), through),
+                through if ctx.needs_input_grad[3] else None,
+                *none,
+            )
+        asked = [ops.wanted(ctx, index) for index in range(4)]
         rstd, scale = norm.scale_of(var, weight, ctx.eps)
         backend: Backend = ctx.backend
         statistics = count is not None
-        if y is None:
-            behind = Behind(scale, bias, grad_means)
-        else:  # of a sum y alone says what ReLU let through, and the residual has that gradient too
-            behind = Behind(scale, None)
-            grad = backend.rectify_backward(grad, grad_means, y)
-        sum_grad = sum_product = dx = slope = shift = dots = None
-        if asked[1] or asked[2] or (through_x and statistics):
-            sum_grad, sum_product = backend.sums_behind(x, grad, mean, side, behind)
-        if through_x:
+        behind = Behind(scale, bias, grad_means) if y is None else None
+        d: Tensor | None = None if y is None else backend.rectify_backward(grad, grad_means, y)
+        sum_grad = sum_product = dx = slope = shift = None
+        if asked[1] or asked[2] or (asked[0] and statistics):
+            if behind is not None:
+                sum_grad, sum_product = backend.sums_behind(x, grad, mean, side, behind)
+            else:
+                sum_grad, sum_product = backend.sums(x, d, mean, side, ctx.plan)  # type: ignore[arg-type]
+        if asked[0]:
             if statistics:
                 slope, shift = norm.slope_of(scale, rstd, count, sum_grad, sum_product)  # type: ignore[arg-type]
-            if asked[4]:
-                dots = torch.empty(x.shape[0], dtype=mean.dtype, device=x.device)
-            dx = backend.affine_behind(x, side, slope, mean, shift, grad, behind, dots)
+            if behind is not None:
+                dx = backend.affine_behind(x, side, slope, mean, shift, grad, behind)
+            elif slope is not None:
+                dx = backend.affine(x, side, slope, mean, shift, d, scale)
+            else:
+                dx = backend.affine(d, side, scale, torch.zeros_like(mean), None)  # type: ignore[arg-type]
         dw = (sum_product * rstd).to(weight.dtype) if asked[1] else None  # type: ignore[operator]
         db = sum_grad.to(bias.dtype) if asked[2] else None  # type: ignore[union-attr]
-        dgate = None if dots is None else dots.to(gate.dtype)
-        return dx if asked[0] else None, dw, db, grad if asked[3] else None, dgate, *none
+        return dx, dw, db, d if asked[3] else None, *none

@@ -38,7 +38,8 @@ from . import backends, checks
 from .backends import NO_EPILOGUE, Epilogue, Experts
 from .geometry import Conv2dGeometry, output_size
 from .layout import is_channels_last, memory_format_of
-from .rows import gather_rows, keep_starts, sample_dot, scatter_rows, sum_choices
+from .routing import sample_dot
+from .rows import gather_rows, keep_starts, scatter_rows, sum_choices
 
 __all__ = [
     "add_bias",

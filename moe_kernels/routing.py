@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from . import checks
-from .rows import sample_dot, sum_choices
+from .rows import sum_choices
 from .tracing import fusing
 
 __all__ = ["GATES", "Routing", "choose"]
@@ -247,6 +247,21 @@ def apply_gate(y: Tensor, gate: Tensor, unit: bool) -> Tensor:
     if torch.is_grad_enabled() and gate.requires_grad:
         return _Gate.apply(y, gate, unit)
     return y if unit else y * gate.to(y.dtype).view(-1, *[1] * (y.dim() - 1))
+
+
+def sample_dot(a: Tensor, b: Tensor) -> Tensor:
+    """``<a[v], b[v]>`` over all but the first dimension, accumulated in float32 at least: ``[V]``.
+
+    Summed one dimension at a time: a sum down to a single number would be split among the threads, and its bits would
+    then depend on how many there are.
+    """
+    wide = torch.promote_types(a.dtype, torch.float32)
+    total = a.to(wide) * b.to(wide)
+    if total.dim() == 4 and not total.is_contiguous():
+        total = total.permute(0, 2, 3, 1)  # the order of memory of channels_last
+    while total.dim() > 1:
+        total = total.sum(-1)
+    return total
 
 
 def _flatten(routing: Routing) -> tuple[list[Tensor | None], tuple[int, bool, int]]:

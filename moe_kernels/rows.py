@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Per-channel values of a layer as rows of each sample's slice, and back; sums over the choices of one input,
-and over a sample's numbers."""
+"""Per-channel values of a layer as rows of each sample's slice, and back; sums over the choices of one input."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["gather_rows", "keep_starts", "sample_dot", "scatter_rows", "starts_on", "sum_choices"]
+__all__ = ["gather_rows", "keep_starts", "scatter_rows", "starts_on", "sum_choices"]
 
 
 def gather_rows(value: Tensor, expert: Tensor | None, count: int, starts: Sequence[int], width: int) -> Tensor:
@@ -121,18 +120,3 @@ def keep_starts(starts: Sequence[int], device: torch.device) -> None:
 
 def _filled(starts: Sequence[int], device: torch.device) -> Tensor:
     return torch.cat([torch.full((1,), start, dtype=torch.int64, device=device) for start in starts])
-
-
-def sample_dot(a: Tensor, b: Tensor) -> Tensor:
-    """``<a[v], b[v]>`` over all but the first dimension, accumulated in float32 at least: ``[V]``.
-
-    Summed one dimension at a time: a sum down to a single number would be split among the threads, and its bits would
-    then depend on how many there are.
-    """
-    wide = torch.promote_types(a.dtype, torch.float32)
-    total = a.to(wide) * b.to(wide)
-    if total.dim() == 4 and not total.is_contiguous():
-        total = total.permute(0, 2, 3, 1)  # the order of memory of channels_last
-    while total.dim() > 1:
-        total = total.sum(-1)
-    return total

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from moe_kernels import ExpertSlices, RoutedBatchNorm2d, RoutedConv2d, RoutedLayerNorm, RoutedLinear, Routing
 from moe_kernels.features import has_kernel, norm_relu_with_means, relu_with_means
-from moe_kernels.routing import apply_gate
 from moe_kernels.rows import gather_rows
 
 from ..routers import Router, build_router, router_class
@@ -118,19 +117,14 @@ class Path:
         if not isinstance(conv, RoutedConv2d):
             y = conv(x)
             return y if after is None else after(y)
-        routing = self._routing_of(conv, x)
-        y = self._convolve(conv, x, routing, gated=not gate_after)
+        routing = self.choice
+        if routing is None:
+            routing = self._route(conv.router, x)  # type: ignore[arg-type]
+        y = conv(x, routing.ungated() if gate_after else routing, self.of_input(conv))
+        self.writer = routing
         if after is not None:
             y = self.normalize(after, y)
         return routing.combine(y) if gate_after else y
-
-    def _routing_of(self, conv: RoutedConv2d, x: Tensor) -> Routing:
-        return self._route(conv.router, x) if self.choice is None else self.choice  # type: ignore[arg-type]
-
-    def _convolve(self, conv: RoutedConv2d, x: Tensor, routing: Routing, gated: bool) -> Tensor:
-        y = conv(x, routing if gated else routing.ungated(), self.of_input(conv))
-        self.writer = routing
-        return y
 
     def activate(
         self,
@@ -142,48 +136,29 @@ class Path:
         shortcut: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """``relu(add(after(conv(x)), shortcut()))``, arguments as those of :meth:`convolve`; without ``add`` no sum."""
-        gate: Tensor | None = None
-        rest: nn.Module | None = after
-        if not isinstance(conv, RoutedConv2d):
-            y = conv(x)
-        elif gate_after:
-            y, rest = self.convolve(conv, x, after, gate_after), None
-        else:
-            routing = self._routing_of(conv, x)
-            # of value 1, it may as well be BatchNorm's input's: its gradient comes along with that of the input
-            gate = routing.gate if routing.unit_gate and self._joins(x, add) else None
-            y = self._convolve(conv, x, routing, gated=gate is None)
-        return self.rectify(y, rest, add, None if shortcut is None else shortcut(), gate)
+        gated = gate_after and isinstance(conv, RoutedConv2d)
+        y = self.convolve(conv, x, after if gated else None, gate_after)
+        other = None if shortcut is None else shortcut()
+        return self.rectify(y, None if gated else after, add, other)
 
     def rectify(
-        self,
-        x: Tensor,
-        after: nn.Module | None = None,
-        add: nn.Module | None = None,
-        other: Tensor | None = None,
-        gate: Tensor | None = None,
+        self, x: Tensor, after: nn.Module | None = None, add: nn.Module | None = None, other: Tensor | None = None
     ) -> Tensor:
         """``relu(add(after(x), other))``, ``after`` a BatchNorm of what the writer wrote; without these, ``relu(x)``. The
-        result's channel means are remembered, if the path pools and they cost little. ``gate``: of value 1, what x is
-        multiplied by first."""
-        if after is not None and self._joins(x, add):
+        result's channel means are remembered, if the path pools and they cost little."""
+        fast = self.pools and has_kernel(x)
+        if fast and after is not None and (add is None or type(add) is Add):
             routing = self.writer if isinstance(after, RoutedBatchNorm2d) else None
-            self.rectified = norm_relu_with_means(after, x, routing, other, gate)
+            self.rectified = norm_relu_with_means(after, x, routing, other)
             return self.rectified[0]
-        if gate is not None:
-            x = apply_gate(x, gate, unit=True)
         if after is not None:
             x = self.normalize(after, x)
         if add is not None:
             x = add(x, other)
-        if not (self.pools and has_kernel(x)):
+        if not fast:
             return F.relu(x)
         self.rectified = relu_with_means(x)
         return self.rectified[0]
-
-    def _joins(self, x: Tensor, add: nn.Module | None) -> bool:
-        """Whether BatchNorm, the sum and ReLU are one call for features like these."""
-        return self.pools and (add is None or type(add) is Add) and has_kernel(x)
 
     def _route(self, router: Router, x: Tensor) -> Routing:
         means = self._means(x) if router.reads_means else None

@@ -17,7 +17,7 @@ namespace moe::cpu {
 // map backward (grad or pooled_grad is there):
 //                y = scale * (x - mean) + shift + grad_scale * d, d = grad + pooled_grad / pixels; without scale the last
 //                alone, without grad_scale d alone. With relu d is 0 where the forward map gave nothing: where
-//                grad_scale * (x - mean) + kept_shift <= 0, or without grad_scale where x <= 0. first[v] = <x[v], y[v]>
+//                grad_scale * (x - mean) + kept_shift <= 0, or without grad_scale where x <= 0
 // moments:       first, second, third = mean, biased variance and number of values of each channel of x
 // sums:          first, second = the sums of d and of d * (x - mean) over each channel
 // dot:           first[v] = <x[v], grad[v]>
@@ -29,7 +29,7 @@ struct FeatureJob {
     const void *scale, *mean, *shift, *grad_scale, *kept_shift;  // acc [total]
     const void* pooled_grad;                                     // acc [samples, channels]
     void* y;                                                     // features
-    void *first, *second, *third;  // acc [total]; of dot and map backward [samples], of map forward [samples, channels]
+    void *first, *second, *third;  // acc [total]; of dot [samples], of map [samples, channels]
     bool relu;
     int threads;
 };

@@ -147,7 +147,7 @@ void map_row(const FeatureJob& job, const Rows<A>& rows, int64_t at, int64_t n) 
     }
 }
 
-template <bool kAffine, Kept kKept, bool kDots, class T, class A>
+template <bool kAffine, Kept kKept, class T, class A>
 void backward_row(const FeatureJob& job, const Rows<A>& rows, int64_t at, int64_t n) {
     const T* __restrict x = static_cast<const T*>(job.x) + at;
     const T* __restrict grad = job.grad == nullptr ? nullptr : static_cast<const T*>(job.grad) + at;
@@ -155,78 +155,43 @@ void backward_row(const FeatureJob& job, const Rows<A>& rows, int64_t at, int64_
     const A* __restrict mean = rows.mean, * __restrict scale = rows.scale, * __restrict shift = rows.shift;
     const A* __restrict grad_scale = rows.grad_scale, * __restrict kept_shift = rows.kept_shift;
     const A* __restrict pooled = rows.pooled;
-    const auto let_through = [&](int64_t i, A of_result) {
-        return through<kKept>(A(to_acc(x[i])), of_result + pooled[i], mean[i], grad_scale[i], kept_shift[i]);
-    };
-    const auto finish = [&](int64_t i, A d) {
+    const auto each = [&](int64_t i, A d) {
+        const A v = to_acc(x[i]);
+        d = through<kKept>(v, d + pooled[i], mean[i], grad_scale[i], kept_shift[i]);
         if constexpr (kKept != Kept::by_sign) d *= grad_scale[i];
-        if constexpr (kAffine) d += scale[i] * (to_acc(x[i]) - mean[i]) + shift[i];
-        return d;
+        if constexpr (kAffine) d += scale[i] * (v - mean[i]) + shift[i];
+        y[i] = from_acc<T>(d);
     };
-    // ivdep: within a lambda GCC forgets __restrict, and looks at no more than ten pairs of pointers by itself
-    if constexpr (kDots) {  // the choice in a loop of its own, as in sums_row
-        A* __restrict d = rows.work;
-        A* __restrict sums = rows.sums;
-        if (grad == nullptr) {
-#pragma GCC ivdep
-            for (int64_t i = 0; i < n; ++i) d[i] = let_through(i, A(0));
-        } else {
-#pragma GCC ivdep
-            for (int64_t i = 0; i < n; ++i) d[i] = let_through(i, to_acc(grad[i]));
-        }
-#pragma GCC ivdep
-        for (int64_t i = 0; i < n; ++i) {
-            const A result = finish(i, d[i]);
-            sums[i] += to_acc(x[i]) * result;
-            y[i] = from_acc<T>(result);
-        }
-    } else if (grad == nullptr) {
-        for (int64_t i = 0; i < n; ++i) y[i] = from_acc<T>(finish(i, let_through(i, A(0))));
+    if (grad == nullptr) {
+        for (int64_t i = 0; i < n; ++i) each(i, A(0));
     } else {
-        for (int64_t i = 0; i < n; ++i) y[i] = from_acc<T>(finish(i, let_through(i, to_acc(grad[i]))));
+        for (int64_t i = 0; i < n; ++i) each(i, to_acc(grad[i]));
     }
-}
-
-inline bool is_backward(const FeatureJob& job) { return job.grad != nullptr || job.pooled_grad != nullptr; }
-
-template <class A>
-using MapRow = void (*)(const FeatureJob&, const Rows<A>&, int64_t, int64_t);
-
-template <bool kDots, class T, class A>
-MapRow<A> backward_row_of(const FeatureJob& job) {
-    const bool affine = job.scale != nullptr;
-    if (job.grad_scale == nullptr) return backward_row<false, Kept::by_sign, kDots, T, A>;
-    if (job.relu)
-        return affine ? backward_row<true, Kept::by_map, kDots, T, A> : backward_row<false, Kept::by_map, kDots, T, A>;
-    return affine ? backward_row<true, Kept::all, kDots, T, A> : backward_row<false, Kept::all, kDots, T, A>;
 }
 
 // The form of a row that a job asks for.
 template <class T, class A>
-MapRow<A> row_of(const FeatureJob& job) {
-    if (is_backward(job))
-        return job.first == nullptr ? backward_row_of<false, T, A>(job) : backward_row_of<true, T, A>(job);
+auto row_of(const FeatureJob& job) -> void (*)(const FeatureJob&, const Rows<A>&, int64_t, int64_t) {
     const bool affine = job.scale != nullptr;
+    if (job.grad != nullptr || job.pooled_grad != nullptr) {
+        if (job.grad_scale == nullptr) return backward_row<false, Kept::by_sign, T, A>;
+        if (!job.relu) return backward_row<true, Kept::all, T, A>;
+        return affine ? backward_row<true, Kept::by_map, T, A> : backward_row<false, Kept::by_map, T, A>;
+    }
     if (!job.relu) return map_row<true, false, false, T, A>;
     if (!affine) return map_row<false, false, true, T, A>;
     return job.residual == nullptr ? map_row<true, false, true, T, A> : map_row<true, true, true, T, A>;
 }
 
-// `part`: what the results of the unit add up to by channel, or backward <x, y> of all of it; null where nobody asks.
+// `pooled`: of the unit's channels, what the results add up to; null where nobody asks.
 template <class T, class A>
-bool map_unit(const FeatureJob& job, const Units& cut, int64_t sample, int64_t unit, A* part) {
+bool map_unit(const FeatureJob& job, const Units& cut, int64_t sample, int64_t unit, A* pooled) {
     Rows<A> rows;
     if (!rows.fill(job, cut, sample)) return false;
     const auto row = row_of<T, A>(job);
     const Range range = range_of(job, cut, sample, unit);
     for (int64_t at = range.begin; at < range.end; at += cut.row) row(job, rows, at, smaller(cut.row, range.end - at));
-    if (part != nullptr && is_backward(job)) {
-        double total = 0;
-        for (int64_t i = 0; i < cut.row; ++i) total += double(rows.sums[i]);
-        *part = A(total);
-    } else if (part != nullptr) {
-        fold(part, rows.sums, job.channels, cut.repeat);
-    }
+    if (pooled != nullptr) fold(pooled, rows.sums, job.channels, cut.repeat);
     return true;
 }
 
@@ -243,25 +208,25 @@ Result for_units(const FeatureJob& job, const Units& cut, Of of) {
 template <class T, class A>
 Result feature_map(const FeatureJob& job) {
     const Units cut = units_of(job);
-    const int64_t width = is_backward(job) ? 1 : job.channels;  // numbers of each sample in `first`
-    A* first = static_cast<A*>(job.first);
-    A* parts = first;
-    if (first != nullptr && cut.each != 1) {
-        parts = static_cast<A*>(scratch(Scratch::partial, size_t(larger(1, job.samples * cut.each * width)) * sizeof(A)));
+    const int64_t C = job.channels;
+    A* pooled = static_cast<A*>(job.first);
+    A* parts = pooled;
+    if (pooled != nullptr && cut.each != 1) {
+        parts = static_cast<A*>(scratch(Scratch::partial, size_t(larger(1, job.samples * cut.each * C)) * sizeof(A)));
         if (parts == nullptr) return Result::out_of_memory;
     }
     const Result result = for_units(job, cut, [&](int64_t v, int64_t unit, int64_t u) {
-        return map_unit<T, A>(job, cut, v, unit, parts == nullptr ? nullptr : parts + u * width);
+        return map_unit<T, A>(job, cut, v, unit, parts == nullptr ? nullptr : parts + u * C);
     });
-    if (result != Result::ok || first == nullptr) return result;
-    const A share = is_backward(job) ? A(1) : A(1) / A(larger(1, job.pixels));
+    if (result != Result::ok || pooled == nullptr) return result;
+    const A share = A(1) / A(larger(1, job.pixels));
     for (int64_t v = 0; v < job.samples; ++v) {
-        A* of_sample = first + v * width;
-        for (int64_t unit = 0; unit < cut.each && parts != first; ++unit) {
-            const A* part = parts + (v * cut.each + unit) * width;
-            for (int64_t c = 0; c < width; ++c) of_sample[c] = unit == 0 ? part[c] : of_sample[c] + part[c];
+        A* of_sample = pooled + v * C;
+        for (int64_t unit = 0; unit < cut.each && parts != pooled; ++unit) {
+            const A* part = parts + (v * cut.each + unit) * C;
+            for (int64_t c = 0; c < C; ++c) of_sample[c] = unit == 0 ? part[c] : of_sample[c] + part[c];
         }
-        for (int64_t c = 0; c < width; ++c) of_sample[c] *= share;
+        for (int64_t c = 0; c < C; ++c) of_sample[c] *= share;
     }
     return Result::ok;
 }

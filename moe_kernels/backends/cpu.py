@@ -189,10 +189,9 @@ class CpuBackend(Backend):
     ) -> tuple[Tensor, Tensor]:
         first, second = (_values(x, side.total) for _ in range(2))
         x = nhwc(x)
-        relu = behind is not None and behind.shift is not None
         _features(
-            _SUMS, x, side, relu, x=x, grad=_beside(grad, x), mean=_read(mean, x), first=first, second=second,
-            **_behind(behind, x),
+            _SUMS, x, side, behind is not None, x=x, grad=_beside(grad, x), mean=_read(mean, x), first=first,
+            second=second, **_behind(behind, x),
         )  # fmt: skip
         return first, second
 
@@ -218,10 +217,8 @@ class CpuBackend(Backend):
         shift: Tensor | None,
         grad: Tensor | None,
         behind: Behind,
-        dots: Tensor | None = None,
     ) -> Tensor:
-        relu = behind.shift is not None
-        return self._map(x, side, scale, mean, shift, relu, {"grad": grad, **_behind(behind, x)}, dots)
+        return self._map(x, side, scale, mean, shift, True, {"grad": grad, **_behind(behind, x)})
 
     def _map(
         self,
@@ -232,7 +229,6 @@ class CpuBackend(Backend):
         shift: Tensor | None,
         relu: bool,
         given: dict[str, Tensor | None],
-        first: Tensor | None = None,
     ) -> Tensor:
         layout = memory_format_of(x)
         x = nhwc(x)
@@ -241,7 +237,7 @@ class CpuBackend(Backend):
         values = {name: _read(value, x) for name, value in given.items()}
         _features(
             _MAP, x, side, relu, x=x, scale=_read(scale, x), mean=_read(mean, x), shift=_read(shift, x), y=y, grad=grad,
-            first=first, **values,
+            **values,
         )  # fmt: skip
         return in_format(y, layout)
 

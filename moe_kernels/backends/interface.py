@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..rows import gather_rows, sample_dot, scatter_rows
+from ..rows import gather_rows, scatter_rows
 
 if TYPE_CHECKING:
     from ..geometry import Conv2dGeometry
@@ -84,7 +84,7 @@ class Behind(NamedTuple):
     """A ReLU and channel means behind ``scale * (x - mean) + shift``: what their gradient takes to come through them."""
 
     scale: Tensor  # [total]
-    shift: Tensor | None  # None: no ReLU, and no means, are behind it
+    shift: Tensor
     grad_means: Tensor | None = None  # [V, C], of the means
 
 
@@ -244,18 +244,13 @@ class Backend(abc.ABC):
         shift: Tensor | None,
         grad: Tensor | None,
         behind: Behind,
-        dots: Tensor | None = None,
     ) -> Tensor:
-        """``y``, :meth:`affine` of the gradient that comes through ``behind``, multiplied by its scale; without ``scale``
-        and ``shift`` that is all. ``dots [V]``, in float32 at least, is filled with ``<x[v], y[v]>``."""
+        """:meth:`affine` of the gradient that comes through ``behind``, multiplied by its scale; without ``scale`` and
+        ``shift`` that is all."""
         none = torch.zeros_like(mean)
-        y = self.affine(
-            _wide(x), side, none if scale is None else scale, mean, shift, _through(x, grad, mean, side, behind),
-            behind.scale,
-        )  # fmt: skip
-        if dots is not None:
-            dots.copy_(sample_dot(x, y))
-        return y.to(x.dtype)
+        return self.affine(
+            x, side, none if scale is None else scale, mean, shift, _through(x, grad, mean, side, behind), behind.scale
+        )
 
     def rectify(
         self,
@@ -307,12 +302,9 @@ def _of_both(grad: Tensor | None, grad_means: Tensor | None, like: Tensor) -> Te
 
 def _through(x: Tensor, grad: Tensor | None, mean: Tensor, side: Side, behind: Behind) -> Tensor:
     """The gradient of the map's result."""
-    through = _of_both(grad, behind.grad_means, x)
-    if behind.shift is None:
-        return through
     result = (_wide(x) - side.rows(mean)[:, :, None, None]) * side.rows(behind.scale)[:, :, None, None]
     result = result + side.rows(behind.shift)[:, :, None, None]
-    return torch.where(result <= 0, 0.0, through)
+    return torch.where(result <= 0, 0.0, _of_both(grad, behind.grad_means, x))
 
 
 def _wide_type(x: Tensor) -> torch.dtype:
