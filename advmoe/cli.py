@@ -385,7 +385,8 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         choices=KINDS,
         default=d.kind,
         help="s_dense: the network of a pathway's width; network_moe: whole networks and a router of the image (that of "
-        "rt-er); dual_moe: two such (that of jtdmoe)",
+        "rt-er); dual_moe: two such (that of jtdmoe); block_moe, conv_moe: mixtures in place of the blocks or "
+        "convolutions of --moe-at",
     )
     g.add_argument(
         "--experts", type=int, default=d.num_experts, metavar="N", help="experts of each routed layer, or networks"
@@ -395,16 +396,30 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--layout", choices=LAYOUTS, default=d.layout, help="where the experts' channels lie")
     g.add_argument(
         "--router",
-        help=f"{', '.join(list_routers())}, or module:Class, a Router of yours; light by default, linear for network_moe",
+        help=f"{', '.join(list_routers())}, or module:Class, a Router of yours; light by default, linear for "
+        "network_moe, gap-fc for block_moe and conv_moe",
     )
     g.add_argument("--route-per", choices=ROUTE_PER, help="what a router chooses for; layer by default")
-    g.add_argument("--moe-at", type=_positive, nargs="+", metavar="STAGE", help="the routed stages; all by default")
+    g.add_argument(
+        "--moe-at",
+        type=lambda text: int(text) if text.isdecimal() else text,
+        nargs="+",
+        metavar="AT",
+        help="the routed stages, by number, all by default; of block_moe and conv_moe patterns of the names of blocks or "
+        "convolutions, such as layer4.1",
+    )
     g.add_argument(
         "--top-k",
         type=_positive,
         default=d.top_k,
         metavar="K",
-        help="experts of each image of network_moe, or token of a ViT",
+        help="experts of each image of network_moe, block_moe and conv_moe, or token of a ViT",
+    )
+    g.add_argument(
+        "--capacity",
+        type=float,
+        metavar="C",
+        help="in training an expert takes at most C equal shares of a batch",
     )
     g.add_argument("--mix", choices=MIXES, default=d.mix, help="of network_moe: what of the chosen experts is mixed")
     g.add_argument("--frozen-router", action="store_true", help="of network_moe: the router stays as it is drawn")
@@ -421,8 +436,9 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--bn", choices=("shared", "per_expert"), help="shared by default; per_expert with layout windows")
     g.add_argument(
         "--gate",
-        choices=GATES,
-        help="how gradients reach a router; straight_through, with several choices softmax, by default",
+        metavar="GATE",
+        help=f"how gradients reach a router: {', '.join(GATES)}; straight_through, with several choices softmax, by "
+        "default; of block_moe and conv_moe also a router's name",
     )
     g.add_argument("--gate-after", choices=("conv", "norm"), default=d.gate_after, help="where the gate sits")
 
@@ -440,7 +456,8 @@ def _model_config(o: argparse.Namespace) -> ModelConfig:
         arch=o.arch, kind=o.kind, num_experts=o.experts, ratio=o.ratio, width=o.width, layout=o.layout, router=o.router,
         route_per=o.route_per, moe_at=None if o.moe_at is None else tuple(o.moe_at), bn=o.bn, gate=o.gate,
         gate_after=o.gate_after, temperature=o.temperature, noise=o.noise, standardize=o.standardize,
-        top_k=o.top_k, stem=o.stem, mix=o.mix, frozen_router=o.frozen_router, alpha=o.alpha, dual_on=o.dual_on,
+        top_k=o.top_k, capacity=o.capacity, stem=o.stem, mix=o.mix, frozen_router=o.frozen_router, alpha=o.alpha,
+        dual_on=o.dual_on,
     )  # fmt: skip
 
 
@@ -730,7 +747,7 @@ def _print_steps(model: FusedModel, image_size: int, batch: int, repeats: int) -
 
 
 def _print_costs(o: argparse.Namespace) -> None:
-    names = ("width", "stem", "layout", "route_per", "moe_at", "bn", "gate", "gate_after", "standardize")
+    names = ("width", "stem", "layout", "route_per", "moe_at", "bn", "gate", "gate_after", "standardize", "capacity")
     options = {name: value for name in names if (value := getattr(o, name)) is not None}
     archs = [o.arch] if "--arch" in o.given else list_models()
     costs = backbone_costs(archs, o.ratios, o.image_sizes, o.experts, o.router, o.num_classes, **options)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from .models.base import default_gate, default_router
+from .models.base import default_gate, default_router, read_gate
 from .objectives import BALANCE_LOSSES
 from .registry import unknown_name
 
@@ -41,7 +41,7 @@ class ModelConfig:
     layout: str = "partition"
     router: str | None = None
     route_per: str | None = None
-    moe_at: tuple[int, ...] | None = None
+    moe_at: tuple[int | str, ...] | None = None
     bn: str | None = None
     gate: str | None = None
     gate_after: str = "conv"
@@ -49,6 +49,7 @@ class ModelConfig:
     noise: float = 0.0
     standardize: bool | None = None
     top_k: int = 1
+    capacity: float | None = None
     mix: str = "logits"
     frozen_router: bool = False
     stem: str | None = None
@@ -61,6 +62,8 @@ class ModelConfig:
     dual_on: str = "logits"
 
     def __post_init__(self) -> None:
+        for name, asked in zip(("router", "gate"), read_gate(self.kind, self.router, self.gate), strict=True):
+            object.__setattr__(self, name, asked)
         for name, value in (("router", default_router(self.kind)), ("gate", default_gate(self.top_k))):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

@@ -24,7 +24,7 @@ __all__ = [
     "trades_loss",
 ]
 
-BALANCE_LOSSES = ("switch", "entropy", "column_entropy")
+BALANCE_LOSSES = ("switch", "entropy", "column_entropy", "variance")
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -122,9 +122,11 @@ def balance_loss(scores: Tensor, kind: str) -> Tensor:
     - ``switch``: ``N * sum_e f_e P_e - 1`` (Fedus et al. 2022; f carries no gradient). Below 0, by little, where f and P
       prefer different experts;
     - ``column_entropy``: ``log N - H(P)``, at least 0: used alike on average;
-    - ``entropy``: ``mean_i H(p_i) + log N - H(P)``, at least 0: used alike on average, and decided for each sample.
+    - ``entropy``: ``mean_i H(p_i) + log N - H(P)``, at least 0: used alike on average, and decided for each sample;
+    - ``variance``: ``switch + 1 - mean_i std_e p_i``, the standard deviation of a sample's probabilities, dividing by
+      N - 1: used alike, and decided.
 
-    The last two as in robust sparse MoE layers (ICCVW 2025), plus the constant log N.
+    The last three as in robust sparse MoE layers (Pavlitska et al., ICCVW 2025), the entropies plus the constant log N.
 
     Raises:
         ValueError: for an unknown kind.
@@ -138,6 +140,8 @@ def balance_loss(scores: Tensor, kind: str) -> Tensor:
     if kind == "switch":
         share = F.one_hot(scores.detach().argmax(1), experts).to(mean.dtype).mean(0)
         return experts * (share * mean).sum() - 1
+    if kind == "variance":
+        return balance_loss(scores, "switch") + 1 - (p.std(1).mean() if experts > 1 else 0)
     if kind not in BALANCE_LOSSES:
         raise unknown_name("balance", kind, BALANCE_LOSSES)
     column = math.log(experts) + (mean * (mean + 1e-12).log()).sum()

@@ -26,18 +26,24 @@ from moe_kernels.routing import GATES
 from .registry import Registry, imported, unknown_name
 
 __all__ = [
+    "GATES",
+    "ConvGapRouter",
     "ConvRouter",
+    "DoubleConvRouter",
     "FixedRouter",
+    "GapFcRouter",
     "GlobalRouter",
     "ImageRouter",
     "LightRouter",
     "LinearRouter",
     "NonFiniteRouterError",
+    "ProjectionRouter",
     "RandomRouter",
     "Router",
     "RouterOptions",
     "ScoreNorm",
     "build_router",
+    "limited_choice",
     "list_routers",
     "observe_routers",
     "record_scores",
@@ -65,6 +71,9 @@ class RouterOptions:
             the first step on, whatever the router has learned, and its probabilities differ among images. None: as the
             router's class has it (:attr:`Router.standardized`).
         top_k: experts for each sample; with more than one the gate is ``"softmax"`` or ``"none"``.
+        capacity: in training an expert takes at most ``ceil(capacity * B * top_k / N)`` choices of a batch of B, at least
+            ``top_k``; what is above goes to the next best experts (:func:`limited_choice`). None: no limit. In eval mode
+            there is none: an answer does not depend on the batch.
 
     Raises:
         ValueError: for a value out of range.
@@ -75,8 +84,11 @@ class RouterOptions:
     noise: float = 0.0
     standardize: bool | None = None
     top_k: int = 1
+    capacity: float | None = None
 
     def __post_init__(self) -> None:
+        if self.capacity is not None and not 1 <= self.capacity < math.inf:
+            raise ValueError(f"capacity: expected a finite number of at least 1, got {self.capacity}")
         if self.gate not in GATES:
             raise unknown_name("gate", self.gate, GATES)
         if not 0 < self.temperature < math.inf:
@@ -138,15 +150,19 @@ class Router(nn.Module):
         if self.replayed is not None:
             return self.replayed
         if self.only is not None:
-            expert = torch.full((x.shape[0],), self.only, dtype=torch.int64, device=x.device)
-            return Routing(expert, num_experts=self.num_experts)
+            same = torch.full((x.shape[0],), self.only, dtype=torch.int64, device=x.device)
+            return Routing(same, num_experts=self.num_experts)
         scores = self.scores(x, means)
         if scores.device.type == "cpu" and not torch.compiler.is_compiling():
             self.require_finite(scores)
         chosen = scores
         if self.options.noise and self.training:
             chosen = scores + self.options.noise * torch.randn_like(scores)
-        routing = Routing.from_scores(chosen, self.options.top_k, self.options.gate)
+        k = self.options.top_k
+        expert: Tensor | None = None
+        if self.options.capacity is not None and self.training:
+            expert = limited_choice(chosen.detach(), k, self.options.capacity)
+        routing = Routing.from_scores(chosen, k, self.options.gate, expert)
         for observer in self._observers:
             observer(self, scores, routing)
         return routing
@@ -182,6 +198,45 @@ class Router(nn.Module):
         options, plain = dataclasses.asdict(self.options), dataclasses.asdict(RouterOptions())
         changed = {n: v for n, v in options.items() if n == "gate" or v != plain[n]}
         return ", ".join(f"{name}={value!r}" for name, value in changed.items())
+
+
+@torch.no_grad()
+def limited_choice(scores: Tensor, top_k: int, capacity: float) -> Tensor:
+    """The ``top_k`` highest of ``scores [B, N]`` for each sample, no expert more than ``ceil(capacity * B * top_k / N)``
+    times (at least ``top_k``): int64 ``[B]``, or ``[B, top_k]``.
+
+    Of those that want a full expert the highest scores get it, the first samples of equal ones; the others go on to their
+    next best with room, first choices before second ones. Where only experts that a sample has already are left, the
+    limit yields. The order of the samples in the batch decides nothing else. (The released code of robust sparse MoE
+    layers fills experts in that order.)
+    """
+    samples, experts = scores.shape
+    room = max(top_k, math.ceil(capacity * samples * top_k / experts))
+    left = torch.full((experts,), room, device=scores.device)
+    taken = torch.zeros_like(scores, dtype=torch.bool)
+    expert = torch.empty((samples, top_k), dtype=torch.int64, device=scores.device)
+    for choice in range(top_k):
+        open_to = ~taken
+        waiting = torch.ones(samples, dtype=torch.bool, device=scores.device)
+        for _ in range(experts):  # each round fills an expert, or places all
+            allowed = open_to & (left > 0)
+            # nothing with room is left: whatever the sample has not yet
+            allowed = torch.where(allowed.any(1, keepdim=True), allowed, ~taken)
+            forced = ~(open_to & (left > 0)).any(1)
+            wanted = scores.masked_fill(~allowed, -math.inf).argmax(1)
+            for e in range(experts):
+                here = (waiting & (wanted == e) & ~forced).nonzero().squeeze(1)
+                first = here[scores[here, e].argsort(descending=True, stable=True)][: int(left[e])]
+                expert[first, choice] = e
+                waiting[first] = False
+                left[e] -= len(first)
+            rest = waiting & forced
+            expert[rest, choice] = wanted[rest]
+            waiting &= ~rest
+            if not waiting.any():
+                break
+        taken.scatter_(1, expert[:, choice : choice + 1], True)
+    return expert[:, 0] if top_k == 1 else expert
 
 
 def _under_autocast(x: Tensor) -> bool:
@@ -302,6 +357,7 @@ class LightRouter(Router):
             self.only is None
             and self.replayed is None
             and self.options.top_k == 1
+            and not (self.training and self.options.capacity is not None)
             and not self._observers
             and not moving
             and getattr(self.forward, "__func__", None) is LightRouter.forward
@@ -373,6 +429,76 @@ class ImageRouter(Router):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.features(x).mean((2, 3)))
+
+
+@register_router("gap-fc")
+class GapFcRouter(Router):
+    """Channel means of the layer's input, then linear; C * N multiply-accumulates. Of robust sparse MoE layers (Pavlitska
+    et al., ICCVW 2025); :class:`LightRouter` without its normalisations."""
+
+    standardized = False
+    reads_means = True
+
+    def __init__(self, in_channels: int, num_experts: int) -> None:
+        super().__init__(in_channels, num_experts)
+        self.linear = nn.Linear(in_channels, num_experts)
+
+    def forward(self, x: Tensor, means: Tensor | None = None) -> Tensor:
+        """Scores; ``means [B, C]`` of ``x [B, C, H, W]`` are taken where they are given."""
+        return self.linear(x.mean((2, 3)) if means is None else means.to(self.linear.weight.dtype))
+
+
+@register_router("conv-gap")
+class ConvGapRouter(Router):
+    """A 3×3 convolution without padding and bias to one channel for each expert, then their means; 9 * C * N * (H - 2) *
+    (W - 2) multiply-accumulates. Of the same paper; :class:`ConvRouter` without its normalisations.
+
+    Raises:
+        ValueError: in ``forward`` for features of fewer than 3 pixels a side.
+    """
+
+    standardized = False
+
+    def __init__(self, in_channels: int, num_experts: int) -> None:
+        super().__init__(in_channels, num_experts)
+        self.conv = nn.Conv2d(in_channels, num_experts, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if min(x.shape[2:]) < 3:
+            raise ValueError(f"router: conv-gap has no padding and takes features from 3x3 on, got {tuple(x.shape[2:])}")
+        return self.conv(x).mean((2, 3))
+
+
+@register_router("double-conv")
+class DoubleConvRouter(Router):
+    """A 3×3 convolution to 8 channels, BatchNorm, ReLU, a 3×3 convolution to one channel for each expert, means; 72 * H *
+    W * (C + N) multiply-accumulates. Of the same paper; in training its choice depends on the batch."""
+
+    standardized = False
+
+    def __init__(self, in_channels: int, num_experts: int) -> None:
+        super().__init__(in_channels, num_experts)
+        self.conv1 = nn.Conv2d(in_channels, 8, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, num_experts, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(F.relu(self.bn(self.conv1(x)))).mean((2, 3))
+
+
+@register_router("projection")
+class ProjectionRouter(Router):
+    """A random projection of the channel means, drawn once and never trained; C * N multiply-accumulates. Of the same
+    paper."""
+
+    standardized = False
+
+    def __init__(self, in_channels: int, num_experts: int) -> None:
+        super().__init__(in_channels, num_experts)
+        self.register_buffer("weight", torch.randn(num_experts, in_channels) / math.sqrt(in_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.mean((2, 3)), self.weight)  # type: ignore[arg-type]
 
 
 @register_router("random")

@@ -62,6 +62,12 @@ def routing(expert: Any, gate: Any, num_experts: Any) -> None:
         raise ValueError(f"gate: expected device {expert.device} as expert, got {gate.device}")
 
 
+def choice_of(expert: Tensor, samples: int, top_k: int) -> None:
+    shape = (samples,) if top_k == 1 else (samples, top_k)
+    if expert.dtype != torch.int64 or tuple(expert.shape) != shape:
+        raise ValueError(f"expert: expected int64 {list(shape)}, got {expert.dtype} {list(expert.shape)}")
+
+
 def scores(value: Any, top_k: Any, gate: Any, gates: tuple[str, ...]) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(

@@ -91,7 +91,9 @@ class Routing:
         return self
 
     @classmethod
-    def from_scores(cls, scores: Tensor, top_k: int = 1, gate: str = "straight_through") -> Routing:
+    def from_scores(
+        cls, scores: Tensor, top_k: int = 1, gate: str = "straight_through", expert: Tensor | None = None
+    ) -> Routing:
         """Chooses the ``top_k`` highest scores of each sample; of equal scores the lowest index.
 
         Args:
@@ -101,6 +103,8 @@ class Routing:
                 ``"softmax"``: that probability (for k > 1 renormalised over the k chosen).
                 ``"raw_straight_through"``: value 1, gradient onto the chosen score alone, as AdvMoE's released code
                 does; it diverges easily. ``"none"``: no gate.
+            expert: int64 ``[B]``, or ``[B, top_k]`` for more than one: another choice than the highest scores, such as one
+                under a limit of each expert's samples; the gates are these experts'.
 
         Raises:
             ValueError: if a score is NaN (on the CPU in eager mode; on other devices that sample's expert is
@@ -109,7 +113,9 @@ class Routing:
         """
         checks.scores(scores, top_k, gate, GATES)
         num_experts = scores.shape[1]
-        if top_k == 1:
+        if expert is not None:
+            checks.choice_of(expert, scores.shape[0], top_k)
+        elif top_k == 1:
             expert = choose(scores.detach()) if fusing() else _first_argmax(scores.detach())
         else:
             expert = torch.argsort(scores.detach(), dim=1, descending=True, stable=True)[:, :top_k].contiguous()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backbones by name, and what training needs to know about a routed model."""
 
-from . import densenet, resnet, vgg, vit, wide_resnet  # noqa: F401  each registers its architectures
+from . import densenet, placed, resnet, vgg, vit, wide_resnet  # noqa: F401  each registers its architectures or kinds
 from .base import (
     MODEL_OPTIONS,
     backbone_parameters,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moe_kernels import RoutedConv2d, RoutedLinear, Routing
 
 from ..registry import Registry, unknown_name
-from ..routers import RouterOptions, router_class, routers_of
+from ..routers import GATES, RouterOptions, list_routers, router_class, routers_of
 from .upcycling import routed_in_place
 
 __all__ = [
@@ -32,15 +32,17 @@ __all__ = [
     "router_parameters",
 ]
 
-KINDS = ("dense", "s_dense", "sparse", "moe", "upcycled", "network_moe", "dual_moe")
 WHOLE = ("network_moe", "dual_moe")  # those whose experts are whole networks
+PLACED = ("block_moe", "conv_moe")  # those where chosen blocks or convolutions of a dense network are mixtures
+ROUTED = ("moe", "upcycled", *WHOLE, *PLACED)
+KINDS = ("dense", "s_dense", "sparse", *ROUTED)
 LAYOUTS = ("partition", "windows")
 ROUTE_PER = ("layer", "block", "stage", "network")
 STEMS = ("cifar", "imagenet")
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 _COMMON = ("mean", "std", "stem")
-_ROUTER = ("gate", "temperature", "noise", "standardize", "top_k")
+_ROUTER = ("gate", "temperature", "noise", "standardize", "top_k", "capacity")
 MODEL_OPTIONS = {  # of create_model, for each kind
     "dense": _COMMON,
     "s_dense": _COMMON,
@@ -49,6 +51,8 @@ MODEL_OPTIONS = {  # of create_model, for each kind
     "upcycled": (*_COMMON, *_ROUTER),
     "network_moe": (*_COMMON, *_ROUTER, "mix", "frozen_router"),
     "dual_moe": (*_COMMON, *_ROUTER, "mix", "frozen_router", "alpha", "dual_on"),
+    "block_moe": (*_COMMON, *_ROUTER, "moe_at"),
+    "conv_moe": (*_COMMON, *_ROUTER, "moe_at", "gate_after"),
 }
 
 
@@ -72,7 +76,7 @@ class ModelSpec:
     bn: str = "shared"
     gate_after: str = "conv"
     route_per: str = "layer"
-    moe_at: tuple[int, ...] | None = None
+    moe_at: tuple[int | str, ...] | None = None
     router_options: RouterOptions = field(default_factory=RouterOptions)
     mix: str = "logits"
     frozen_router: bool = False
@@ -103,7 +107,8 @@ class ModelSpec:
 
     def scaled(self, channels: int) -> int:
         """``int(ratio * channels)`` where the kind scales widths; at least 1."""
-        return channels if self.kind in ("dense", "sparse", "network_moe") else max(1, int(self.ratio * channels))
+        whole = self.kind in ("dense", "sparse", "network_moe", *PLACED)
+        return channels if whole else max(1, int(self.ratio * channels))
 
     def dense(self) -> ModelSpec:
         """The spec of an ordinary layer of the dense network's width."""
@@ -148,7 +153,21 @@ def register_kind(name: str) -> Callable[[_Made], _Made]:
 
 
 def default_router(kind: str) -> str:
-    return "linear" if kind in WHOLE else "light"
+    return "linear" if kind in WHOLE else "gap-fc" if kind in PLACED else "light"
+
+
+def read_gate(kind: str, router: str | None, gate: str | None) -> tuple[str | None, str | None]:
+    """Router and gate as asked for. What the paper of kinds block_moe and conv_moe calls a gate is a router here, and
+    their ``gate`` may name one.
+
+    Raises:
+        ValueError: if both name a router.
+    """
+    if kind not in PLACED or gate is None or gate in GATES or gate not in list_routers():
+        return router, gate
+    if router is not None:
+        raise ValueError(f"gate: {gate!r} is a router, and router {router!r} is given too")
+    return gate, None
 
 
 def default_gate(top_k: int) -> str:
@@ -176,8 +195,10 @@ def create_model(
             (dense, with a mask over output channels that ``advmoe.sparse`` learns to keep ``ratio`` of them), ``"moe"``
             (routed convolutions of num_experts experts, each as wide as s_dense's), ``"upcycled"`` (what
             :func:`advmoe.upcycle` makes of the dense network), ``"network_moe"`` (num_experts dense networks and a
-            router of the image: :class:`advmoe.models.NetworkMoE`) or ``"dual_moe"`` (two of the latter, a standard and a
-            robust one: :class:`advmoe.models.DualModel`).
+            router of the image: :class:`advmoe.models.NetworkMoE`), ``"dual_moe"`` (two of the latter, a standard and a
+            robust one: :class:`advmoe.models.DualModel`), ``"block_moe"`` (a ResNet in which chosen residual blocks are
+            mixtures of blocks) or ``"conv_moe"`` (a network in which chosen convolutions are mixtures of convolutions):
+            the robust sparse MoE layers of Pavlitska et al., ICCVW 2025 (:mod:`advmoe.models.placed`).
         ratio: r, the width of an expert against the dense layer's; widths are ``int(r * channels)``.
         width: channels of the first stage; the architecture's own by default.
         layout: of kind moe. ``"partition"``: expert e owns rows ``e * w : (e + 1) * w`` of the weight, as in AdvMoE's
@@ -186,14 +207,23 @@ def create_model(
             is the dense network. The stem keeps its full width (but DenseNet's), and the classifier has a column for each
             dense channel and reads those of the window that it gets.
         router: a name of ``advmoe.routers.list_routers()``, or ``module:Class``; by default ``"light"``, of kind
-            network_moe and dual_moe ``"linear"``.
+            network_moe and dual_moe ``"linear"``, of kind block_moe and conv_moe ``"gap-fc"``.
         normalize: subtract ``mean`` and divide by ``std`` (options; CIFAR-10's by default) inside the model.
         options: ``mean``, ``std``; ``stem``: ``"cifar"`` (3×3) or ``"imagenet"`` (7×7 of stride 2, pooled; by default
-            from 128 pixels on). For kinds moe, upcycled, network_moe and dual_moe
+            from 128 pixels on). For kinds that have routers
 
-            - ``gate``, ``temperature``, ``noise``, ``standardize``, ``top_k``: see
+            - ``gate``, ``temperature``, ``noise``, ``standardize``, ``top_k``, ``capacity``: see
               :class:`advmoe.routers.RouterOptions`; the gate of several choices is ``"softmax"`` by default; of kinds moe
-              and upcycled more than one choice only in vision transformers;
+              and upcycled more than one choice only in vision transformers; of kinds block_moe and conv_moe ``gate`` may
+              name a router instead, such as ``"conv-gap"``;
+
+            for kinds block_moe and conv_moe also
+
+            - ``moe_at``: patterns of the names of the dense network's blocks or convolutions, such as
+              ``("layer4.1",)``; ``*`` stands for any text, and what names a module names what is in it. By default
+              ``("layer4",)``, both blocks of ResNet-18's conv5_x, and ``("layer4.*.conv*",)``, its convolutions but the
+              shortcut's (``("layer4",)``: with it, as in the released code);
+            - ``gate_after``, of kind conv_moe: ``"conv"``, or ``"norm"``: gates and sum come behind the next BatchNorm;
 
             for kinds network_moe and dual_moe also
 
@@ -219,7 +249,7 @@ def create_model(
     _MODELS[arch]  # an unknown name raises
     if kind not in KINDS:
         raise unknown_name("kind", kind, KINDS)
-    if kind in ("upcycled", *WHOLE) and layout != "partition":
+    if kind in ("upcycled", *WHOLE, *PLACED) and layout != "partition":
         raise ValueError(
             f"layout: the experts of kind {kind} have weights of their own, layout 'partition'; got {layout!r}"
         )
@@ -232,7 +262,9 @@ def create_model(
     whole = kind in WHOLE
     options.setdefault("route_per", "network" if whole else "layer")
     options.setdefault("bn", "per_expert" if whole or layout == "windows" else "shared")
-    options.setdefault("gate", default_gate(options.get("top_k", 1)))
+    router, options["gate"] = read_gate(kind, router, options.get("gate"))
+    if options["gate"] is None:
+        options["gate"] = default_gate(options.get("top_k", 1))
     if router is None:
         router = default_router(kind)
     if not 0 < ratio <= 1:
@@ -246,6 +278,8 @@ def create_model(
         if size < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}")
     level = router_class(router).level
+    if level == "image" and kind in PLACED:
+        raise ValueError(f"router: the layers of kind {kind} have one each, of level layer; got {router!r}")
     if level == "image":
         if given_route_per not in (None, "network"):
             raise ValueError(f"route_per: the router {router!r} chooses once for each image; got {given_route_per!r}")
@@ -266,7 +300,11 @@ def create_model(
         if name in options:
             options[name] = tuple(float(v) for v in options[name])
     if "moe_at" in options:
-        options["moe_at"] = tuple(int(v) for v in options["moe_at"])
+        given = options["moe_at"]
+        if isinstance(given, str) or (kind in PLACED) != all(isinstance(at, str) for at in given):
+            what = "patterns of names" if kind in PLACED else "numbers of stages"
+            raise ValueError(f"moe_at: expected {what} for kind {kind}, got {given!r}")
+        options["moe_at"] = tuple(given if kind in PLACED else (int(v) for v in given))
         if layout == "windows":
             raise ValueError("moe_at: the windows of one layer are the input of the next; use layout 'partition'")
     spec = ModelSpec(

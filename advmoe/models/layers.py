@@ -17,7 +17,8 @@ from moe_kernels.rows import gather_rows
 
 from ..routers import Router, build_router, router_class
 from ..sparse import Add, LiveBatchNorm2d, MaskedConv2d
-from .base import ModelSpec, Normalize
+from .base import PLACED, ModelSpec, Normalize
+from .placed import MixtureOfConvolutions
 
 __all__ = [
     "Backbone",
@@ -114,6 +115,8 @@ class Path:
     def convolve(self, conv: nn.Module, x: Tensor, after: nn.Module | None = None, gate_after: bool = False) -> Tensor:
         """``after(conv(x))``, routed where the convolution is; ``gate_after`` puts the gate behind ``after``, a
         BatchNorm. The choice becomes the writer."""
+        if gate_after and isinstance(conv, MixtureOfConvolutions):
+            return conv(x, after)
         if not isinstance(conv, RoutedConv2d):
             y = conv(x)
             return y if after is None else after(y)
@@ -136,7 +139,7 @@ class Path:
         shortcut: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         """``relu(add(after(conv(x)), shortcut()))``, arguments as those of :meth:`convolve`; without ``add`` no sum."""
-        gated = gate_after and isinstance(conv, RoutedConv2d)
+        gated = gate_after and isinstance(conv, RoutedConv2d | MixtureOfConvolutions)
         y = self.convolve(conv, x, after if gated else None, gate_after)
         other = None if shortcut is None else shortcut()
         return self.rectify(y, None if gated else after, add, other)
@@ -188,8 +191,11 @@ class Path:
         """A shortcut from features that ``source`` wrote to those that ``writer`` wrote, which stays the writer."""
         if isinstance(shortcut, Projection):
             return shortcut(x, source, self.writer)
-        if not (isinstance(shortcut, nn.Sequential) and len(shortcut) and isinstance(shortcut[0], RoutedConv2d)):
+        routed = RoutedConv2d | MixtureOfConvolutions
+        if not (isinstance(shortcut, nn.Sequential) and len(shortcut) and isinstance(shortcut[0], routed)):
             return shortcut(x)
+        if isinstance(shortcut, Shortcut):
+            x = every(x, shortcut.step)
         writer, self.writer = self.writer, source
         y = self.convolve(shortcut[0], x, shortcut[1], gate_after)
         self.writer = writer
@@ -378,9 +384,13 @@ class Backbone(nn.Module, abc.ABC):
 
     def __init__(self, spec: ModelSpec, stages: int) -> None:
         super().__init__()
-        if spec.router_options.top_k > 1 and not self.takes_top_k:
+        if spec.router_options.top_k > 1 and not self.takes_top_k and spec.kind not in PLACED:
             raise ValueError(f"top_k: the layers of {spec.arch} take one expert each, got {spec.router_options.top_k}")
-        if spec.moe_at is not None and not (spec.moe_at and all(1 <= stage <= stages for stage in spec.moe_at)):
+        if (
+            spec.routed
+            and spec.moe_at is not None
+            and not (spec.moe_at and all(1 <= int(stage) <= stages for stage in spec.moe_at))
+        ):
             raise ValueError(f"moe_at: expected stages from 1 to {stages} of {spec.arch}, got {spec.moe_at}")
         self.spec = spec
         self.normalize = Normalize(spec.mean, spec.std) if spec.normalize else nn.Identity()

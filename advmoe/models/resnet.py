@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ResNet-18, 34 and 50 (He et al. 2016): dense, scaled, sparse, or with routed convolutions where AdvMoE's released code
-has them."""
+"""ResNet-18, 34 and 50 (He et al. 2016) and Wide ResNet-50-2: dense, scaled, sparse, with routed convolutions where
+AdvMoE's released code has them, or with mixtures of blocks."""
 
 from __future__ import annotations
+
+from typing import cast
 
 from torch import Tensor, nn
 
 from ..sparse import Add
 from .base import ModelSpec, initialize, register_model
 from .layers import Backbone, Channels, Path, Stage, add_router, classifier, conv, norm, pointwise, projection
+from .placed import AddToEach, Mixture, experts_of, matches
 
-__all__ = ["BasicBlock", "Bottleneck", "ResNet"]
+__all__ = ["BasicBlock", "Bottleneck", "MixtureOfBlocks", "ResNet", "WideBottleneck"]
 
 
 class _Block(nn.Module):
@@ -69,15 +72,56 @@ class Bottleneck(_Block):
 
     expansion = 4
     depth = 3
+    widen = 1
 
     def _add_convolutions(self, spec: ModelSpec, source: Channels, width: int, stride: int) -> None:
-        inner, out = Channels.of(spec, width), Channels.of(spec, width, self.expansion)
+        inner, out = Channels.of(spec, self.widen * width), Channels.of(spec, width, self.expansion)
         self.conv1 = conv(spec, source, inner, 1)
         self.bn1 = norm(spec, inner)
         self.conv2 = conv(spec, inner, inner, 3, stride)
         self.bn2 = norm(spec, inner)
         self.conv3 = conv(spec, inner, out, 1)
         self.bn3 = norm(spec, out)
+
+
+class WideBottleneck(Bottleneck):
+    """A bottleneck of twice the width between its 1×1 convolutions."""
+
+    widen = 2
+
+
+class MixtureOfBlocks(Mixture):
+    """A residual block as a mixture of ``num_experts`` blocks, each with its shortcut, its BatchNorms and its last ReLU:
+    ``sum over the top_k of gate_e * block_e(x)``.
+
+    A block's convolutions and BatchNorms follow one choice (:mod:`moe_kernels`' routed layers); with k choices there are
+    ``B * k`` virtual samples, of which the first convolution reads the B inputs. In training an expert's batch statistics
+    are those of its own samples.
+
+    Attributes:
+        experts: the blocks as one, each of whose layers has a slice for each.
+    """
+
+    def __init__(self, spec: ModelSpec, experts: nn.Module, in_channels: int) -> None:
+        super().__init__(spec, in_channels)
+        self.experts = experts
+        if spec.router_options.top_k > 1:
+            experts.add = AddToEach()
+        self.out_channels = experts.out_channels
+
+    def forward(self, x: Tensor, path: Path) -> Tensor:
+        """Features ``[B, C, H, W]`` to ``[B, C', H', W']``; the path outside goes on as it was."""
+        routing = self.router.route(x)
+        return routing.combine(self.experts(x, Path.following(routing.expand())))
+
+
+def _block(
+    spec: ModelSpec, block: type[_Block], name: str, source: Channels, width: int, stride: int
+) -> _Block | MixtureOfBlocks:
+    """A block, or, of kind block_moe where ``moe_at`` names it, a mixture of them."""
+    if spec.kind != "block_moe" or spec.moe_at is None or not matches(name, spec.moe_at):
+        return block(spec, source, width, stride)
+    return MixtureOfBlocks(spec, block(experts_of(spec), source, width, stride), source.width)
 
 
 class ResNet(Backbone):
@@ -100,11 +144,14 @@ class ResNet(Backbone):
         self.pool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
         self._add_network_router(channels.width)
         self.stages: list[str] = []
+        self.block_names: list[str] = []
         for stage, count in enumerate(blocks, start=1):
             here, source, layers = spec.at_stage(stage), channels, []
             for i in range(count):
-                layers.append(block(here, channels, width * 2 ** (stage - 1), 2 if stage > 1 and not i else 1))
-                channels = layers[-1].out_channels
+                where = channels, width * 2 ** (stage - 1), 2 if stage > 1 and not i else 1
+                self.block_names.append(f"layer{stage}.{i}")
+                layers.append(_block(here, block, self.block_names[-1], *where))
+                channels = cast(Channels, layers[-1].out_channels)
             self.stages.append(f"layer{stage}")
             self.add_module(self.stages[-1], Stage(here, source, layers))
         self.linear = classifier(spec, channels, spec.num_classes)
@@ -133,3 +180,9 @@ def resnet34(spec: ModelSpec) -> nn.Module:
 def resnet50(spec: ModelSpec) -> nn.Module:
     """ResNet-50: 3, 4, 6 and 3 bottlenecks; width 64; 48 routed convolutions."""
     return ResNet(spec, Bottleneck, (3, 4, 6, 3))
+
+
+@register_model("wrn50_2")
+def wrn50_2(spec: ModelSpec) -> nn.Module:
+    """Wide ResNet-50-2 (Zagoruyko and Komodakis 2016): ResNet-50 with bottlenecks of twice the inner width."""
+    return ResNet(spec, WideBottleneck, (3, 4, 6, 3))

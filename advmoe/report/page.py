@@ -30,7 +30,7 @@ from ..attacks import PGD, from_name
 from ..config import RunConfig, write_text
 from ..data import load
 from ..evaluation import SUSPECT
-from ..models.base import WHOLE
+from ..models.base import ROUTED
 from ..recipes import Catalog
 from ..recipes.sweep import differences, plain
 from ..tables import percent
@@ -201,7 +201,7 @@ def _settings(configs: Sequence[RunConfig]) -> dict[str, Any]:
     if len(configs) > 1:
         return {"first": {name: row for name, row in rows.items() if len(set(row)) > 1}, "all": rows}
     c = configs[0]
-    routed = c.model.kind in ("moe", "upcycled", *WHOLE)
+    routed = c.model.kind in ROUTED
     first = {
         "data": c.data.name,
         "training images": "all" if c.data.train_limit is None else str(c.data.train_limit),

@@ -26,7 +26,7 @@ from ..config import ModelConfig, RunConfig
 from ..data import Batches, BatchStream, DataSet, load, stream_generator
 from ..evaluation.measure import Evaluation, evaluate
 from ..models import router_parameters, upcycle
-from ..models.base import WHOLE
+from ..models.base import PLACED, ROUTED, WHOLE
 from ..routers import FixedRouter, NonFiniteRouterError, RouterOptions, routers_of
 from ..sparse import masked_convolutions
 from . import tensorboard
@@ -67,7 +67,7 @@ class Trainer:
         if config.optim.compile and world.size > 1:
             raise ValueError(f"compile: for one process, got {world.size}")
         self.device = device_of(config.device)
-        if config.model.kind in ("moe", "upcycled", *WHOLE):
+        if config.model.kind in ROUTED:
             choose(self.device)
         torch.manual_seed(config.seed)
         model = build_model(config.model).to(self.device)
@@ -453,9 +453,10 @@ def resolve(config: RunConfig, data: DataSet) -> RunConfig:
         step_size=data.step_size if config.attack.step_size is None else config.attack.step_size,
     )
     routing = config.routing
-    if config.model.kind in ("moe", "upcycled", *WHOLE) and routing.share_epochs is None:
-        # networks that answer by themselves are trained apart from the start, as the paper's
-        can_share = not apart and model.kind not in WHOLE and _can_share(dataclasses.replace(config, model=model))
+    if config.model.kind in ROUTED and routing.share_epochs is None:
+        # whole networks, blocks and mixed convolutions are trained apart from the start, as in their papers
+        own = model.kind in (*WHOLE, *PLACED)
+        can_share = not apart and not own and _can_share(dataclasses.replace(config, model=model))
         shared = config.epochs * 3 // 4 if can_share else 0
         routing = dataclasses.replace(routing, share_epochs=shared)
     threads = torch.get_num_threads() if config.threads is None else config.threads
