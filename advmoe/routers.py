@@ -495,10 +495,12 @@ class ProjectionRouter(Router):
 
     def __init__(self, in_channels: int, num_experts: int) -> None:
         super().__init__(in_channels, num_experts)
-        self.register_buffer("weight", torch.randn(num_experts, in_channels) / math.sqrt(in_channels))
+        self.linear = nn.Linear(in_channels, num_experts, bias=False).requires_grad_(False)
+        nn.init.normal_(self.linear.weight, 0.0, in_channels**-0.5)
+        self.frozen = True
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.mean((2, 3)), self.weight)  # type: ignore[arg-type]
+        return self.linear(x.mean((2, 3)))
 
 
 @register_router("random")

@@ -103,8 +103,8 @@ class Routing:
                 ``"softmax"``: that probability (for k > 1 renormalised over the k chosen).
                 ``"raw_straight_through"``: value 1, gradient onto the chosen score alone, as AdvMoE's released code
                 does; it diverges easily. ``"none"``: no gate.
-            expert: int64 ``[B]``, or ``[B, top_k]`` for more than one: another choice than the highest scores, such as one
-                under a limit of each expert's samples; the gates are these experts'.
+            expert: int64 ``[B]``, or ``[B, top_k]`` for more than one: another choice than the highest scores, such as
+                one under a limit of each expert's samples; the gates are these experts'.
 
         Raises:
             ValueError: if a score is NaN (on the CPU in eager mode; on other devices that sample's expert is

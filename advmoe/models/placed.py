@@ -23,9 +23,9 @@ class AddToEach(nn.Module):
     """``y [B * k, ...] + x [B, ...]``: each input to its k virtual samples, without a copy of it; as many, one to one."""
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        if len(y) == len(x):
+        if y.shape[0] == x.shape[0]:
             return y + x
-        return (y.unflatten(0, (len(x), -1)) + x.unsqueeze(1)).flatten(0, 1)
+        return (y.unflatten(0, (x.shape[0], -1)) + x.unsqueeze(1)).flatten(0, 1)
 
 
 class Mixture(nn.Module):
