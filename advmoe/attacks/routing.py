@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moe_kernels import RoutedConv2d, RoutedLinear, Routing
 
 from ..models.network_moe import NetworkMoE
+from ..models.placed import Mixture
 from ..routers import Router, observe_routers, replay_routing, routers_of
 
 __all__ = ["AGAINST", "RoutingView"]
@@ -58,8 +59,8 @@ class RoutingView:
         if self.against == "soft":
             within: set[nn.Module] = set()
             for module in self.model.modules():
-                if isinstance(module, NetworkMoE):
-                    hook = self._mixed_networks
+                if isinstance(module, NetworkMoE | Mixture):
+                    hook = self._mixed_outputs
                     within.update(module.modules())
                 # a layer that only reads by the choice of another (a classifier over windows) mixes no experts
                 elif (
@@ -142,8 +143,8 @@ class RoutingView:
             mixture = mixture + share * module.forward(x, alone, source)
         return output.detach() + (mixture - mixture.detach())
 
-    def _mixed_networks(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        """As :meth:`_mixed`, of whole networks, whose mixture is that of their outputs."""
+    def _mixed_outputs(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """As :meth:`_mixed`, of whole networks, blocks or convolutions, whose mixture is that of their outputs."""
         if module.router not in self._seen:
             return output
         shares = self._seen[module.router][0].softmax(1)

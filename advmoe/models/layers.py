@@ -18,7 +18,7 @@ from moe_kernels.rows import gather_rows
 from ..routers import Router, build_router, router_class
 from ..sparse import Add, LiveBatchNorm2d, MaskedConv2d
 from .base import PLACED, ModelSpec, Normalize
-from .placed import MixtureOfConvolutions
+from .placed import AddToEach, MixtureOfConvolutions
 
 __all__ = [
     "Backbone",
@@ -150,7 +150,7 @@ class Path:
         """``relu(add(after(x), other))``, ``after`` a BatchNorm of what the writer wrote; without these, ``relu(x)``. The
         result's channel means are remembered, if the path pools and they cost little."""
         fast = self.pools and has_kernel(x)
-        if fast and after is not None and (add is None or type(add) is Add):
+        if fast and after is not None and _adds_alike(add, x, other):
             routing = self.writer if isinstance(after, RoutedBatchNorm2d) else None
             self.rectified = norm_relu_with_means(after, x, routing, other)
             return self.rectified[0]
@@ -346,6 +346,11 @@ def projection(spec: ModelSpec, source: Channels, out: Channels, stride: int, ne
     if not needed:
         return nn.Sequential()
     return pointwise(spec, source, out, stride, routed=False)
+
+
+def _adds_alike(add: nn.Module | None, x: Tensor, other: Tensor | None) -> bool:
+    """Whether a block's sum, if it has one, is that of two tensors of one shape."""
+    return add is None or type(add) is Add or (type(add) is AddToEach and other is not None and x.shape == other.shape)
 
 
 class Stage(nn.Module):

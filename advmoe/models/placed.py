@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from moe_kernels import RoutedConv2d
+from moe_kernels import RoutedConv2d, Routing
 
 from ..registry import unknown_name
 from ..routers import Router, RouterOptions, build_router
@@ -36,6 +36,7 @@ class Mixture(nn.Module):
 
     def __init__(self, spec: ModelSpec, in_channels: int) -> None:
         super().__init__()
+        self.num_experts = spec.num_experts
         self.router = build_router(spec.router, in_channels, spec.num_experts, spec.router_options)
 
 
@@ -57,13 +58,14 @@ class MixtureOfConvolutions(Mixture):
             _pair(conv.dilation), conv.groups, conv.bias is not None, num_experts=spec.num_experts,
         )  # fmt: skip
 
-    def forward(self, x: Tensor, after: nn.Module | None = None) -> Tensor:
+    def forward(self, x: Tensor, after: nn.Module | None = None, routing: Routing | None = None) -> Tensor:
         """``[B, C, H, W]`` to ``[B, C', H', W']``.
 
         Args:
             after: goes between the convolutions and their gates, to ``B * k`` virtual samples.
+            routing: ``[B]`` or ``[B, k]`` in place of the router's.
         """
-        routing = self.router.route(x)
+        routing = self.router.route(x) if routing is None else routing
         y = self.experts(x, routing.expand())
         return routing.combine(y if after is None else after(y))
 

@@ -8,6 +8,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from moe_kernels import Routing
+
 from ..sparse import Add
 from .base import ModelSpec, initialize, register_model
 from .layers import Backbone, Channels, Path, Stage, add_router, classifier, conv, norm, pointwise, projection
@@ -105,13 +107,16 @@ class MixtureOfBlocks(Mixture):
     def __init__(self, spec: ModelSpec, experts: nn.Module, in_channels: int) -> None:
         super().__init__(spec, in_channels)
         self.experts = experts
-        if spec.router_options.top_k > 1:
-            experts.add = AddToEach()
+        experts.add = AddToEach()
         self.out_channels = experts.out_channels
 
-    def forward(self, x: Tensor, path: Path) -> Tensor:
-        """Features ``[B, C, H, W]`` to ``[B, C', H', W']``; the path outside goes on as it was."""
-        routing = self.router.route(x)
+    def forward(self, x: Tensor, path: Path, routing: Routing | None = None) -> Tensor:
+        """Features ``[B, C, H, W]`` to ``[B, C', H', W']``; the path outside goes on as it was.
+
+        Args:
+            routing: ``[B]`` or ``[B, k]`` in place of the router's.
+        """
+        routing = self.router.route(x) if routing is None else routing
         return routing.combine(self.experts(x, Path.following(routing.expand())))
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from advmoe.attacks import PGD
+from advmoe.attacks.routing import RoutingView
 from advmoe.config import MethodConfig, ModelConfig, OptimConfig, RoutingConfig
 from advmoe.models import create_model
 from advmoe.models.layers import Path
@@ -237,6 +239,32 @@ def test_fused_it_is_the_same(kind: str, top_k: int) -> None:
     with torch.no_grad():
         expected = model(x)
         torch.testing.assert_close(fuse(model, x)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("kind", ["block_moe", "conv_moe"])
+def test_the_softmax_mixture_that_an_attack_follows_is_that_of_the_experts_outputs(kind: str, top_k: int) -> None:
+    model = build(kind, moe_at=("layer4.1",), top_k=top_k).eval()
+    x, y = images(5).requires_grad_(), images(5).requires_grad_()
+    with RoutingView(model, "soft") as view:
+        got = view.logits(x, torch.arange(5), 5)
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(x))  # the value is the model's
+    loop = loop_of(model)
+    for mixture in loop.modules():
+        if isinstance(mixture, Loop):
+            mixture.router.options = dataclasses.replace(mixture.router.options, top_k=EXPERTS, gate="softmax")
+    if kind == "block_moe":  # of one mixture behind all else its derivative by the loop's output is the model's
+        weight = torch.randn_like(got)
+        (got * weight).sum().backward()
+        features: dict[str, Tensor] = {}
+        inner = model.layer4[1].register_forward_hook(lambda m, i, o: features.update(value=o.detach()))
+        model(y.detach())
+        inner.remove()
+        outer = loop.layer4[1].register_forward_hook(lambda m, i, o: o - o.detach() + features["value"])
+        (loop(y) * weight).sum().backward()
+        outer.remove()
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-8, atol=1e-12)
 
 
 # --- capacity -----------------------------------------------------------------------------------------------------------
