@@ -54,7 +54,9 @@ class ATSparse(Method):
         lr = self.optim.lr
         return {
             "pretrain": self._optimizer([(weights, lr)]),
-            "mask": torch.optim.SGD([{"params": scores, "lr": lr, "base_lr": lr}], momentum=self.optim.momentum),
+            "mask": torch.optim.SGD(
+                [{"params": scores, "lr": lr, "base_lr": lr}], momentum=self.optim.momentum, nesterov=self.optim.nesterov
+            ),
             "finetune": self._optimizer([(weights, lr)]),
         }
 
