@@ -66,8 +66,8 @@ class PGD:
         keep_start: False: the one step goes from the image and not from the random start, where its gradient is taken.
 
     Raises:
-        ValueError: for a setting that is unknown or out of range, for ``keep_start=False`` with several steps, and for ``loss="kl"`` without a random start: at the
-            clean image itself KL from the clean prediction has no gradient.
+        ValueError: for a setting that is unknown or out of range, for ``keep_start=False`` with several steps, and for
+            ``loss="kl"`` without a random start: at the clean image itself KL from the clean prediction has no gradient.
 
     "Fooled" is a wrong prediction of the model as it is, also where the attack holds its routing; for ``against="flip"``,
     that all choices of the sample have changed.

@@ -41,8 +41,8 @@ class FreeAT(_OneStep):
     step of the optimiser, the perturbation's one of the attack's ``step_size`` (the paper's: epsilon) along its sign.
 
     The perturbation, one for each place in a batch, begins at 0, is kept from batch to batch, and is clipped to epsilon;
-    images with it are clipped to [0, 1], and where that is so the gradient is 0, as in the released code. Its loss is that
-    of the parameters, the balancing loss included, which is counted once (robust-sparse-moes' code counts it twice).
+    images with it are clipped to [0, 1], and where that is so the gradient is 0, as in the authors' code. Its loss is the
+    parameters' own, the balancing loss included, which is counted once (robust-sparse-moes' code counts it twice).
 
     An epoch costs that of ``replays`` epochs of standard training: the paper gives so many times fewer. Each replay
     counts in losses, accuracy and images a second.
@@ -52,7 +52,7 @@ class FreeAT(_OneStep):
         super().__init__(model, *args, **kwargs)
         if self.attack.random_start is not True:
             raise ValueError(
-                "attack.random_start: without effect on free-at, whose perturbation goes on from batch to batch"
+                "attack.random_start: without effect on free-at, whose perturbation is kept from batch to batch"
             )
         self.updates = self.config.replays
         self.delta: Tensor | None = None  # [B, C, H, W] of this process's part of a batch, once there was one
