@@ -166,6 +166,19 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--part", choices=("all", "routers", "experts"), default=m.part, help="at: what is trained")
     g.add_argument("--pretrain-epochs", type=int, default=m.pretrain_epochs, help="at_sparse: of the dense network")
     g.add_argument("--mask-epochs", type=int, default=m.mask_epochs, help="at_sparse: of the mask; the rest fine-tunes")
+    g.add_argument(
+        "--replays", type=_positive, default=m.replays, metavar="M", help="free-at: steps that each batch makes"
+    )
+    g.add_argument(
+        "--reset-noise",
+        type=float,
+        default=m.reset_noise,
+        metavar="P",
+        help="free-at: how likely the perturbation begins at 0 again",
+    )
+    g.add_argument(
+        "--drop-start", action="store_true", help="fast-at: the step goes from the image, not from the random start"
+    )
     g.add_argument("--init", metavar="RUN", help="begin with the weights of this run or checkpoint")
     g.add_argument("--standard-run", metavar="RUN", help="of kind dual_moe: begin with this run's as the standard one")
     g.add_argument("--robust-run", metavar="RUN", help="of kind dual_moe: begin with this run's as the robust one")
@@ -185,6 +198,13 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--no-augment", action="store_true", help="no random crop and mirror")
     p.add_argument("--shift", type=int, metavar="PIXELS", help="of the random crop; the data's own by default")
     p.add_argument(
+        "--color-jitter",
+        type=float,
+        default=0.0,
+        metavar="C",
+        help="brightness, contrast, saturation and hue by up to C, in any order",
+    )
+    p.add_argument(
         "--cutout", type=int, default=0, metavar="PIXELS", help="side of a square of each image that becomes the mean"
     )
     p.add_argument(
@@ -196,8 +216,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--tensorboard", action="store_true", help="write the epochs' metrics to RUN/tensorboard too")
     g = p.add_argument_group("training attack")
     g.add_argument("--epsilon", type=float, help="radius, of pixel range 1; the data's own by default")
-    g.add_argument("--step-size", type=float, help="of pixel range 1; the data's own by default")
-    g.add_argument("--attack-steps", type=int, default=a.steps, help="K, of PGD")
+    g.add_argument("--step-size", type=float, help="the data's own by default; free-at: epsilon, fast-at: 1.25 epsilon")
+    g.add_argument("--attack-steps", type=int, default=a.steps, help="K, of PGD; free-at and fast-at take one")
     g.add_argument(
         "--attack-loss", choices=("kl", "ce", "margin"), help="kl by default, ce with --objective cross_entropy"
     )
@@ -218,8 +238,11 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--compile", action="store_true", help="training's forwards through torch.compile (minutes at first)")
     g.add_argument("--optimizer", choices=OPTIMIZERS, default=o.optimizer, help="what makes a step of the gradients")
     g.add_argument(
-        "--schedule", choices=SCHEDULES, help="of the rate: a cosine to 0, or a triangle over and over; cyclic with adam"
+        "--schedule",
+        choices=SCHEDULES,
+        help="of the rate: a cosine or (1 - t)^power to 0, or a triangle over and over; cyclic with adam",
     )
+    g.add_argument("--power", type=float, default=o.power, help="of schedule polynomial")
     g.add_argument("--lr", type=float, help="the highest rate; 0.1 by default, 1e-4 with adam")
     g.add_argument("--low-lr", type=float, help="the lowest rate of schedule cyclic; half of --lr by default")
     g.add_argument(
@@ -227,6 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     g.add_argument("--router-lr", type=float, help="the routers' own rate; --lr by default")
     g.add_argument("--momentum", type=float, default=o.momentum, help="of SGD; Adam's first beta")
+    g.add_argument("--nesterov", action="store_true", help="SGD's momentum in Nesterov's form")
     g.add_argument("--weight-decay", type=float, help="5e-4 by default, 0 with adam")
     g.add_argument(
         "--freeze-unused", action="store_true", help="no decay and momentum for experts nobody chose in a step"
@@ -470,12 +494,14 @@ def _method_config(o: argparse.Namespace) -> MethodConfig:
             raise ValueError(f"--as-released: sets what advmoe's released code does, and does not go with {what}")
         return MethodConfig.as_released(
             objective=o.objective, beta=o.beta, router_alpha=o.router_alpha, router_every=o.router_every, part=o.part,
-            pretrain_epochs=o.pretrain_epochs, mask_epochs=o.mask_epochs,
+            pretrain_epochs=o.pretrain_epochs, mask_epochs=o.mask_epochs, replays=o.replays, reset_noise=o.reset_noise,
+            keep_start=not o.drop_start,
         )  # fmt: skip
     return MethodConfig(
         o.method, o.objective, o.beta, o.order, o.batches, o.router_objective, o.router_alpha, o.attack_routers,
         share_attack=o.share_attack, router_every=o.router_every, part=o.part, pretrain_epochs=o.pretrain_epochs,
-        mask_epochs=o.mask_epochs, robust_experts=o.robust_experts,
+        mask_epochs=o.mask_epochs, robust_experts=o.robust_experts, replays=o.replays, reset_noise=o.reset_noise,
+        keep_start=not o.drop_start,
     )  # fmt: skip
 
 
@@ -485,7 +511,8 @@ def _optim_config(o: argparse.Namespace) -> OptimConfig:
     make = OptimConfig.cyclic_adam if o.optimizer == "adam" else OptimConfig
     return make(
         router_lr=o.router_lr, momentum=o.momentum, freeze_unused=o.freeze_unused, accumulate=o.accumulate,
-        precision=o.precision, compile=o.compile, low_lr=o.low_lr, cycle_steps=o.cycle_steps, **given,
+        precision=o.precision, compile=o.compile, low_lr=o.low_lr, cycle_steps=o.cycle_steps, nesterov=o.nesterov,
+        power=o.power, **given,
     )  # fmt: skip
 
 
@@ -518,7 +545,7 @@ def _train(o: argparse.Namespace) -> None:
                 model = dataclasses.replace(model, router="global")
         data = DataConfig(
             o.data, o.data_dir, o.train_limit, o.test_limit, augment=not o.no_augment, shift=o.shift, cutout=o.cutout,
-            workers=o.workers,
+            workers=o.workers, color_jitter=o.color_jitter,
         )  # fmt: skip
         config = RunConfig(
             model=model,

@@ -20,11 +20,12 @@ from .registry import unknown_name
 
 __all__ = ["AttackConfig", "DataConfig", "MethodConfig", "ModelConfig", "OptimConfig", "RoutingConfig", "RunConfig"]
 
-METHODS = ("standard", "at", "at_sparse", "advmoe", "rt-er", "jtdmoe")
-ALIASES = {"rt_er": "rt-er"}  # of methods
+METHODS = ("standard", "at", "free-at", "fast-at", "at_sparse", "advmoe", "rt-er", "jtdmoe")
+ALIASES = {"rt_er": "rt-er", "free_at": "free-at", "fast_at": "fast-at"}  # of methods
+ONE_STEP = ("free-at", "fast-at")  # methods whose attack is one step along one gradient
 PRECISIONS = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "adam")
-SCHEDULES = ("cosine", "cyclic")
+SCHEDULES = ("cosine", "cyclic", "polynomial")
 ROBUST_EXPERTS = ("second", "another", "all")
 
 
@@ -72,7 +73,9 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     """Which images, and what training does to them: moved and mirrored, where ``augment`` is True, as the data set has
-    it, or by up to ``shift`` pixels; a square of ``cutout`` pixels' side becomes the data's mean (0: none)."""
+    it, or by up to ``shift`` pixels; brightness, contrast, saturation and hue drawn anew, by up to ``color_jitter`` each
+    (:func:`advmoe.data.color_jitter`; 0: as they are); a square of ``cutout`` pixels' side becomes the data's mean (0:
+    none)."""
 
     name: str = "digits"
     folder: str | None = None
@@ -83,20 +86,26 @@ class DataConfig:
     shift: int | None = None
     cutout: int = 0
     workers: int | None = None  # processes that decode images ahead; for images in files one for each core but one
+    color_jitter: float = 0.0
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers: expected at least 0, got {self.workers}")
         _require(self, ("shift", "cutout"))
-        if not self.augment and (self.cutout or self.shift is not None):
-            name = "cutout" if self.cutout else "shift"
+        if not 0 <= self.color_jitter <= 0.5:  # hues are a circle: half of it is all of them
+            raise ValueError(f"color_jitter: expected a number from 0 to 0.5, got {self.color_jitter}")
+        if not self.augment and (self.cutout or self.color_jitter or self.shift is not None):
+            name = "cutout" if self.cutout else "color_jitter" if self.color_jitter else "shift"
             raise ValueError(f"{name}: without effect with augment False")
 
 
 @dataclass(frozen=True)
 class AttackConfig:
     """The attack in training; epsilon and step_size in units of the pixel range, the data set's own by default (8/255 and
-    5/255 for CIFAR-10); loss by default what goes with the objective: KL for TRADES, cross-entropy for PGD-AT."""
+    5/255 for CIFAR-10); loss by default what goes with the objective: KL for TRADES, cross-entropy for PGD-AT.
+
+    Methods free-at and fast-at take one step, by default of epsilon and of 1.25 epsilon, and no other loss than
+    cross-entropy."""
 
     epsilon: float | None = None
     step_size: float | None = None
@@ -124,7 +133,9 @@ class OptimConfig:
             without settings that look at the routers of each forward. Results differ in the last digits.
         optimizer: ``sgd`` or ``adam``, for which see :meth:`cyclic_adam`.
         schedule: ``cosine``, or ``cyclic``: a triangle from ``low_lr`` (half of ``lr`` by default) to ``lr`` and back,
-            ``cycle_steps`` steps each way, over and over (Smith 2017). The routers' own rate goes along.
+            ``cycle_steps`` steps each way, over and over (Smith 2017); or ``polynomial``: ``lr * (1 - t) ** power``, t
+            from 0 to 1 over the run. The routers' own rate goes along.
+        nesterov: SGD's momentum in Nesterov's form.
     """
 
     lr: float = 0.1
@@ -139,15 +150,22 @@ class OptimConfig:
     schedule: str = "cosine"
     low_lr: float | None = None
     cycle_steps: int = 500
+    nesterov: bool = False
+    power: float = 0.9
 
     def __post_init__(self) -> None:
-        _require(self, ("lr", "router_lr", "weight_decay", "low_lr"))
+        _require(self, ("lr", "router_lr", "weight_decay", "low_lr", "power"))
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in known:
                 raise unknown_name(name, getattr(self, name), known)
         if self.low_lr is not None and (self.schedule != "cyclic" or self.low_lr > self.lr):
             what = "with schedule 'cyclic'" if self.schedule != "cyclic" else f"at most lr, {self.lr:g}"
             raise ValueError(f"low_lr: expected one {what}, got {self.low_lr:g}")
+        if self.power != type(self).power and self.schedule != "polynomial":
+            raise ValueError(f"power: without effect with schedule {self.schedule!r}")
+        if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
+            what = "a momentum above 0" if self.optimizer == "sgd" else f"optimizer 'sgd', got {self.optimizer!r}"
+            raise ValueError(f"nesterov: needs {what}")
         if self.cycle_steps < 1:
             raise ValueError(f"cycle_steps: expected at least 1, got {self.cycle_steps}")
         if self.precision not in PRECISIONS:
@@ -193,9 +211,10 @@ class RoutingConfig:
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """``standard`` (no attack), ``at`` (adversarial training, routers and backbone together), ``at_sparse`` (HYDRA's
-    structured mask, on kind sparse), ``advmoe`` (Algorithm 1), ``rt-er`` (on kind network_moe; ``rt_er`` is the same),
-    ``jtdmoe`` (on kind dual_moe).
+    """``standard`` (no attack), ``at`` (adversarial training, routers and backbone together), ``free-at`` and
+    ``fast-at`` (the same with one gradient for each image; ``free_at`` and ``fast_at`` are the same), ``at_sparse``
+    (HYDRA's structured mask, on kind sparse), ``advmoe`` (Algorithm 1), ``rt-er`` (on kind network_moe; ``rt_er`` is the
+    same), ``jtdmoe`` (on kind dual_moe).
 
     Args:
         objective: of at, at_sparse and advmoe: ``trades``, or ``cross_entropy`` on adversarial images (PGD-AT).
@@ -209,6 +228,9 @@ class MethodConfig:
         robust_experts: of rt-er and jtdmoe: which experts are made robust besides the mixture: each sample's ``second``
             by the router's clean scores, ``another`` than its first, drawn at random, or ``all`` (as the released code of
             JTDMoE has it).
+        replays: of free-at: steps that each batch makes, one behind the other.
+        reset_noise: of free-at: how likely the perturbation begins at 0 again with a batch.
+        keep_start: of fast-at: the step goes from the random start, where its gradient is taken; False: from the image.
     """
 
     name: str = "advmoe"
@@ -225,6 +247,9 @@ class MethodConfig:
     pretrain_epochs: int = 0
     mask_epochs: int = 0
     robust_experts: str = "second"
+    replays: int = 4
+    reset_noise: float = 0.0
+    keep_start: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", ALIASES.get(self.name, self.name))
@@ -240,8 +265,11 @@ class MethodConfig:
             if getattr(self, name) not in known:
                 raise unknown_name("method" if name == "name" else name, getattr(self, name), known)
         _require(self, ("beta", "router_alpha", "pretrain_epochs", "mask_epochs"))
-        if self.router_every < 1:
-            raise ValueError(f"router_every: expected at least 1, got {self.router_every}")
+        for name in ("router_every", "replays"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 <= self.reset_noise <= 1:
+            raise ValueError(f"reset_noise: expected a number from 0 to 1, got {self.reset_noise}")
 
     @classmethod
     def as_released(cls, **others: Any) -> MethodConfig:

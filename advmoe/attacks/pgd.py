@@ -63,10 +63,11 @@ class PGD:
         retire: leave a sample alone from the first iterate on that fools the model, which is returned: the attack is as
             strong and cheaper, of a model that draws nothing. Without it every start ends at its last iterate, as attacks
             in training do. Of no effect against ``"experts"``, whose forwards hold the routing.
+        keep_start: False: the one step goes from the image and not from the random start, where its gradient is taken.
 
     Raises:
-        ValueError: for a setting that is unknown or out of range, and for ``loss="kl"`` without a random start: at the
-            clean image itself KL from the clean prediction has no gradient.
+        ValueError: for a setting that is unknown or out of range, for ``keep_start=False`` with several steps, and for
+            ``loss="kl"`` without a random start: at the clean image itself KL from the clean prediction has no gradient.
 
     "Fooled" is a wrong prediction of the model as it is, also where the attack holds its routing; for ``against="flip"``,
     that all choices of the sample have changed.
@@ -88,6 +89,7 @@ class PGD:
     router_weight: float = 0.1
     eot: int = 1
     retire: bool = False
+    keep_start: bool = True
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -105,6 +107,8 @@ class PGD:
             raise ValueError(
                 "random_start: expected True or 'gaussian' with loss 'kl', which is flat at the clean image; got False"
             )
+        if not self.keep_start and self.steps != 1:
+            raise ValueError(f"keep_start: False is of one step, got {self.steps}")
         for name in ("steps", "restarts", "eot"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -118,6 +122,8 @@ class PGD:
         what = self.loss if self.against not in ("router", "flip") else "choices"
         norm = {"linf": "L-inf", "l2": "L2"}[self.norm]
         parts = [f"PGD-{self.steps} ({what}), {norm} epsilon {self.epsilon:.4g}, step {self.step_size:.4g}, {start}"]
+        if not self.keep_start:
+            parts.append("the step from the image")
         if self.restarts > 1:
             parts.append(f"{self.restarts} restarts")
         if self.eot > 1:
@@ -231,7 +237,7 @@ class PGD:
                 if not len(live):
                     break
             zero[live] &= grad.abs().flatten(1).amax(1) == 0
-            x = ball.ascend(x, grad, images[live], self.step_size)
+            x = ball.ascend(x if self.keep_start else images[live], grad, images[live], self.step_size)
         found[live] = x
         return found, zero, fell
 

@@ -4,6 +4,7 @@
 from . import cifar, digits, imagenet  # noqa: F401 - they register their data sets
 from .augment import augment
 from .batches import Batches, stream_generator
+from .color import color_jitter
 from .download import ARCHIVES, download
 from .files import FileSplit
 from .loader import BatchStream, batches_in_order
@@ -22,6 +23,7 @@ __all__ = [
     "TensorSplit",
     "augment",
     "batches_in_order",
+    "color_jitter",
     "download",
     "list_data",
     "load",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random crop, mirror and cutout of a whole batch at once."""
+"""Random crop, mirror, colours and cutout of a whole batch at once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .color import color_jitter
 
 __all__ = ["augment"]
 
@@ -21,6 +23,7 @@ def augment(
     total: int | None = None,
     cutout: int = 0,
     fill: Sequence[float] = (0.0, 0.0, 0.0),
+    jitter: float = 0.0,
 ) -> Tensor:
     """``images [B, C, H, W]``, each moved by up to ``padding`` pixels (zeros come in) and, if ``flip``, mirrored or not.
 
@@ -30,9 +33,10 @@ def augment(
         part: of a batch of ``total`` images, which ``images`` are; the generator draws for all of them.
         cutout: side of a square within each image, anywhere, that becomes ``fill``, a value for each channel (DeVries and
             Taylor 2017; theirs reaches over the border); 0: none.
+        jitter: strength of :func:`color_jitter`, before the cutout; 0: none.
 
     Raises:
-        ValueError: if the square is larger than the images.
+        ValueError: if the square is larger than the images, or the jitter is none.
     """
     batch, _, height, width = images.shape
     if cutout > min(height, width):
@@ -47,6 +51,8 @@ def augment(
     padded = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1)  # [B, H + 2p, W + 2p, C]
     sample = torch.arange(batch)[:, None, None]
     moved = padded[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    if jitter:
+        moved = color_jitter(moved, generator, jitter, part, total)
     if cutout:
         top = torch.randint(0, height - cutout + 1, (total, 1), generator=generator)[part]
         left = torch.randint(0, width - cutout + 1, (total, 1), generator=generator)[part]

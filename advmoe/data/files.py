@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .color import color_jitter
 from .sets import DataError, Split
 
 __all__ = ["FileSplit"]
@@ -33,6 +35,7 @@ class FileSplit(Split):
         labels: int64 ``[n]``.
         size, resize: in pixels; ``resize=None``: the files must be of this size as they are.
         flip: mirrored images keep their class.
+        jitter: strength of :func:`advmoe.data.color_jitter` where a batch is drawn for training.
     """
 
     name: str
@@ -42,6 +45,7 @@ class FileSplit(Split):
     size: int
     resize: int | None = None
     flip: bool = True
+    jitter: float = 0.0
 
     @property
     def workers(self) -> int:  # type: ignore[override]
@@ -53,7 +57,10 @@ class FileSplit(Split):
     ) -> tuple[Tensor, Tensor]:
         pixels, labels = self.pixels(index, generator, part), self.labels[index[part]]
         images = pixels.permute(0, 3, 1, 2).float()  # [B, S, S, 3] in memory is channels_last
-        return images.div_(255), labels
+        images.div_(255)
+        if generator is not None and self.jitter:
+            images = color_jitter(images, generator, self.jitter, part, len(index))
+        return images, labels
 
     def pixels(
         self, index: Tensor, generator: torch.Generator | None = None, part: Tensor | slice = slice(None)
@@ -74,7 +81,11 @@ class FileSplit(Split):
 
     def select(self, index: Tensor | slice) -> FileSplit:
         files = self.files[index if isinstance(index, slice) else index.numpy()]
-        return FileSplit(self.name, self.root, files, self.labels[index], self.size, self.resize, self.flip)
+        return dataclasses.replace(self, files=files, labels=self.labels[index])
+
+    def augmented(self, shift: int | None, cutout: int, fill: tuple[float, ...], jitter: float = 0.0) -> FileSplit:
+        super().augmented(shift, cutout, fill)  # refuses what is of images in memory
+        return dataclasses.replace(self, jitter=jitter)
 
     def _cut(self, path: Path, across: float, down: float, mirror: bool) -> np.ndarray:
         """``across`` and ``down``: where the square lies in the room that it has, from 0 to 1."""

@@ -47,16 +47,16 @@ class Split(ABC):
     def select(self, index: Tensor | slice) -> Split:
         """The samples of this index, as a split."""
 
-    def augmented(self, shift: int | None, cutout: int, fill: tuple[float, ...]) -> Split:
-        """The split of which a drawn image is moved by up to ``shift`` pixels (None: as it is) and has a square of
-        ``cutout`` pixels' side filled.
+    def augmented(self, shift: int | None, cutout: int, fill: tuple[float, ...], jitter: float = 0.0) -> Split:
+        """The split of which a drawn image is moved by up to ``shift`` pixels (None: as it is), has its colours changed
+        by a :func:`color_jitter` of strength ``jitter`` and a square of ``cutout`` pixels' side filled.
 
         Raises:
             ValueError: if it is one that does not do so.
         """
-        if shift is None and not cutout:
+        if shift is None and not cutout and not jitter:
             return self
-        name = "cutout" if cutout else "shift"
+        name = "cutout" if cutout else "shift" if shift is not None else "color_jitter"
         raise ValueError(
             f"{name}: of images in memory; {type(self).__name__} reads files, of which a random square is cut"
         )
@@ -75,7 +75,8 @@ class Split(ABC):
 @dataclass(frozen=True)
 class TensorSplit(Split):
     """images uint8 ``[n, 3, S, S]``, labels int64 ``[n]``; ``padding``: of the random crop, in pixels; ``flip``: mirrored
-    images keep their class; ``cutout``: side of the square that becomes ``fill`` (:func:`advmoe.data.augment`)."""
+    images keep their class; ``cutout``: side of the square that becomes ``fill``; ``jitter``: strength of the change of
+    colours (:func:`advmoe.data.augment`)."""
 
     images: Tensor
     labels: Tensor
@@ -83,23 +84,26 @@ class TensorSplit(Split):
     flip: bool = False
     cutout: int = 0
     fill: tuple[float, ...] = (0.0, 0.0, 0.0)
+    jitter: float = 0.0
 
     def batch(
         self, index: Tensor, generator: torch.Generator | None = None, part: Tensor | slice = slice(None)
     ) -> tuple[Tensor, Tensor]:
         images = self.images[index[part]].contiguous(memory_format=torch.channels_last).float().div_(255)
         if generator is not None:
-            images = augment(images, generator, self.padding, self.flip, part, len(index), self.cutout, self.fill)
+            images = augment(
+                images, generator, self.padding, self.flip, part, len(index), self.cutout, self.fill, self.jitter
+            )
         return images, self.labels[index[part]]
 
     def select(self, index: Tensor | slice) -> TensorSplit:
         return dataclasses.replace(self, images=self.images[index], labels=self.labels[index])
 
-    def augmented(self, shift: int | None, cutout: int, fill: tuple[float, ...]) -> TensorSplit:
+    def augmented(self, shift: int | None, cutout: int, fill: tuple[float, ...], jitter: float = 0.0) -> TensorSplit:
         if cutout > self.images.shape[-1]:
             raise ValueError(f"cutout: expected at most the images' {self.images.shape[-1]} pixels, got {cutout}")
         padding = self.padding if shift is None else shift
-        return dataclasses.replace(self, padding=padding, cutout=cutout, fill=fill)
+        return dataclasses.replace(self, padding=padding, cutout=cutout, fill=fill, jitter=jitter)
 
 
 @dataclass(frozen=True)

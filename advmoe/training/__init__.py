@@ -2,13 +2,15 @@
 """Training: one engine, a small class for each method, runs as folders."""
 
 from .engine import Interrupted, StepError, Trainer, resume, train
-from .methods import AT, AdvMoE, ATSparse, Method, NonFiniteLossError, Standard, StepResult, build_method
+from .methods import AT, AdvMoE, ATSparse, FastAT, FreeAT, Method, NonFiniteLossError, Standard, StepResult, build_method
 from .runs import Run, RunError, load_checkpoint, load_model
 
 __all__ = [
     "AT",
     "ATSparse",
     "AdvMoE",
+    "FastAT",
+    "FreeAT",
     "Interrupted",
     "Method",
     "NonFiniteLossError",

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from moe_kernels.backends import choose
 
 from ..attacks import PGD, NonFiniteGradientError, SharedGenerator, from_name
-from ..config import ModelConfig, RunConfig
+from ..config import ONE_STEP, AttackConfig, ModelConfig, RunConfig
 from ..data import Batches, BatchStream, DataSet, load, stream_generator
 from ..evaluation.measure import Evaluation, evaluate
 from ..models import router_parameters, upcycle
@@ -90,13 +90,15 @@ class Trainer:
         if config.optim.compile:
             _compile(self.model)
         self.method: Method = build_method(self.model, config.method, config.optim, attack, config.routing, world)
+        self.method.set_rates = self._set_rates
         self.watch = RouterWatch(self.model, world)
         names = ("upper",) if self.method.batches_per_step == 1 else ("lower", "upper")
         workers = config.data.workers
         if workers is None:  # the cores are for all streams of all processes on this machine
             streams = len(names) * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             workers = min(data.train.workers, max(1, data.train.workers // streams))
-        training = data.train.augmented(config.data.shift, config.data.cutout, data.mean)
+        d = config.data
+        training = data.train.augmented(d.shift, d.cutout, data.mean, d.color_jitter)
         orders = [Batches(len(data.train), config.batch_size, config.seed, name) for name in names]
         self.batches = [
             BatchStream(training, order, config.data.augment, workers, self.device.type == "cuda", part)
@@ -125,6 +127,7 @@ class Trainer:
             "sums": self.world.summed(self.sums, self.device),
             "seconds": self.seconds,
             "best": self.best,
+            "method": self.method.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -136,6 +139,7 @@ class Trainer:
                 group["base_lr"] = rate  # the config's, as all settings
         for batches, position in zip(self.batches, state["batches"], strict=True):
             batches.load_state_dict(position)
+        self.method.load_state_dict(state.get("method", {}))  # older checkpoints have none, of methods that keep nothing
         torch.set_rng_state(state["torch_rng"])
         if self.device.type == "cuda" and state["device_rng"] is not None:
             torch.cuda.set_rng_state(state["device_rng"], self.device)
@@ -229,18 +233,27 @@ class Trainer:
         images, labels = (each.to(self.device, non_blocking=True) for each in batches.next())
         return Batch(images, labels, attack)
 
-    def _set_rates(self) -> None:
-        """Cosine from the full rate to 0 over all steps of the method's phase (AdvMoE's released code steps it once an
-        epoch, in the same shape), or a triangle of so many steps over and over. A function of where the run is."""
+    def _set_rates(self, update: int = 0) -> None:
+        """Cosine or polynomial from the full rate to 0 over all steps of the method's phase (AdvMoE's released code steps
+        its cosine once an epoch, in the same shape), or a triangle of so many steps over and over. A function of where
+        the run is; steps are an optimiser's, and a batch may be worth several.
+
+        Args:
+            update: which of those it is.
+        """
         start, end = self.method.schedule(self.epoch, self.config.epochs)
-        steps = (self.epoch - start) * self.steps_per_epoch + self.step
+        updates = self.method.updates
+        steps = ((self.epoch - start) * self.steps_per_epoch + self.step) * updates + update
+        total = (end - start) * self.steps_per_epoch * updates
         o = self.config.optim
         if o.schedule == "cyclic":
             low = o.low_lr / o.lr if o.low_lr is not None and o.lr else 0.5
             way = steps / o.cycle_steps % 2
             factor = low + (1 - low) * min(way, 2 - way)
+        elif o.schedule == "polynomial":
+            factor = (1 - steps / total) ** o.power
         else:
-            factor = 0.5 * (1 + math.cos(math.pi * steps / ((end - start) * self.steps_per_epoch)))
+            factor = 0.5 * (1 + math.cos(math.pi * steps / total))
         for optimizer in self.method.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
@@ -445,12 +458,17 @@ def resolve(config: RunConfig, data: DataSet) -> RunConfig:
     model = dataclasses.replace(
         config.model, num_classes=data.num_classes, image_size=data.image_size, mean=mean, std=std
     )
-    by_label = config.method.objective == "cross_entropy" or config.method.name in ("rt-er", "jtdmoe")
+    name = config.method.name
+    by_label = config.method.objective == "cross_entropy" or name in ("rt-er", "jtdmoe", *ONE_STEP)
+    epsilon = data.epsilon if config.attack.epsilon is None else config.attack.epsilon
+    step_size = {"free-at": epsilon, "fast-at": 1.25 * epsilon}.get(name, data.step_size)
+    own_steps = name in ONE_STEP and config.attack.steps == AttackConfig.steps
     attack = dataclasses.replace(
         config.attack,
         loss=config.attack.loss or ("ce" if by_label else "kl"),
-        epsilon=data.epsilon if config.attack.epsilon is None else config.attack.epsilon,
-        step_size=data.step_size if config.attack.step_size is None else config.attack.step_size,
+        epsilon=epsilon,
+        step_size=step_size if config.attack.step_size is None else config.attack.step_size,
+        steps=1 if own_steps else config.attack.steps,
     )
     routing = config.routing
     if config.model.kind in ROUTED and routing.share_epochs is None:

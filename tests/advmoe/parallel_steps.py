@@ -11,8 +11,8 @@ import torch
 from small_runs import ATTACK, SMALL, small_architecture
 from torch import Tensor, nn
 
-from advmoe.attacks import SharedGenerator
-from advmoe.config import MethodConfig, OptimConfig, RoutingConfig
+from advmoe.attacks import PGD, SharedGenerator
+from advmoe.config import ONE_STEP, MethodConfig, OptimConfig, RoutingConfig
 from advmoe.data import stream_generator
 from advmoe.models import create_model
 from advmoe.routers import Router
@@ -50,6 +50,9 @@ CASES = {
     "at": Case(MethodConfig("at")),
     "at per_expert balanced": Case(MethodConfig("at"), options={"bn": "per_expert"}, balance="switch"),
     "at windows": Case(MethodConfig("at"), options={"layout": "windows"}),
+    "free-at in parts": Case(MethodConfig("free-at", replays=2, reset_noise=0.2), balance="switch", accumulate=2),
+    "free-at one expert unused": Case(MethodConfig("free-at", replays=2), bright=True),
+    "fast-at": Case(MethodConfig("fast-at"), options={"bn": "per_expert"}, balance="switch"),
     "at sparse": Case(MethodConfig("at_sparse", mask_epochs=1), options={"kind": "sparse"}),
     "advmoe": Case(MethodConfig("advmoe")),
     "advmoe shared": Case(MethodConfig("advmoe"), share_epochs=1),
@@ -120,7 +123,8 @@ def run(name: str, world: World) -> dict[str, Any]:
     world.prepare(model)
     routing = RoutingConfig(balance=case.balance, share_epochs=case.share_epochs)
     optim = OptimConfig(lr=0.02, accumulate=case.accumulate, freeze_unused=case.freeze_unused, precision=case.precision)
-    method = build_method(model, case.method, optim, ATTACK, routing, world)
+    attack = PGD(0.15, 0.15, 1) if case.method.name in ONE_STEP else ATTACK
+    method = build_method(model, case.method, optim, attack, routing, world)
     losses: dict[str, float] = {}
     for step in range(STEPS):
         epoch = step // (STEPS // 2)
@@ -131,7 +135,9 @@ def run(name: str, world: World) -> dict[str, Any]:
         method.position = step
         losses = method.step([shared_batch(case, step, k, world) for k in range(method.batches_per_step)]).losses
     method.settle()
-    return {"state": model.state_dict(), "losses": losses}
+    # a method's own state is that of all processes
+    kept = {name: value for name, value in method.state_dict().items() if value is not None}
+    return {"state": {**model.state_dict(), **kept}, "losses": losses}
 
 
 if __name__ == "__main__":

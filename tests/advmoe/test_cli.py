@@ -130,6 +130,8 @@ def test_options_of_cheaper_steps_and_of_routing_reach_the_run(asked: list[RunCo
             "--method at_sparse --kind sparse --pretrain-epochs 2 --mask-epochs 3",
             MethodConfig("at_sparse", pretrain_epochs=2, mask_epochs=3),
         ),
+        ("--method free_at --replays 8 --reset-noise 0.2", MethodConfig("free-at", replays=8, reset_noise=0.2)),
+        ("--method fast-at --drop-start", MethodConfig("fast-at", keep_start=False)),
         ("--method advmoe --as-released", MethodConfig.as_released()),
         (
             "--as-released --beta 2 --router-alpha 1 --router-every 2",
@@ -395,6 +397,12 @@ def test_a_fault_of_the_program_is_not_hidden(tmp_path: Path, monkeypatch: pytes
             ["train", "--out", "RUN", "--as-released", "--mask-epochs", "1"],
             "mask_epochs: a setting of the method at_sparse",
         ),
+        (["train", "--out", "RUN", "--method", "free-at", "--attack-steps", "7"], "attack.steps: free-at takes one step"),
+        (["train", "--out", "RUN", "--method", "fast-at", "--replays", "2"], "replays: a setting of the method free-at"),
+        (["train", "--out", "RUN", "--as-released", "--drop-start"], "keep_start: a setting of the method fast-at"),
+        (["train", "--out", "RUN", "--power", "2"], "power: without effect with schedule 'cosine'"),
+        (["train", "--out", "RUN", "--nesterov", "--optimizer", "adam"], "nesterov: needs optimizer 'sgd'"),
+        (["train", "--out", "RUN", "--color-jitter", "1"], "color_jitter: expected a number from 0 to 0.5, got 1.0"),
         (
             ["train", "--out", "RUN", "--router-alpha", "2"],
             "router_alpha: a setting of the router objective pseudo_label",

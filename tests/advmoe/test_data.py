@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import os
 import pickle
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from small_runs import unpacked, write_cifar10
 
-from advmoe.data import Batches, DataError, augment, list_data, load, stream_generator
+from advmoe.config import DataConfig
+from advmoe.data import Batches, DataError, augment, color_jitter, list_data, load, stream_generator
+from advmoe.data.color import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation
 
 
 @pytest.fixture()
@@ -265,6 +268,104 @@ def test_a_split_is_augmented_as_it_is_told(archive: Path) -> None:
     assert torch.equal(same, data.train.batch(index, generator(0))[0])
     with pytest.raises(ValueError, match="cutout: expected at most the images' 32 pixels, got 33"):
         data.train.augmented(None, 33, data.mean)
+
+
+# --- colours ---
+
+
+def pixels(*rows: tuple[float, float, float]) -> torch.Tensor:
+    """One image of a row of pixels, ``[1, 3, 1, n]``."""
+    return torch.tensor(rows).T[None, :, None]
+
+
+def test_brightness_contrast_and_saturation_by_hand() -> None:
+    image = pixels((0.2, 0.4, 0.6), (1.0, 0.5, 0.0))
+    two = torch.cat([image, image])
+    bright = adjust_brightness(two, torch.tensor([0.5, 1.5]))
+    torch.testing.assert_close(bright[:1], pixels((0.1, 0.2, 0.3), (0.5, 0.25, 0.0)))
+    torch.testing.assert_close(bright[1:], pixels((0.3, 0.6, 0.9), (1.0, 0.75, 0.0)))
+    # grey values .2989 R + .587 G + .114 B
+    first, second = 0.05978 + 0.2348 + 0.0684, 0.2989 + 0.2935
+    mean = (first + second) / 2
+    contrast = adjust_contrast(two, torch.tensor([0.0, 1.25]))
+    torch.testing.assert_close(contrast[:1], torch.full((1, 3, 1, 2), mean))
+    far = [[min(max(1.25 * v - 0.25 * mean, 0.0), 1.0) for v in row] for row in ((0.2, 0.4, 0.6), (1.0, 0.5, 0.0))]
+    torch.testing.assert_close(contrast[1:], pixels(*[(r, g, b) for r, g, b in far]))
+    saturation = adjust_saturation(two, torch.tensor([0.0, 0.5]))
+    torch.testing.assert_close(saturation[:1], pixels((first,) * 3, (second,) * 3))
+    half = [[(v + grey) / 2 for v in row] for row, grey in (((0.2, 0.4, 0.6), first), ((1.0, 0.5, 0.0), second))]
+    torch.testing.assert_close(saturation[1:], pixels(*[(r, g, b) for r, g, b in half]))
+
+
+def test_hue_is_that_of_colorsys() -> None:
+    """All sextants, grey and black pixels, ties of the largest channels; turns either way and round the circle."""
+    generator = stream_generator("hue")
+    colours = [tuple(c) for c in torch.rand(60, 3, generator=generator, dtype=torch.float64).tolist()]
+    colours += [(0.0, 0.0, 0.0), (0.5, 0.5, 0.5), (1.0, 1.0, 1.0), (0.7, 0.7, 0.1), (0.1, 0.7, 0.7), (0.7, 0.1, 0.7)]
+    image = torch.tensor(colours, dtype=torch.float64).T[None, :, None]
+    turns = torch.tensor([-0.5, -0.3, 0.0, 0.1, 0.5], dtype=torch.float64)
+    turned = adjust_hue(image.expand(5, -1, -1, -1), turns)
+    for turn, found in zip(turns.tolist(), turned, strict=True):
+        hsv = [colorsys.rgb_to_hsv(*colour) for colour in colours]
+        expected = [colorsys.hsv_to_rgb((h + turn) % 1, s, v) for h, s, v in hsv]
+        torch.testing.assert_close(found[:, 0].T, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_color_jitter_equals_a_loop_over_images() -> None:
+    """The orders and amounts drawn, applied to one image after the other; all 24 orders come up."""
+    images = torch.rand(200, 3, 4, 5, generator=stream_generator("images"))
+    out = color_jitter(images, stream_generator(1), 0.3)
+    generator = stream_generator(1)
+    orders = torch.rand((200, 4), generator=generator).argsort(1)
+    amounts = 0.3 * (2 * torch.rand((200, 4), generator=generator) - 1)
+    assert amounts.abs().max() <= 0.3 and amounts.max() > 0.28 and amounts.min() < -0.28
+    assert len({tuple(order) for order in orders.tolist()}) == 24
+    changes = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+    for i, order in enumerate(orders.tolist()):
+        image = images[i : i + 1]
+        for which in order:
+            amount = amounts[i, which : which + 1]
+            image = changes[which](image, amount if which == 3 else 1 + amount)
+        torch.testing.assert_close(out[i : i + 1], image, rtol=0, atol=1e-6)
+    assert out.min() >= 0 and out.max() <= 1
+    torch.testing.assert_close(color_jitter(images, stream_generator(1), 0.0), images, rtol=0, atol=1e-6)
+    part = torch.arange(5, 20)  # one of several processes: the same colours
+    assert torch.equal(color_jitter(images[part], stream_generator(1), 0.3, part, 200), out[part])
+    for strength in (0.6, -0.1):
+        with pytest.raises(ValueError, match=f"color_jitter: expected a number from 0 to 0.5, got {strength}"):
+            color_jitter(images, generator, strength)
+    with pytest.raises(ValueError, match="color_jitter: expected images of 3 channels, got 1"):
+        color_jitter(images[:, :1], generator, 0.1)
+
+
+def test_colours_change_in_training_alone_and_before_the_cutout(archive: Path) -> None:
+    data = load("cifar10", archive)
+    index, generator = torch.arange(16), stream_generator
+    split = data.train.augmented(None, 8, data.mean, 0.3)
+    images, _ = split.batch(index, generator(0))
+    raw, _ = data.train.batch(index)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(split.batch(index)[0], raw)
+    drawn = generator(0)
+    moved = augment(raw, drawn, 4)  # draws as before, the colours behind it, the squares last
+    colours = color_jitter(moved, drawn, 0.3)
+    assert not torch.equal(colours, moved)
+    filled = (images == torch.tensor(data.mean).view(1, 3, 1, 1)).all(1)
+    assert (filled.sum((1, 2)) >= 64).all() and ((images == colours).all(1) | filled).all()
+    assert torch.equal(split.select(index).batch(index, generator(0))[0], images)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"color_jitter": 0.6}, "color_jitter: expected a number from 0 to 0.5, got 0.6"),
+        ({"color_jitter": float("nan")}, "color_jitter: expected a number from 0 to 0.5, got nan"),
+        ({"color_jitter": 0.1, "augment": False}, "color_jitter: without effect with augment False"),
+    ],
+)
+def test_settings_of_color_jitter(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataConfig("digits", **settings)  # type: ignore[arg-type]
 
 
 def test_streams_are_functions_of_their_key() -> None:

@@ -15,6 +15,7 @@ from small_runs import unpacked
 
 from advmoe import cli
 from advmoe.data import Batches, BatchStream, DataError, FileSplit, TensorSplit, batches_in_order, load, stream_generator
+from advmoe.data.color import color_jitter
 from advmoe.data.imagenet import CACHE
 from advmoe.data.loader import decoded
 
@@ -177,6 +178,24 @@ def test_training_cuts_are_a_function_of_the_generator(imagenet: Path) -> None:
     first, again, other = (train.batch(index, stream_generator(seed))[0] for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert all(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_files_have_their_colours_changed_in_training(imagenet: Path) -> None:
+    train = load("imagenet", imagenet, validation=0).train
+    index, part, generator = torch.arange(6), torch.tensor([1, 4]), stream_generator
+    changed = train.augmented(None, 0, (0.0,) * 3, 0.3)
+    drawn = generator(0)
+    plain = train.batch(index, drawn)[0]  # draws as before, the colours behind it
+    expected = color_jitter(plain, drawn, 0.3)
+    images = changed.batch(index, generator(0))[0]
+    assert torch.equal(images, expected) and not torch.equal(images, plain)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(changed.batch(index, generator(0), part)[0], expected[part])
+    assert torch.equal(changed.select(index).batch(index, generator(0))[0], expected)
+    assert torch.equal(changed.batch(index)[0], train.batch(index)[0])  # as they are where nothing is drawn
+    for given, name in (((2, 0), "shift"), ((None, 8), "cutout")):
+        with pytest.raises(ValueError, match=f"{name}: of images in memory; FileSplit reads files"):
+            train.augmented(*given, (0.0,) * 3, 0.3)
 
 
 def test_a_cut_is_where_it_says(tmp_path: Path) -> None:

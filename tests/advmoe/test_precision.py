@@ -101,7 +101,7 @@ def test_losses_of_low_precision_are_computed_in_float32() -> None:
     assert cross_entropy(logits.double(), labels).dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", ["at", "advmoe"])
+@pytest.mark.parametrize("name", ["at", "free-at", "fast-at", "advmoe"])
 def test_compiled_training_is_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for rounding. By aot_eager: the graphs and their derivatives as inductor gets them, without its compilation."""
     compiled: list[nn.Module] = []

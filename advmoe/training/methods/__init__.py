@@ -6,13 +6,14 @@ from __future__ import annotations
 from torch import nn
 
 from ...attacks import PGD
-from ...config import MethodConfig, OptimConfig, RoutingConfig
+from ...config import ONE_STEP, MethodConfig, OptimConfig, RoutingConfig
 from ...models import router_parameters
 from ...routers import routers_of
 from ..parallel import World
 from .adversarial import AT, Standard
 from .advmoe import AdvMoE
 from .base import Batch, Method, NonFiniteLossError, StepResult
+from .free_fast import FastAT, FreeAT
 from .rter import RTER, JTDMoE
 from .sparse import ATSparse
 
@@ -22,6 +23,8 @@ __all__ = [
     "ATSparse",
     "AdvMoE",
     "Batch",
+    "FastAT",
+    "FreeAT",
     "JTDMoE",
     "Method",
     "NonFiniteLossError",
@@ -31,7 +34,8 @@ __all__ = [
 ]
 
 _METHODS: dict[str, type[Method]] = {
-    "standard": Standard, "at": AT, "at_sparse": ATSparse, "advmoe": AdvMoE, "rt-er": RTER, "jtdmoe": JTDMoE,
+    "standard": Standard, "at": AT, "free-at": FreeAT, "fast-at": FastAT, "at_sparse": ATSparse, "advmoe": AdvMoE,
+    "rt-er": RTER, "jtdmoe": JTDMoE,
 }  # fmt: skip
 # settings of MethodConfig that one method alone has
 _OWN = {
@@ -40,6 +44,8 @@ _OWN = {
     ),
     "at": ("part",),
     "at_sparse": ("pretrain_epochs", "mask_epochs"),
+    "free-at": ("replays", "reset_noise"),
+    "fast-at": ("keep_start",),
 }  # fmt: skip
 
 
@@ -66,6 +72,8 @@ def build_method(
         raise ValueError(f"robust_experts: a setting of the methods rt-er and jtdmoe, without effect on {config.name}")
     if config.objective != plain.objective and robust:
         raise ValueError(f"objective: without effect on {config.name}, whose own is cross-entropy and KL")
+    if config.objective != plain.objective and config.name in ONE_STEP:
+        raise ValueError(f"objective: without effect on {config.name}, whose own is cross-entropy on attacked images")
     for method, names in _OWN.items():
         given = [name for name in names if getattr(config, name) != getattr(plain, name)]
         if given and method != config.name:
@@ -74,8 +82,8 @@ def build_method(
         raise ValueError("router_lr: without effect where no router is trained")
     if config.router_alpha != plain.router_alpha and config.router_objective != "pseudo_label":
         raise ValueError("router_alpha: a setting of the router objective pseudo_label, without effect on another")
-    if config.attack_routers and (config.name == "standard" or robust or not routers_of(model)):
+    if config.attack_routers and (config.name in ("standard", "free-at") or robust or not routers_of(model)):
         raise ValueError(
-            "attack_routers: without effect on rt-er, jtdmoe, a method without attack or a model without routers"
+            "attack_routers: without effect on free-at, rt-er, jtdmoe, a method without attack or a model without routers"
         )
     return _METHODS[config.name](model, config, optim, attack, routing, world)

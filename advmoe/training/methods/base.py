@@ -86,6 +86,7 @@ class Method(ABC):
     batches_per_step = 1
     # of StepResult.correct: sa on clean images, ra on attacked ones where the loss sees no other
     accuracy = "sa"
+    updates = 1  # of each optimiser in a step, one behind the other
 
     def __init__(
         self,
@@ -102,6 +103,8 @@ class Method(ABC):
         self.attack = attack
         self.routing = RoutingConfig() if routing is None else routing
         self.position = 0  # steps made since the run's start; the engine keeps it
+        # before each of several updates: the rate is one of them; the engine's
+        self.set_rates: Callable[[int], None] = lambda update: None
         self.reduced = Reduced(model, ALONE if world is None else world)
         if config.objective == "cross_entropy" and config.name != "standard":
             self.accuracy = "ra"
@@ -144,7 +147,16 @@ class Method(ABC):
         each = [{"params": list(parameters), "lr": lr, "base_lr": lr} for parameters, lr in groups]
         if o.optimizer == "adam":
             return torch.optim.Adam(each, betas=(o.momentum, 0.999), weight_decay=o.weight_decay)
-        return torch.optim.SGD(each, momentum=o.momentum, weight_decay=o.weight_decay)
+        return torch.optim.SGD(each, momentum=o.momentum, weight_decay=o.weight_decay, nesterov=o.nesterov)
+
+    # --- what a checkpoint holds besides the model and the optimisers ---------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the method keeps from step to step; all processes must ask."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - most methods keep nothing
+        """Goes on with what :meth:`state_dict` gave, in as many processes or another number of them."""
 
     # --- phases of a run ------------------------------------------------------------------------------------------------
 
@@ -252,6 +264,7 @@ class Method(ABC):
         attacked: Sequence[Any] | None = None,
         balanced: bool = False,
         name: str = "loss",
+        check: Callable[[], None] | None = None,
     ) -> StepResult:
         """One step of an optimiser down the mean of an objective over the parts of a batch.
 
@@ -260,6 +273,7 @@ class Method(ABC):
             attacked: the attacked images of each part, or what else the objective takes for them; found here by default.
             balanced: adds the routers' balancing loss.
             name: of the loss.
+            check: called where the gradients are there and nothing has been moved.
 
         Raises:
             NonFiniteLossError: if the loss or its gradient is NaN or infinite.
@@ -282,6 +296,8 @@ class Method(ABC):
         largest = torch.nn.utils.get_total_norm(gradients, math.inf).item()
         if not math.isfinite(largest):
             raise NonFiniteLossError(f"the gradient of {name} ({losses[name]:.4g}) has the entry {largest}")
+        if check is not None:
+            check()
         optimizer.step()
         return StepResult(losses, correct, count)
 

@@ -51,11 +51,12 @@ class ATSparse(Method):
         masks = {id(p) for p in scores}
         weights = [p for p in self.model.parameters() if id(p) not in masks]
         self.weights, self.scores = weights, scores
-        lr = self.optim.lr
+        o = self.optim
+        masks_only = [{"params": scores, "lr": o.lr, "base_lr": o.lr}]
         return {
-            "pretrain": self._optimizer([(weights, lr)]),
-            "mask": torch.optim.SGD([{"params": scores, "lr": lr, "base_lr": lr}], momentum=self.optim.momentum),
-            "finetune": self._optimizer([(weights, lr)]),
+            "pretrain": self._optimizer([(weights, o.lr)]),
+            "mask": torch.optim.SGD(masks_only, momentum=o.momentum, nesterov=o.nesterov),
+            "finetune": self._optimizer([(weights, o.lr)]),
         }
 
     def schedule(self, epoch: int, epochs: int) -> tuple[int, int]:
