@@ -22,7 +22,7 @@ __all__ = ["SCALES", "Catalog", "EvaluationSettings", "Plan", "Recipe"]
 
 FOLDER = Path(__file__).parent
 SCALES = ("cpu", "gpu", "paper")
-TABLES = ("table1", "table2", "tableA1", "tableA2", "fig2", "fig3", "fig7", "fig8", "rter")
+TABLES = ("table1", "table2", "tableA1", "tableA2", "fig2", "fig3", "fig7", "fig8", "rter", "robust_experts")
 _FRACTION = re.compile(r"(\d+)/(\d+)")
 # an axis, and how a value that has no name of its own is written
 _AXES: dict[str, Any] = {

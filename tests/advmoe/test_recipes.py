@@ -199,7 +199,7 @@ def test_the_models_and_methods_go_together(recipes: Catalog) -> None:
     configs = [recipes.plan(name, "cpu").config for name in [*recipes.recipes, *extremes]]
     chosen = {(c.model.arch, c.model.kind, c.method.name, c.method.part): c for c in configs[: -len(extremes)]}
     pairs = {(arch, kind) for arch in ARCHS.values() for kind in ("dense", "s_dense", "sparse", "moe")}
-    pairs |= {("resnet18", kind) for kind in ("network_moe", "dual_moe")}
+    pairs |= {("resnet18", kind) for kind in ("network_moe", "dual_moe", "block_moe", "conv_moe")}
     assert {key[:2] for key in chosen} == pairs
     with torch.device("meta"):
         for c in [*chosen.values(), *configs[-len(extremes) :]]:
@@ -249,6 +249,27 @@ def test_the_settings_of_rt_er(recipes: Catalog) -> None:
     methods = {name: recipes.plan(f"rter/cifar10/resnet18/{name}", "cpu").config.method for name in names}
     assert [m.name for m in methods.values()] == ["standard", "at", "rt-er", "jtdmoe", "at", "advmoe"]
     assert methods["at"].objective == "cross_entropy" and methods["trades"].objective == "trades"
+
+
+def test_the_settings_of_robust_sparse_layers(recipes: Catalog) -> None:
+    names = [r.name.removeprefix("robust_experts/cifar100/resnet18/") for r in recipes.select("robust_experts")]
+    assert names == ["at", "block_switch", "block_entropy", "conv_switch", "conv_entropy"]
+    for name in names:
+        plan = recipes.plan(f"robust_experts/cifar100/resnet18/{name}", "paper")
+        c = plan.config
+        o = c.optim
+        assert (o.optimizer, o.lr, o.momentum, o.nesterov, o.weight_decay) == ("sgd", 0.1, 0.9, True, 5e-4)
+        assert (o.schedule, o.power, c.batch_size, c.epochs) == ("polynomial", 0.9, 640, 200)
+        assert (c.attack.steps, c.attack.step_size, c.attack.epsilon, c.attack.loss) == (7, 2 / 255, 8 / 255, "ce")
+        assert (c.method.name, c.method.objective, plan.evaluation.attack) == ("at", "cross_entropy", "pgd20")
+        assert c.data.color_jitter == 0.3 and c.data.train_limit is None
+        if name == "at":
+            assert (c.model.kind, c.routing.balance) == ("dense", "none")
+            continue
+        kind, balance = name.split("_")
+        assert (c.model.kind, c.model.num_experts, c.model.router) == (f"{kind}_moe", 4, "gap-fc")
+        assert (c.model.top_k, c.model.moe_at) == (1, None)
+        assert (c.routing.balance, c.routing.balance_weight) == (balance, 0.5)
 
 
 def test_the_other_scales_say_what_they_are(recipes: Catalog) -> None:
@@ -642,4 +663,4 @@ def test_the_files_are_in_the_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "advmoe.recipes" in distribution.packages
     packed = {Path(name).resolve() for name in build.find_data_files("advmoe.recipes", "advmoe/recipes")}
     folder = ROOT / "advmoe" / "recipes"
-    assert packed == {*folder.glob("*.yaml"), *folder.glob("paper/*")} and len(packed) == 20
+    assert packed == {*folder.glob("*.yaml"), *folder.glob("paper/*")} and len(packed) == 21
