@@ -123,10 +123,10 @@ def balance_loss(scores: Tensor, kind: str) -> Tensor:
       prefer different experts;
     - ``column_entropy``: ``log N - H(P)``, at least 0: used alike on average;
     - ``entropy``: ``mean_i H(p_i) + log N - H(P)``, at least 0: used alike on average, and decided for each sample;
-    - ``variance``: ``switch + 1 - mean_i std_e p_i``, the standard deviation of a sample's probabilities, dividing by
-      N - 1: used alike, and decided.
+    - ``variance``: ``switch + 1 / sqrt(N) - mean_i std_e p_i`` with the standard deviation of a sample's probabilities,
+      dividing by N - 1, which is 1 / sqrt(N) where it is decided: used alike on average, and decided.
 
-    The last three as in robust sparse MoE layers (Pavlitska et al., ICCVW 2025), the entropies plus the constant log N.
+    The last three as in robust sparse MoE layers (Pavlitska et al., ICCVW 2025) but for constants: log N, 1 / sqrt(N).
 
     Raises:
         ValueError: for an unknown kind.
@@ -141,7 +141,11 @@ def balance_loss(scores: Tensor, kind: str) -> Tensor:
         share = F.one_hot(scores.detach().argmax(1), experts).to(mean.dtype).mean(0)
         return experts * (share * mean).sum() - 1
     if kind == "variance":
-        return balance_loss(scores, "switch") + 1 - (p.std(1).mean() if experts > 1 else 0)
+        if experts == 1:
+            return balance_loss(scores, "switch")
+        # the root's derivative at 0, where all are alike, is none
+        deviation = p.var(1).clamp_min(torch.finfo(p.dtype).tiny).sqrt()
+        return balance_loss(scores, "switch") + experts**-0.5 - deviation.mean()
     if kind not in BALANCE_LOSSES:
         raise unknown_name("balance", kind, BALANCE_LOSSES)
     column = math.log(experts) + (mean * (mean + 1e-12).log()).sum()

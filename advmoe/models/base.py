@@ -301,7 +301,8 @@ def create_model(
             options[name] = tuple(float(v) for v in options[name])
     if "moe_at" in options:
         given = options["moe_at"]
-        if isinstance(given, str) or (kind in PLACED) != all(isinstance(at, str) for at in given):
+        kind_of_place = str if kind in PLACED else int
+        if isinstance(given, str) or not all(isinstance(at, kind_of_place) for at in given):
             what = "patterns of names" if kind in PLACED else "numbers of stages"
             raise ValueError(f"moe_at: expected {what} for kind {kind}, got {given!r}")
         options["moe_at"] = tuple(given if kind in PLACED else (int(v) for v in given))

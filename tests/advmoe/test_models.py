@@ -336,7 +336,7 @@ def test_bad_settings_raise(options: dict[str, object], message: str) -> None:
 
 
 def test_list_models() -> None:
-    cnns = ["densenet40", "resnet18", "resnet34", "resnet50", "vgg16_bn", "wrn28_10"]
+    cnns = ["densenet40", "resnet18", "resnet34", "resnet50", "vgg16_bn", "wrn28_10", "wrn50_2"]
     assert sorted(list_models()) == sorted([*cnns, "deit_tiny", "vit_small"])
     with pytest.raises(ValueError, match="arch: 'resnet18' is registered already"):
         register_model("resnet18")(lambda spec: torch.nn.Identity())

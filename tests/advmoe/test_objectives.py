@@ -162,7 +162,9 @@ def test_balance_losses_by_hand() -> None:
     assert balance_loss(scores, "column_entropy").item() == pytest.approx(column)
     rows = (entropy(0.7, 0.2, 0.1) + entropy(0.1, 0.6, 0.3)) / 2
     assert balance_loss(scores, "entropy").item() == pytest.approx(rows + column)
-    with pytest.raises(ValueError, match="balance: expected one of switch, entropy, column_entropy, got 'swich'"):
+    with pytest.raises(
+        ValueError, match="balance: expected one of switch, entropy, column_entropy, variance, got 'swich'"
+    ):
         balance_loss(scores, "swich")
 
 
@@ -190,10 +192,11 @@ def test_balance_is_0_where_experts_are_used_alike(kind: str, experts: int) -> N
     assert balance_loss(decided, kind).item() == pytest.approx(0, abs=1e-6)
     alone = torch.zeros(6, experts)
     alone[:, 0] = 50.0
-    most = {"switch": experts - 1}.get(kind, math.log(experts))
+    most = experts - 1 if kind in ("switch", "variance") else math.log(experts)
     assert balance_loss(alone, kind).item() == pytest.approx(most, abs=1e-5)
     undecided = torch.zeros(6, experts)
-    expected = math.log(experts) if kind == "entropy" else 0  # that one wants each sample decided too
+    # two of them want each sample decided too
+    expected = {"entropy": math.log(experts), "variance": experts**-0.5 if experts > 1 else 0}.get(kind, 0)
     assert balance_loss(undecided, kind).item() == pytest.approx(expected, abs=1e-6)
 
 
@@ -221,7 +224,7 @@ def test_balance_is_finite_for_extreme_scores(kind: str, scale: float) -> None:
     value = balance_loss(scores, kind)
     value.backward()
     assert math.isfinite(value.item()) and torch.isfinite(scores.grad).all()
-    assert value.item() == pytest.approx(2.0 if kind == "switch" else math.log(3), abs=1e-5)
+    assert value.item() == pytest.approx(2.0 if kind in ("switch", "variance") else math.log(3), abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", BALANCE_LOSSES)

@@ -367,5 +367,8 @@ def test_variance_by_hand() -> None:
     scores = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, -1.0]])
     p = scores.softmax(1)
     switch = 2 * ((torch.tensor([2 / 3, 1 / 3])) * p.mean(0)).sum() - 1
-    expected = switch + 1 - ((p[:, 0] - p[:, 1]).abs() / 2**0.5).mean()
+    expected = switch + 0.5**0.5 - ((p[:, 0] - p[:, 1]).abs() / 2**0.5).mean()
     torch.testing.assert_close(balance_loss(scores, "variance"), expected)
+    alike = torch.zeros(3, 4, requires_grad=True)
+    balance_loss(alike, "variance").backward()
+    assert torch.isfinite(alike.grad).all()
