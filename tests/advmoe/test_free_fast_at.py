@@ -331,7 +331,7 @@ def test_both_learn_what_they_see(name: str) -> None:
         (MethodConfig("fast-at", reset_noise=0.5), FAST, "reset_noise: a setting of the method free-at"),
         (MethodConfig("free-at", keep_start=False), FREE, "keep_start: a setting of the method fast-at"),
         (MethodConfig("free-at", "cross_entropy"), FREE, "objective: without effect on free-at"),
-        (MethodConfig("free-at", attack_routers=True), FREE, "attack_routers: without effect on free-at"),
+        (MethodConfig("free-at", attack_routers=True), FREE, "attack_routers: without effect on rt-er, jtdmoe, free-at"),
         (MethodConfig("free-at"), PGD(0.1, 0.1, 2), "attack.steps: free-at takes one step along a gradient, got 2"),
         (MethodConfig("fast-at"), PGD(0.1, 0.1, 7), "attack.steps: fast-at takes one step"),
         (MethodConfig("fast-at"), PGD(0.1, 0.1, 1, loss="kl"), "attack.loss: fast-at attacks by cross-entropy, got 'kl'"),

@@ -84,6 +84,6 @@ def build_method(
         raise ValueError("router_alpha: a setting of the router objective pseudo_label, without effect on another")
     if config.attack_routers and (config.name in ("standard", "free-at") or robust or not routers_of(model)):
         raise ValueError(
-            "attack_routers: without effect on free-at, rt-er, jtdmoe, a method without attack or a model without routers"
+            "attack_routers: without effect on rt-er, jtdmoe, free-at, a method without attack or a model without routers"
         )
     return _METHODS[config.name](model, config, optim, attack, routing, world)
