@@ -62,8 +62,10 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """The first layer's, and how many more there are."""
-        return self.layers[0] + (f" + {len(self.layers) - 1} more" if len(self.layers) > 1 else "")
+        """The first layer's, and how many more there are; of a mixture in a place of its own, without its ``experts``."""
+        return self.layers[0].replace(".experts", "") + (
+            f" + {len(self.layers) - 1} more" if len(self.layers) > 1 else ""
+        )
 
     def flipped(self) -> Tensor:
         """``[n, T]``: whether the attack changed the choice."""
