@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m bench.placed``: mixtures in chosen places of a dense network, against the number of experts E: what a
-forward of one image costs by counting, and how long one of a batch takes beside the loop over expert modules and the dense
-network, all in turn in one process; float32, channels_last.
+forward of one image costs by counting, and how long one of a batch takes beside the loop over expert modules and the
+dense network, all in turn in one process; float32, channels_last.
 
 ``loop`` is the released way (arXiv 2509.05086): a list of modules, and each expert on the samples that chose it, which
 are gathered and put back. Its modules share the mixture's weights.
@@ -133,7 +133,7 @@ def cost(kind: str, arch: str, width: int | None, experts: int, top_k: int) -> d
     """Of a forward of one image, counted: billions of floating-point operations, two for each multiply-accumulate of
     convolutions and linear layers, the routers' among them; and millions of parameters."""
     with torch.device("meta"):
-        options = {} if kind == "dense" else {"top_k": top_k, "num_experts": experts}
+        options: dict[str, Any] = {} if kind == "dense" else {"top_k": top_k, "num_experts": experts}
         counted = profile(create_model(arch, kind, CLASSES, SIZE, width=width, **options), SIZE)
     return {"gflop": 2 * counted.gflops, "router_gflop": 2 * counted.router_gflops, "params": counted.params / 1e6}
 

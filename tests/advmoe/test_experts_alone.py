@@ -174,7 +174,7 @@ def test_which_layers() -> None:
     assert list(layer_routers(moe, ["layer1.0"])) == ["layer1.0.conv1", "layer1.0.conv2"]
     with pytest.raises(ValueError, match="--layers says which"):
         layer_routers(moe)
-    with pytest.raises(ValueError, match="expected one of layer4.0, layer4.1, got 'layer5'"):
+    with pytest.raises(ValueError, match=r"expected one of layer4\.0, layer4\.1, got 'layer5'"):
         layer_routers(model(), ["layer5"])
     for other in (model("moe", router="global"), model("moe", route_per="network"), model("dense")):
         with pytest.raises(ValueError, match="whose layers have routers of their own"):
