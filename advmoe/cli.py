@@ -303,6 +303,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("sources", nargs="*", metavar="RUN", help="run folders, checkpoints in such, or module:function")
     p.add_argument("--list", action="store_true", help="names the analyses")
     p.add_argument("--only", nargs="+", metavar="NAME", help="these of them; all that can be made by default")
+    p.add_argument("--layers", nargs="+", metavar="NAME", help="whose experts experts_alone looks at, such as layer4.1")
     p.add_argument("--against", metavar="RUN", help="the sparse run whose mask pathways are compared with")
     p.add_argument("--reproduced", type=Path, metavar="DIR", help="the --out of advmoe reproduce: figures 2, 3, 7 and 8")
     p.add_argument("--scale", choices=SCALES, default="cpu", help="of --reproduced")
@@ -671,14 +672,14 @@ def _analyze(o: argparse.Namespace) -> None:
     from .report import ANALYSES, analyze  # here, since drawing takes longer to import than other commands need
 
     if o.list:
-        print("\n".join(f"{name:12s}  {what}" for name, what in ANALYSES.items()))
+        print("\n".join(f"{name:13s}  {what}" for name, what in ANALYSES.items()))
         return
     if o.threads is not None:
         torch.set_num_threads(o.threads)
     _fetch(o)
     done = analyze(
         o.sources, o.out, o.only, o.attack, o.limit, o.epsilon, o.against, o.data, o.data_dir, o.test_limit,
-        o.reproduced, o.scale, o.checkpoint, o.batch_size, o.seed, o.device, progress=True,
+        o.reproduced, o.scale, o.checkpoint, o.batch_size, o.seed, o.device, progress=True, layers=o.layers,
     )  # fmt: skip
     for each in done.written:
         whose = f" of {each.source}" if each.source is not None and len(o.sources) > 1 else ""

@@ -46,6 +46,7 @@ __all__ = [
     "limited_choice",
     "list_routers",
     "observe_routers",
+    "only_expert",
     "record_scores",
     "register_router",
     "replay_routing",
@@ -597,6 +598,24 @@ def observe_routers(model: nn.Module, observer: Observer) -> Iterator[None]:
     finally:
         for router in routers:
             router._observers.remove(observer)
+
+
+@contextmanager
+def only_expert(router: Router, expert: int) -> Iterator[None]:
+    """Meanwhile the router sends every sample to this expert, without a gate: see :attr:`Router.only`, which is restored,
+    also on errors.
+
+    Raises:
+        ValueError: if there is no such expert.
+    """
+    if not 0 <= expert < router.num_experts:
+        raise ValueError(f"expert: expected one of 0 .. {router.num_experts - 1}, got {expert}")
+    before = router.only
+    router.only = expert
+    try:
+        yield
+    finally:
+        router.only = before
 
 
 @contextmanager

@@ -39,6 +39,7 @@ __all__ = [
     "Setting",
     "as_it_is",
     "build",
+    "calibrated",
     "compiled",
     "fused",
     "gigaflops",
@@ -144,7 +145,11 @@ def build(kind: str, setting: Setting) -> nn.Module:
     torch.manual_seed(0)
     s = setting
     model = create_model(s.arch, kind, CLASSES, SIZE, s.experts, s.ratio, s.width).eval()
-    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return calibrated(model.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+
+
+def calibrated(model: nn.Module) -> nn.Module:
+    """The model, with the standardisation of its routers' scores set by made images."""
 
     def take(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         var, mean = torch.var_mean(args[0], 0)

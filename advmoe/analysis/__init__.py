@@ -9,8 +9,9 @@ from ..certification.routes import linear_map, route_radii
 from .certified import certified
 from .dissection import dissection
 from .dual import alphas
+from .experts import Alone, FixedExperts, experts_alone, fixed_experts, layer_routers
 from .finding import Finding
-from .history import history, stability
+from .history import collapse, history, stability
 from .observation import Choice, Observation, observe
 from .pathways import overlaps, pathways
 from .radius import radius
@@ -19,22 +20,28 @@ from .robustness import epsilons, transfer
 from .routing import classes, entropy, flips, usage
 
 __all__ = [
+    "Alone",
     "Choice",
     "Finding",
+    "FixedExperts",
     "Observation",
     "Result",
     "alphas",
     "certified",
     "classes",
+    "collapse",
     "dissection",
     "entropy",
     "epsilons",
+    "experts_alone",
     "fig2",
     "fig3",
     "fig7",
     "fig8",
+    "fixed_experts",
     "flips",
     "history",
+    "layer_routers",
     "linear_map",
     "observe",
     "overlaps",

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy and loss epoch by epoch (AdvMoE, figure A2), and that of several runs (RT-ER, figures 2 and 5)."""
+"""Epoch by epoch: accuracy and loss (AdvMoE, figure A2), those of several runs (RT-ER, figures 2 and 5), and how the
+experts are used."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from . import style
 from .finding import Finding
 
-__all__ = ["history", "stability"]
+__all__ = ["collapse", "history", "stability"]
 
 _ACCURACIES = {  # a run's names: how they are called in the picture
     "validation_sa": "SA, validation",
@@ -57,19 +58,7 @@ def history(
                     ]
                     look = style.line_style(at) | ({"marker": "none"} if len(rows) > 40 else {})
                     axis.plot(epochs, values, label=_ACCURACIES.get(name, name.replace("_", " ")), **look)
-                for epoch, what in (phases or {}).items():
-                    if epochs[0] <= epoch < epochs[-1]:
-                        axis.axvline(epoch + 0.5, color="#555555", linestyle=":", linewidth=1.2)
-                        if axis is top:
-                            axis.annotate(
-                                what,
-                                (epoch + 0.5, 1),
-                                xycoords=("data", "axes fraction"),
-                                xytext=(3, 3),
-                                textcoords="offset points",
-                                fontsize=8,
-                                annotation_clip=False,
-                            )
+                _mark(axis, epochs, phases, named=axis is top)
                 axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
             style.percent_axis(top, "accuracy, %")
             bottom.set_ylabel("loss, training")
@@ -131,3 +120,87 @@ def stability(metrics: Mapping[str, Sequence[Mapping[str, Any]]], attack: str | 
     )
     columns = ("model", "epoch", "sa", "ra", "fall")
     return Finding("stability", "Stability of training", columns, rows, draw, note)
+
+
+def collapse(
+    metrics: Sequence[Mapping[str, Any]],
+    shared: Mapping[str, str] | None = None,
+    phases: Mapping[int, str] | None = None,
+) -> Finding:
+    """How evenly each layer's experts are used after every epoch, and how much the most used one takes.
+
+    Args:
+        metrics: the lines of a run's ``metrics.jsonl``, with ``expert_usage``: each routed layer's shares of the choices
+            for validation images without an attack, in eval mode.
+        shared: which router a routed layer follows, by name; of layers of one router the first is shown. All by default.
+        phases: what begins behind an epoch; drawn as a line there.
+
+    Columns: ``layer``, ``epoch``, ``experts`` (N), ``entropy`` over log N (1: all are used alike, 0: one takes
+    everything; 0 with one expert), ``top`` (the share of the most used expert), ``top_expert``.
+
+    Raises:
+        ValueError: if no line has ``expert_usage``.
+    """
+    sites: dict[str, str] = {}  # the first layer of each router
+    rows: list[tuple[Any, ...]] = []
+    for line in metrics:
+        for layer, usage in line.get("expert_usage", {}).items():
+            router = (shared or {}).get(layer, layer)
+            if sites.setdefault(router, layer) != layer:
+                continue
+            entropy = sum(u * math.log(1 / u) for u in usage if u > 0) / math.log(max(len(usage), 2))
+            top = max(usage)
+            rows.append((layer, line["epoch"], len(usage), entropy, top, usage.index(top)))
+    if not rows:
+        raise ValueError("metrics: expected lines with expert_usage, of a run with routed layers; got none")
+    layers = list(sites.values())
+
+    def draw() -> Figure:
+        tall = max(5.0, 0.17 * len(layers) + 0.8)
+        with style.figure(7.6, tall, nrows=2, sharex=True) as (fig, (top, bottom)):
+            shades = style.shades(len(layers))
+            for at, layer in enumerate(layers):
+                own = [row for row in rows if row[0] == layer]
+                look = style.line_style(at) | ({"color": shades[at]} if len(layers) > len(style.COLOURS) else {})
+                look |= {"marker": "none"} if len(own) > 40 else {}
+                epochs = [row[1] for row in own]
+                top.plot(epochs, [row[3] for row in own], label=layer, **look)
+                bottom.plot(epochs, [100 * row[4] for row in own], **look)
+            for axis in (top, bottom):
+                _mark(axis, [row[1] for row in rows if row[0] == layers[0]], phases, named=axis is top)
+            top.set_ylim(-0.03, 1.03)
+            top.set_ylabel("entropy / log N")
+            style.percent_axis(bottom, "most used expert, %", 104)
+            bottom.set_xlabel("epoch")
+            bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+            fig.legend(*top.get_legend_handles_labels(), loc="outside right center", fontsize=7)
+            fig.suptitle("Use of the experts over the epochs", x=0.01, ha="left", fontsize=11)
+            return fig
+
+    last = [row for row in rows if row[1] == rows[-1][1]]
+    low, high = 100 * min(row[4] for row in last), 100 * max(row[4] for row in last)
+    sizes = ", ".join(map(str, sorted({row[2] for row in last})))
+    note = (
+        "Choices for images held out of the training set, without an attack, in eval mode, after each epoch. At the end "
+        f"the most used expert takes {low:.1f} % to {high:.1f} % of a layer's choices (N = {sizes})"
+    )
+    columns = ("layer", "epoch", "experts", "entropy", "top", "top_expert")
+    return Finding("collapse", "Use of the experts over the epochs", columns, rows, draw, note)
+
+
+def _mark(axis: Any, epochs: Sequence[int], phases: Mapping[int, str] | None, named: bool) -> None:
+    """A line behind each epoch at which a phase begins; ``named``: with what it is called."""
+    for epoch, what in (phases or {}).items():
+        if not epochs[0] <= epoch < epochs[-1]:
+            continue
+        axis.axvline(epoch + 0.5, color="#555555", linestyle=":", linewidth=1.2)
+        if named:
+            axis.annotate(
+                what,
+                (epoch + 0.5, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(3, 3),
+                textcoords="offset points",
+                fontsize=8,
+                annotation_clip=False,
+            )

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from moe_kernels import Routing
@@ -61,8 +62,10 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """The first layer's, and how many more there are."""
-        return self.layers[0] + (f" + {len(self.layers) - 1} more" if len(self.layers) > 1 else "")
+        """The first layer's, and how many more there are; of a mixture in a place of its own, without its ``experts``."""
+        return self.layers[0].replace(".experts", "") + (
+            f" + {len(self.layers) - 1} more" if len(self.layers) > 1 else ""
+        )
 
     def flipped(self) -> Tensor:
         """``[n, T]``: whether the attack changed the choice."""
@@ -86,6 +89,7 @@ class Observation:
         attack: in words; epsilon: its radius.
         others: predictions ``[n]`` of other models on the images that were attacked on this one, by their labels, and
             this one's own.
+        losses: ``[n]``, the cross-entropy of each attacked image.
     """
 
     labels: Tensor
@@ -96,6 +100,7 @@ class Observation:
     attack: str
     epsilon: float
     others: Mapping[str, Tensor] = field(default_factory=dict)
+    losses: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -188,9 +193,11 @@ def observe(
 
 @dataclass(frozen=True)
 class _Look:
-    """One forward: predictions ``[B]``, and each routed layer's routing and, where there are any, scores."""
+    """One forward: predictions and cross-entropy ``[B]``, and each routed layer's routing and, where there are any,
+    scores."""
 
     predicted: Tensor
+    losses: Tensor
     routings: dict[str, Routing]
     scores: dict[str, Tensor]
 
@@ -202,12 +209,12 @@ def _look(model: nn.Module, images: Tensor, labels: Tensor) -> _Look:
         asked.append((routing.expert, scores))
 
     with record_routing(model) as recorded, observe_routers(model, note):
-        predicted = scores_of(model, images, labels).argmax(1)
+        logits = scores_of(model, images, labels)
         routings = dict(recorded)
     # a layer's choice is its router's where it is the same memory
     by_memory = {expert.data_ptr(): scores for expert, scores in asked}
     scores = {n: by_memory[r.expert.data_ptr()] for n, r in routings.items() if r.expert.data_ptr() in by_memory}
-    return _Look(predicted, routings, scores)
+    return _Look(logits.argmax(1), cross_entropy(logits, labels, reduction="none"), routings, scores)
 
 
 def _chosen(routing: Routing, images: int) -> Tensor:
@@ -238,6 +245,7 @@ class _Records:
             "clean": clean.predicted,
             "attacked": attacked.predicted,
             "zero_gradient": zero_gradient,
+            "losses": attacked.losses,
         }
         for site in self.sites:
             columns[f"clean {site}"] = _chosen(clean.routings[site], count)
@@ -276,6 +284,7 @@ class _Records:
             attack.describe(),
             attack.epsilon,
             {label: torch.cat(parts) for label, parts in self.others.items()},
+            joined["losses"],
         )
 
 

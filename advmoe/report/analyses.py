@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from ..data import DataSet, load
 from ..models import DualModel, NetworkMoE
 from ..recipes import Catalog, Recipe, Sweep, SweepOptions
 from ..registry import unknown_name
+from ..routers import routers_of
 from ..training import Run
 from ..training.engine import device_of
 from ..training.evaluation import open_source
@@ -39,10 +40,12 @@ ANALYSES = {  # each by its name, which its files have too
     "flips": "which layers' choices the attack changes",
     "pathways": "IoU of the pathways and the mask of a sparse run (figure 6)",
     "radius": "within which radius a linear router's choice cannot change",
+    "experts_alone": "SA and RA of each expert of a layer alone, attacked anew",
     "certified": "within which radius mixtures of whole networks are certain to stay right",
     "epsilons": "RA against the radius of the attack, of all runs (figure 2)",
     "transfer": "every run on the images that were attacked on every other one",
     "training": "SA, RA and loss over the epochs (figure A2)",
+    "collapse": "how evenly each layer's experts are used, over the epochs",
     "stability": "SA and RA over the epochs, of all runs",
     "fig2": "RA against the radius of the attack, of reproduced runs",
     "fig3": "a MoE of which only the routers are trained adversarially, of reproduced runs",
@@ -57,7 +60,8 @@ _OF_OBSERVATION: dict[str, Callable[[Observation], Finding]] = {
     "entropy": analysis.entropy,
     "flips": analysis.flips,
 }
-_OF_ONE = (*_OF_OBSERVATION, "pathways", "radius", "certified", "training")
+_OF_ONE = (*_OF_OBSERVATION, "pathways", "radius", "certified", "training", "collapse")
+_ON_RECORD = ("training", "collapse", "stability")  # no image is looked at
 _RADII = (0.25, 0.5, 0.75, 1.0)  # of figure 2, against the attack's: 2, 4, 6 and 8 / 255 of 8 / 255
 _QUICK = 2_000_000  # parameters of an expert up to which certified bounds are made unasked
 _UNTOLD = re.compile(r"seed\d+|.*\.pt")  # names that do not say which run it is
@@ -142,6 +146,7 @@ def analyze(
     device: str = "auto",
     progress: bool = False,
     require: bool = True,
+    layers: Sequence[str] | None = None,
 ) -> Analyzed:
     """Analyses runs, and writes ``<name>.csv`` and ``<name>.png`` of each of :data:`ANALYSES` that can be made.
 
@@ -163,6 +168,8 @@ def analyze(
         seed: of random starts, and of routers that draw: torch's generator is seeded by it.
         progress: show it on stderr.
         require: nothing to write is an error.
+        layers: whose experts ``experts_alone`` looks at: patterns as ``moe_at``; all of kinds block_moe and conv_moe by
+            default.
 
     Returns:
         what was written, in its order, and what was skipped.
@@ -191,7 +198,7 @@ def analyze(
         loaded.append(_open(source, label, place, checkpoint, data, data_dir, test_limit, limit, epsilon, on, read))
     sparse = None if against is None else load_model(against, checkpoint)[0]
     torch.manual_seed(seed)
-    tasks, skipped = _plan(wanted, loaded, sparse, out, only is not None)
+    tasks, skipped = _plan(wanted, loaded, sparse, out, only is not None, layers)
     if reproduced is not None:
         where = reproduced / scale / "analysis" if out is None else out
         sweep = Sweep(Catalog(), scale, SweepOptions(reproduced))
@@ -239,17 +246,33 @@ class _Attacks:
     def of(self, source: _Source, factor: float = 1.0) -> Observation:
         """At ``factor`` times the source's radius."""
         if (source.label, factor) not in self._made:
-            pgd = from_name(self.name, factor * source.epsilon, retire=False)
-            assert isinstance(pgd, PGD)
+            pgd = self._pgd(factor * source.epsilon)
             cross = self.cross and factor == 1
             models = {each.label: each.model for each in (self.sources if cross else [source])}
             made = observe(models, source.data.test, pgd, self.batch_size, self.seed, cross, self.progress)
             self._made |= {(label, factor): each for label, each in made.items()}
         return self._made[source.label, factor]
 
+    def alone(self, source: _Source, layers: Sequence[str] | None) -> analysis.FixedExperts:
+        """With one layer's expert fixed, for each expert of each layer."""
+        return analysis.fixed_experts(
+            source.model, source.data.test, self._pgd(source.epsilon), layers, self.of(source), self.batch_size,
+            self.seed, self.progress,
+        )  # fmt: skip
+
+    def _pgd(self, epsilon: float) -> PGD:
+        pgd = from_name(self.name, epsilon, retire=False)
+        assert isinstance(pgd, PGD)
+        return pgd
+
 
 def _plan(
-    wanted: Sequence[str], loaded: Sequence[_Source], sparse: nn.Module | None, out: Path | None, named: bool
+    wanted: Sequence[str],
+    loaded: Sequence[_Source],
+    sparse: nn.Module | None,
+    out: Path | None,
+    named: bool,
+    layers: Sequence[str] | None,
 ) -> tuple[list[_Task], list[Skipped]]:
     """What can be done with the sources, as far as is known before any attack, and why the rest cannot; ``named``:
     somebody asked for these by name, also for what takes long."""
@@ -265,7 +288,7 @@ def _plan(
             skipped.append(Skipped(name, label, obstacle))
         else:
             assert folder is not None
-            tasks.append(_Task(name, label, folder, make, attacks=name not in ("training", "stability")))
+            tasks.append(_Task(name, label, folder, make, attacks=name not in _ON_RECORD))
 
     several = len(loaded) > 1
     alike = None if len({source.images for source in loaded}) == 1 else _not_alike(loaded)
@@ -286,6 +309,16 @@ def _plan(
                 add(name, None, out, alike, make)
             else:
                 add(name, loaded[0], loaded[0].folder, None, make)
+    if "experts_alone" in wanted:
+        whys = [_without_layers(source, named, layers) for source in loaded]
+        skipped += [
+            Skipped("experts_alone", s.label, why) for s, why in zip(loaded, whys, strict=True) if why is not None
+        ]
+        fit = [source for source, why in zip(loaded, whys, strict=True) if why is None]
+        if fit:
+            one = None if several else fit[0]
+            folder = out if one is None else one.folder
+            add("experts_alone", one, folder, alike, partial(_experts_alone, fit, layers))
     if loaded and "stability" in wanted:
         unlike = _not_on_record(loaded) if several else "it compares several runs, got one"
         add("stability", None, out, unlike, partial(_stability, loaded))
@@ -308,10 +341,27 @@ def _stability(loaded: Sequence[_Source], attacks: _Attacks) -> Finding:
     return analysis.stability(lines, None if config is None else config.validation_attack)
 
 
+def _without_layers(source: _Source, named: bool, layers: Sequence[str] | None) -> str | None:
+    """Why a source's experts cannot be looked at alone."""
+    if not named:
+        return "an attack for each expert of each layer takes long; --only experts_alone asks for it"
+    try:
+        analysis.layer_routers(source.model, layers)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _experts_alone(sources: Sequence[_Source], layers: Sequence[str] | None, attacks: _Attacks) -> Finding:
+    return analysis.experts_alone({source.label: attacks.alone(source, layers) for source in sources})
+
+
 def _obstacle(name: str, source: _Source, sparse: nn.Module | None, named: bool) -> str | None:
     """Why it cannot be asked of this source."""
+    if name in _ON_RECORD and source.run is None:
+        return "a model that is not a run's has no epochs on record"
     if name == "training":
-        return None if source.run is not None else "a model that is not a run's has no epochs on record"
+        return None
     if not any(isinstance(module, RoutedConv2d | RoutedLinear) for module in source.model.modules()):
         return "the model has no routed layers"
     if name == "pathways" and sparse is None:
@@ -335,8 +385,8 @@ def _obstacle(name: str, source: _Source, sparse: nn.Module | None, named: bool)
 
 
 def _of_one(name: str, source: _Source, sparse: nn.Module | None, attacks: _Attacks) -> Finding:
-    if name == "training":
-        return _history(source)
+    if name in _ON_RECORD:
+        return _history(name, source)
     observed = attacks.of(source)
     if name == "pathways":
         assert sparse is not None
@@ -361,7 +411,7 @@ def _not_alike(loaded: Sequence[_Source]) -> str:
     return f"it takes runs with the same test images and radius; {each}"
 
 
-def _history(source: _Source) -> Finding:
+def _history(name: str, source: _Source) -> Finding:
     assert source.run is not None and source.config is not None
     c = source.config
     phases = {}
@@ -371,7 +421,19 @@ def _history(source: _Source) -> Finding:
         if c.method.pretrain_epochs:
             phases[c.method.pretrain_epochs] = "mask"
         phases[c.method.pretrain_epochs + c.method.mask_epochs] = "fine-tuning"
+    if name == "collapse":
+        metrics = source.run.metrics()
+        routers = {router.routes for router in routers_of(source.model).values()}
+        layers = dict.fromkeys(layer for line in metrics for layer in line.get("expert_usage", ()))
+        return analysis.collapse(metrics, {layer: _followed(layer, routers) for layer in layers}, phases)
     return analysis.history(source.run.metrics(), phases, c.validation_attack)
+
+
+def _followed(layer: str, routers: Collection[str]) -> str:
+    """What the router routes whose choice a layer follows: the layer itself, or what it lies in."""
+    while layer and layer not in routers:
+        layer = layer.rpartition(".")[0]
+    return layer
 
 
 def _open(

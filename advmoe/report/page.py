@@ -365,8 +365,9 @@ def _printed(value: str | None, deviation: str | None) -> str:
 
 
 def _wanted(subjects: Sequence[_Subject]) -> list[str]:
-    """The analyses that these runs may have: the curve only where none was evaluated, since it takes four attacks."""
-    left_out = {"fig2", "fig3", "fig7", "fig8"}
+    """The analyses that these runs may have: the curve only where none was evaluated, since it takes four attacks, and
+    not experts_alone, which takes one for each expert."""
+    left_out = {"fig2", "fig3", "fig7", "fig8", "experts_alone"}
     left_out |= {"epsilons"} if _curves(subjects) else set()
     left_out |= set() if _mask(subjects) else {"pathways"}
     left_out |= set() if len(subjects) > 1 else {"transfer", "stability"}

@@ -65,7 +65,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_one_run(runs: Path) -> None:
     found = small(runs / "moe" / "seed0")
     folder = runs / "moe" / "seed0" / "analysis"
-    made = [*ROUTED, "training", "epsilons"]
+    made = [*ROUTED, "training", "collapse", "epsilons"]
     assert names(found, "moe/seed0") == made == [each.finding.name for each in found.written]
     assert sorted(path.name for path in folder.iterdir()) == sorted(f"{n}.{e}" for n in made for e in ("csv", "png"))
     assert [path for each in found.written for path in each.paths] == [
@@ -78,7 +78,7 @@ def test_one_run(runs: Path) -> None:
     assert len(rows(folder / "training.csv")) == 2
     why = reasons(found, "moe/seed0")
     assert (
-        why.keys() == {"pathways", "radius", "certified"}
+        why.keys() == {"pathways", "radius", "certified", "experts_alone"}
         and "--against" in why["pathways"]
         and "LightRouter" in why["radius"]
     )
@@ -100,10 +100,12 @@ def test_several_runs(runs: Path, tmp_path: Path) -> None:
     assert {row["model"] for row in rows(tmp_path / "stability.csv")} == {
         f"{n}/seed0" for n in ("moe", "linear", "dense")
     }
-    assert names(found, "moe/seed0") == [*ROUTED, "pathways", "training"]
-    assert names(found, "linear/seed0") == [*ROUTED, "pathways", "radius", "training"]
+    assert names(found, "moe/seed0") == [*ROUTED, "pathways", "training", "collapse"]
+    assert names(found, "linear/seed0") == [*ROUTED, "pathways", "radius", "training", "collapse"]
     assert names(found, "dense/seed0") == ["training"]
-    assert set(reasons(found, "dense/seed0").values()) == {"the model has no routed layers"}
+    assert {why for name, why in reasons(found, "dense/seed0").items() if name != "experts_alone"} == {
+        "the model has no routed layers"
+    }
     assert (tmp_path / "linear" / "seed0" / "radius.png").is_file() and (tmp_path / "transfer.csv").is_file()
     assert not any(path.suffix for path in tmp_path.glob("dense/seed0/usage.*"))
     matrix = {(r["attacked_on"], r["judged_by"]): r["ra"] for r in rows(tmp_path / "transfer.csv")}
@@ -163,7 +165,9 @@ def test_wrong_words(runs: Path) -> None:
         small(run, run)
     with pytest.raises(ValueError, match="moves every image, such as pgd50; got 'pgd2-l2'"):
         small(run, attack="pgd2-l2")
-    assert set(driver._OF_ONE) | {"epsilons", "transfer", "stability"} | set(driver._REPRODUCED) == set(ANALYSES)
+    assert set(driver._OF_ONE) | {"epsilons", "transfer", "stability", "experts_alone"} | set(driver._REPRODUCED) == set(
+        ANALYSES
+    )
 
 
 def test_figures_of_reproduced_runs(tmp_path: Path) -> None:
