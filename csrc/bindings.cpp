@@ -32,11 +32,15 @@ using Strides = std::array<int64_t, 4>;
 // out expert, number, starts; in expert, number, starts
 using SliceTuple = std::tuple<Pointer, int64_t, std::vector<int64_t>, Pointer, int64_t, std::vector<int64_t>>;
 
+using PackedTuple = std::pair<Pointer, int64_t>;  // and how many numbers
+
 template <class T = void>
 const T* in(Pointer p) {
     return reinterpret_cast<const T*>(p);
 }
 void* out(Pointer p) { return reinterpret_cast<void*>(p); }
+
+moe::cpu::Packed packed_of(PackedTuple p) { return {in(p.first), p.second}; }
 
 moe::Side side(Pointer expert, int64_t count, const std::vector<int64_t>& starts, const char* name) {
     if (!starts.empty() && int64_t(starts.size()) != count) {
@@ -69,23 +73,29 @@ moe::cpu::Direction direction_of(int direction) {
 }
 
 void conv2d_forward(int dtype, int threads, const Shape& shape, const SliceTuple& slices, const Strides& strides,
-                    Pointer x, Pointer weight, Pointer packed, Pointer y, Pointer bias, Pointer gate, Pointer scale,
+                    Pointer x, Pointer weight, PackedTuple packed, Pointer y, Pointer bias, Pointer gate, Pointer scale,
                     Pointer shift, bool affine_per_slice, Pointer residual, bool relu) {
     const moe::Epilogue epilogue{in(bias), in(gate), in(scale), in(shift), in(residual), affine_per_slice, relu};
-    raise_if(moe::cpu::conv2d_forward(make_call(dtype, threads, shape, slices, strides), in(x), in(weight), in(packed),
-                                      out(y), epilogue));
+    raise_if(moe::cpu::conv2d_forward(make_call(dtype, threads, shape, slices, strides), in(x), in(weight),
+                                      packed_of(packed), out(y), epilogue));
 }
 
 void conv2d_grad_input(int dtype, int threads, const Shape& shape, const SliceTuple& slices, const Strides& strides,
-                       Pointer grad, Pointer weight, Pointer packed, Pointer grad_input) {
+                       Pointer grad, Pointer weight, PackedTuple packed, Pointer grad_input) {
     raise_if(moe::cpu::conv2d_grad_input(make_call(dtype, threads, shape, slices, strides), in(grad), in(weight),
-                                         in(packed), out(grad_input)));
+                                         packed_of(packed), out(grad_input)));
 }
 
 void conv2d_grad_weight(int dtype, int threads, const Shape& shape, const SliceTuple& slices, const Strides& strides,
                         int64_t total_out, int64_t total_in, Pointer grad, Pointer x, Pointer grad_weight) {
     raise_if(moe::cpu::conv2d_grad_weight(make_call(dtype, threads, shape, slices, strides), total_out, total_in,
                                           in(grad), in(x), out(grad_weight)));
+}
+
+int algorithm(int direction, int dtype, const Shape& shape) {
+    const moe::cpu::Call call = make_call(dtype, 1, shape, {}, {});
+    raise_if(moe::cpu::check(call));
+    return int(moe::cpu::algorithm(direction_of(direction), call));
 }
 
 int64_t pack_numel(int direction, int dtype, const Shape& shape, const SliceTuple& slices) {
@@ -110,6 +120,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("conv2d_forward", &conv2d_forward, unlocked);
     m.def("conv2d_grad_input", &conv2d_grad_input, unlocked);
     m.def("conv2d_grad_weight", &conv2d_grad_weight, unlocked);
+    m.def("algorithm", &algorithm, "0: direct sums, 1: Winograd's.");
     m.def("pack_numel", &pack_numel, unlocked);
     m.def("pack", &pack, unlocked);
     moe::bind_program(m);

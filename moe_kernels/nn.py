@@ -48,6 +48,8 @@ class _Packed(NamedTuple):
     version: int
     steps: int
     backend: str
+    size: tuple[int, int]  # of images they were last used for
+    form: tuple[int, int]
     forward: Tensor | None
     grad_input: Tensor | None
     backward: bool  # grad_input has been asked for; until then it is None
@@ -134,16 +136,20 @@ class _RoutedLayer(nn.Module):
         """Drops the packed weights; needed after an in-place write through ``weight.data`` only."""
         self._cache = None
 
-    def _packed(self, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """This weight packed for the backend in use, from the cache where it holds."""
+    def _packed(self, weight: Tensor, image: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """This weight packed for the backend in use and images of this size, from the cache where it holds."""
         if (
             self.training
+            or not isinstance(image, Tensor)
+            or image.dim() != 4
             or ops.traced(weight, weight)
             or weight.is_inference()
             or torch.is_autocast_enabled(weight.device.type)
         ):
             return None, None
         backend = backends.choose(weight.device)
+        height, width = image.shape[2:]
+        size = (height, width)
         wanted = torch.is_grad_enabled()  # an attack or a saliency map; serving keeps one form only
         cache = self._cache
         if not (
@@ -155,15 +161,19 @@ class _RoutedLayer(nn.Module):
             and cache.backend == backend.name
         ):
             cache = None
+        if cache is not None and cache.size != size:
+            form = backend.packed_form(self._weight4d(cache.memory), self.geometry, size)
+            cache = self._cache = cache._replace(size=size) if form == cache.form else None
         if cache is None or (wanted and not cache.backward):
             # outside inference mode, so that what is packed under it also serves a later backward
             with torch.inference_mode(False), torch.no_grad():
                 memory = weight.detach()
                 value = self._weight4d(memory)
-                forward = backend.pack(value, self.geometry, False) if cache is None else cache.forward
-                grad_input = backend.pack(value, self.geometry, True) if wanted else None
+                form = backend.packed_form(value, self.geometry, size)
+                forward = backend.pack(value, self.geometry, size, False) if cache is None else cache.forward
+                grad_input = backend.pack(value, self.geometry, size, True) if wanted else None
             made_of = weakref.ref(weight), memory, weight._version, _steps[0], backend.name
-            cache = self._cache = _Packed(*made_of, forward, grad_input, wanted)
+            cache = self._cache = _Packed(*made_of, size, form, forward, grad_input, wanted)
         return cache.forward, cache.grad_input
 
     def _weight4d(self, weight: Tensor) -> Tensor:
@@ -279,7 +289,7 @@ class RoutedConv2d(_RoutedLayer):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = F.pad(input, self._pad_before, mode=mode)
         weight, bias = self._parameters_now()
-        packed = (None, None) if self.training else self._packed(weight)
+        packed = (None, None) if self.training else self._packed(weight, input)
         return apply_geometry(input, weight, bias, routing, in_routing, self.geometry, packed)
 
     def extra_repr(self) -> str:
@@ -355,10 +365,10 @@ class RoutedLinear(_RoutedLayer):
         if input.dim() not in (2, 3):
             raise ValueError(f"input: expected shape [B, in] or [B, T, in], got {tuple(input.shape)}")
         weight, bias = self._parameters_now()
-        packed = (None, None) if self.training else self._packed(weight)
         tokens = input.shape[1] if input.dim() == 3 else 1
         # tokens as rows of an image, features as its channels: the memory of channels_last, without a copy
         image = input.reshape(input.shape[0], tokens, 1, input.shape[-1]).permute(0, 3, 1, 2)
+        packed = (None, None) if self.training else self._packed(weight, image)
         y = apply_geometry(image, self._weight4d(weight), bias, routing, in_routing, self.geometry, packed)
         y = y.permute(0, 2, 3, 1).flatten(2)  # [V, T, out]
         return y if input.dim() == 3 else y.squeeze(1)

@@ -2,6 +2,7 @@
 #include "cpu/conv2d.h"
 
 #include <new>
+#include <string>
 #include <vector>
 
 #include "common/plan.h"
@@ -23,6 +24,17 @@ Passes forward_passes(const Conv2dShape& s) {
     Passes passes;
     passes.add(pass, h, w, r, c, s.S);
     return passes;
+}
+
+Algorithm choose_algorithm(DType dtype, int64_t red, const Passes& passes) {
+    const Pass& pass = passes.list[0];
+    const bool possible = dtype != DType::float64 && passes.list.size() == 1 && pass.taps == 9 && pass.span_h == 3 &&
+                          pass.span_w == 3 && pass.is_h == 1 && pass.is_w == 1 && red % kBlock == 0;
+    if (!possible || !winograd_allowed()) return Algorithm::direct;
+    // products of a channel, those with padding left out as far as a row and a column on each side
+    const int64_t direct = (3 * pass.rows - 2) * (3 * pass.cols - 2);
+    const int64_t winograd = kWinogradPositions * ((pass.rows + 1) / 2) * ((pass.cols + 1) / 2);
+    return 3 * direct >= 4 * winograd ? Algorithm::winograd : Algorithm::direct;
 }
 
 namespace {
@@ -78,6 +90,7 @@ PackJob pack_job(Direction direction, const Call& call, const Passes& passes, co
     const Conv2dShape& s = call.shape;
     const bool forward = direction == Direction::forward;
     PackJob job{};
+    job.algorithm = choose_algorithm(call.dtype, (forward ? s.C : s.K) / s.groups, passes);
     job.weight = weight;
     job.out_stride = call.weight_strides[forward ? 0 : 1];
     job.red_stride = call.weight_strides[forward ? 1 : 0];
@@ -105,7 +118,9 @@ int64_t packed_numel_of_pair(Direction direction, const Call& call) {
     const bool forward = direction == Direction::forward;
     const int64_t out = (forward ? s.K : s.C) / s.groups, red = (forward ? s.C : s.K) / s.groups;
     const Passes passes = passes_of(direction, s);
-    const int64_t taps = passes.list.back().taps_before + passes.list.back().taps;
+    const int64_t taps = choose_algorithm(call.dtype, red, passes) == Algorithm::winograd
+                             ? kWinogradPositions
+                             : passes.list.back().taps_before + passes.list.back().taps;
     return s.groups * kernels().packed_channels(call.dtype, out) * red * taps;
 }
 
@@ -130,10 +145,13 @@ void require(Result result) {
     if (result == Result::out_of_memory) throw std::bad_alloc();
 }
 
-std::string run(Direction direction, const Call& call, const void* src, const void* weight, const void* packed, void* dst,
+std::string run(Direction direction, const Call& call, const void* src, const void* weight, Packed given, void* dst,
                 const Epilogue& epilogue) {
     std::string error = check(call);
     if (!error.empty()) return error;
+    if (given.data != nullptr && given.numel != pack_numel(direction, call))
+        return "packed: " + std::to_string(given.numel) + " numbers, expected " +
+               std::to_string(pack_numel(direction, call)) + " for these slices and images of this size";
     Plan plan;
     error = make_plan(call.shape, call.slices, plan);
     if (!error.empty() || call.shape.V == 0) return error;
@@ -141,6 +159,7 @@ std::string run(Direction direction, const Call& call, const void* src, const vo
     const Conv2dShape& s = call.shape;
     const bool forward = direction == Direction::forward;
     const Passes passes = passes_of(direction, s);
+    const void* packed = given.data;
     const bool own = packed == nullptr;
     const PackJob fresh = pack_job(direction, call, passes, plan.groups, weight, nullptr, true);
     const bool by_task = own && packs_by_task(direction, call, plan);
@@ -152,6 +171,7 @@ std::string run(Direction direction, const Call& call, const void* src, const vo
         packed = memory;
     }
     ConvJob job{};
+    job.algorithm = fresh.algorithm;
     job.src = src;
     job.src_h = forward ? s.H : s.P, job.src_w = forward ? s.W : s.Q, job.src_c = forward ? s.C : s.K;
     job.src_div = forward ? s.k : 1;
@@ -189,6 +209,12 @@ std::string check(const Call& call) {
     return {};
 }
 
+Algorithm algorithm(Direction direction, const Call& call) {
+    const Conv2dShape& s = call.shape;
+    const int64_t red = (direction == Direction::forward ? s.C : s.K) / s.groups;
+    return choose_algorithm(call.dtype, red, passes_of(direction, s));
+}
+
 int64_t pack_numel(Direction direction, const Call& call) {
     return pair_count(call.slices) * packed_numel_of_pair(direction, call);
 }
@@ -202,13 +228,12 @@ std::string pack(Direction direction, const Call& call, const void* weight, void
     return {};
 }
 
-std::string conv2d_forward(const Call& call, const void* x, const void* weight, const void* packed, void* y,
+std::string conv2d_forward(const Call& call, const void* x, const void* weight, Packed packed, void* y,
                            const Epilogue& epilogue) {
     return run(Direction::forward, call, x, weight, packed, y, epilogue);
 }
 
-std::string conv2d_grad_input(const Call& call, const void* grad, const void* weight, const void* packed,
-                              void* grad_input) {
+std::string conv2d_grad_input(const Call& call, const void* grad, const void* weight, Packed packed, void* grad_input) {
     return run(Direction::grad_input, call, grad, weight, packed, grad_input, Epilogue{});
 }
 

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "common/conv2d.h"
+#include "cpu/jobs.h"
 
 namespace moe::cpu {
 
@@ -19,16 +20,22 @@ struct Call {
     int64_t weight_strides[4];  // elements
 };
 
+// Weights that pack made for images of the call's size; null data: those of the experts in use are packed for this call.
+struct Packed {
+    const void* data;
+    int64_t numel;
+};
+
 std::string check(const Call& call);
 
+// How a call is computed; weights packed for one algorithm serve images of all sizes that it is chosen for.
+Algorithm algorithm(Direction direction, const Call& call);
 int64_t pack_numel(Direction direction, const Call& call);
 std::string pack(Direction direction, const Call& call, const void* weight, void* packed);
 
-// packed may be null: the weights of the experts in use are then packed for this call.
-std::string conv2d_forward(const Call& call, const void* x, const void* weight, const void* packed, void* y,
+std::string conv2d_forward(const Call& call, const void* x, const void* weight, Packed packed, void* y,
                            const Epilogue& epilogue);
-std::string conv2d_grad_input(const Call& call, const void* grad, const void* weight, const void* packed,
-                              void* grad_input);
+std::string conv2d_grad_input(const Call& call, const void* grad, const void* weight, Packed packed, void* grad_input);
 std::string conv2d_grad_weight(const Call& call, int64_t total_out, int64_t total_in, const void* grad, const void* x,
                                void* grad_weight);
 

@@ -339,6 +339,34 @@ inline Window window_of(const Pass& pass, int64_t rows, int64_t reduced) {
     return window;
 }
 
+// Pieces of up to `chunk` units of one group, where a sample has `of_sample` of them.
+inline int64_t count_chunks(const ConvJob& job, int64_t of_sample, int64_t chunk) {
+    int64_t chunks = 0;
+    for (int64_t g = 0; g < job.group_count; ++g) {
+        chunks += ceil_div((job.groups[g].end - job.groups[g].begin) * of_sample, chunk);
+    }
+    return chunks;
+}
+
+// Calls task(group, chunk of the group, i) for all chunks and i < each; false is memory that could not be had.
+template <class F>
+Result run_chunks(const ConvJob& job, int64_t of_sample, int64_t chunk_size, int64_t each, const F& task) {
+    const int64_t tasks = count_chunks(job, of_sample, chunk_size) * each;
+    int failed = 0;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(job.threads) if (job.threads > 1 && tasks > 1) \
+    reduction(| : failed)
+    for (int64_t i = 0; i < tasks; ++i) {
+        int64_t chunk = i / each, g = 0;
+        for (;; ++g) {
+            const int64_t here = ceil_div((job.groups[g].end - job.groups[g].begin) * of_sample, chunk_size);
+            if (chunk < here) break;
+            chunk -= here;
+        }
+        failed |= !task(g, chunk, i % each);
+    }
+    return failed != 0 ? Result::out_of_memory : Result::ok;
+}
+
 // How the work is cut into tasks. It changes no bit of the result: every output is summed by one tile in one order.
 struct Cut {
     int64_t samples;    // of a group, in one task
@@ -363,13 +391,7 @@ Cut cut_work(const ConvJob& job) {
     }
     Cut cut{larger(1, smaller(64, target / bytes)), smaller(rows, ceil_div(bytes, target)), 1};
     const int64_t wanted = job.threads > 1 ? 4 * int64_t(job.threads) : 1;
-    auto tasks = [&] {
-        int64_t chunks = 0;
-        for (int64_t g = 0; g < job.group_count; ++g) {
-            chunks += ceil_div(job.groups[g].end - job.groups[g].begin, cut.samples);
-        }
-        return chunks * cut.row_parts * cut.panel_parts * job.conv_groups;
-    };
+    auto tasks = [&] { return count_chunks(job, 1, cut.samples) * cut.row_parts * cut.panel_parts * job.conv_groups; };
     while (tasks() < wanted && cut.samples > 1) cut.samples = ceil_div(cut.samples, 2);
     constexpr int64_t together = kPixels / 4;  // rows of most tiles: as many samples meet the padding at once
     if (cut.samples > together) cut.samples = cut.samples / together * together;
@@ -508,27 +530,11 @@ bool run_task(const ConvJob& job, const Cut& cut, int64_t g, int64_t chunk, int6
 template <class T, class A>
 Result conv(const ConvJob& job) {
     const Cut cut = cut_work<A>(job);
-    int64_t chunks = 0;
-    for (int64_t g = 0; g < job.group_count; ++g) {
-        chunks += ceil_div(job.groups[g].end - job.groups[g].begin, cut.samples);
-    }
     const int64_t each = cut.row_parts * cut.panel_parts * job.conv_groups;
-    const int64_t tasks = chunks * each;
-    int failed = 0;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(job.threads) if (job.threads > 1 && tasks > 1) \
-    reduction(| : failed)
-    for (int64_t task = 0; task < tasks; ++task) {
-        int64_t chunk = task / each, rest = task % each, g = 0;
-        for (;; ++g) {
-            const int64_t here = ceil_div(job.groups[g].end - job.groups[g].begin, cut.samples);
-            if (chunk < here) break;
-            chunk -= here;
-        }
-        const int64_t conv_group = rest % job.conv_groups;
-        rest /= job.conv_groups;
-        failed |= !run_task<T, A>(job, cut, g, chunk, rest % cut.row_parts, rest / cut.row_parts, conv_group);
-    }
-    return failed != 0 ? Result::out_of_memory : Result::ok;
+    return run_chunks(job, 1, cut.samples, each, [&](int64_t g, int64_t chunk, int64_t i) {
+        const int64_t conv_group = i % job.conv_groups, rest = i / job.conv_groups;
+        return run_task<T, A>(job, cut, g, chunk, rest % cut.row_parts, rest / cut.row_parts, conv_group);
+    });
 }
 
 }  // namespace

@@ -68,6 +68,16 @@ const KernelTable& kernels() {
     return chosen;
 }
 
+bool winograd_allowed() {
+    static const bool allowed = [] {
+        const char* wanted = std::getenv("MOE_KERNELS_WINOGRAD");
+        if (wanted == nullptr || *wanted == '\0' || std::string(wanted) == "1") return true;
+        if (std::string(wanted) == "0") return false;
+        throw std::invalid_argument(std::string("MOE_KERNELS_WINOGRAD=") + wanted + " must be 0 or 1");
+    }();
+    return allowed;
+}
+
 void* scratch(Scratch which, size_t bytes) {
     thread_local Arena arenas[4];
     return arenas[int(which)].get(bytes > 0 ? bytes : 1);

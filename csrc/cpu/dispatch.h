@@ -9,4 +9,7 @@ namespace moe::cpu {
 // once. Throws std::invalid_argument where the variable names a set that the processor or the build lacks.
 const KernelTable& kernels();
 
+// Whether MOE_KERNELS_WINOGRAD, read once, leaves Winograd's algorithm allowed: unset or 1; 0 forbids it.
+bool winograd_allowed();
+
 }  // namespace moe::cpu

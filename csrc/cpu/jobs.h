@@ -31,7 +31,14 @@ struct Pass {
     int64_t taps_before;        // taps of the passes before this one: where its packed weights begin
 };
 
+// How a correlation is computed, and with it the form of its packed weights.
+enum class Algorithm : int { direct = 0, winograd = 1 };
+
+// Products of a channel that Winograd's F(2x2, 3x3) takes for a tile of 2x2 pixels.
+constexpr int64_t kWinogradPositions = 16;
+
 struct PackJob {
+    Algorithm algorithm;
     const void* weight;
     int64_t out_stride, red_stride, r_stride, s_stride;  // elements
     int64_t slice_out_stride, slice_in_stride;           // what a slice's starts are multiplied by
@@ -61,6 +68,7 @@ struct Prologue {
 };
 
 struct ConvJob {
+    Algorithm algorithm;
     const void* src;  // [., src_h, src_w, src_c], channels last; src_c and dst_c count what lies between two pixels
     int64_t src_h, src_w, src_c;
     int64_t src_div;  // virtual sample v reads sample v / src_div

@@ -4,6 +4,7 @@
 #include "cpu/grad_weight.h"
 #include "cpu/layers.h"
 #include "cpu/pack.h"
+#include "cpu/winograd.h"
 
 #define MOE_CONCAT_(a, b) a##b
 #define MOE_CONCAT(a, b) MOE_CONCAT_(a, b)
@@ -21,29 +22,39 @@ int64_t packed_channels_of(DType dtype, int64_t out) {
     return ceil_div(out, width) * width;
 }
 
+template <class T>
+Result pack_with(const PackJob& job) {
+    return job.algorithm == Algorithm::winograd ? winograd_pack<T, float>(job) : pack<T, float>(job);
+}
+
 Result pack_of(DType dtype, const PackJob& job) {
     switch (dtype) {
         case DType::float32:
-            return pack<float, float>(job);
+            return pack_with<float>(job);
         case DType::float64:
-            return pack<double, double>(job);
+            return pack<double, double>(job);  // always direct
         case DType::bfloat16:
-            return pack<bfloat16, float>(job);
+            return pack_with<bfloat16>(job);
         default:
-            return pack<float16, float>(job);
+            return pack_with<float16>(job);
     }
+}
+
+template <class T>
+Result conv_with(const ConvJob& job) {
+    return job.algorithm == Algorithm::winograd ? winograd<T, float>(job) : conv<T, float>(job);
 }
 
 Result conv_of(DType dtype, const ConvJob& job) {
     switch (dtype) {
         case DType::float32:
-            return conv<float, float>(job);
+            return conv_with<float>(job);
         case DType::float64:
-            return conv<double, double>(job);
+            return conv<double, double>(job);  // always direct
         case DType::bfloat16:
-            return conv<bfloat16, float>(job);
+            return conv_with<bfloat16>(job);
         default:
-            return conv<float16, float>(job);
+            return conv_with<float16>(job);
     }
 }
 

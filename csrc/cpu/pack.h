@@ -81,7 +81,18 @@ void pack_block(const PackJob& job, const T* weight, int64_t taps, int64_t out_l
     }
 }
 
-// One block of reduced channels of panel p of a group, into a group's memory that holds `held` panels from `first` on.
+// One block of reduced channels of panel p of a group. place[r * S + s] is where that tap's reduced channels go.
+template <class T, class A>
+void pack_taps(const PackJob& job, const Group& group, int64_t cg, int64_t p, int64_t block, int64_t taps,
+               A* const* place) {
+    const int64_t red_begin = block * kBlock;
+    const T* weight = static_cast<const T*>(job.weight) + group.out_start * job.slice_out_stride +
+                      group.in_start * job.slice_in_stride + cg * job.group_stride + p * panel<A> * job.out_stride +
+                      red_begin * job.red_stride;
+    pack_block<T, A>(job, weight, taps, job.out - p * panel<A>, smaller(kBlock, job.red - red_begin), place);
+}
+
+// The same into a group's memory that holds `held` panels from `first` on.
 template <class T, class A>
 bool pack_part(const PackJob& job, const Group& group, int64_t cg, int64_t p, int64_t block, int64_t taps, int64_t first,
                int64_t held, A* of_group) {
@@ -96,18 +107,15 @@ bool pack_part(const PackJob& job, const Group& group, int64_t cg, int64_t p, in
                 red_begin * pass.taps * width;
         for (int64_t t = 0; t < pass.taps; ++t) place[pass.tap_weight[t]] = to + t * red_count * width;
     }
-    const T* weight = static_cast<const T*>(job.weight) + group.out_start * job.slice_out_stride +
-                      group.in_start * job.slice_in_stride + cg * job.group_stride + p * width * job.out_stride +
-                      red_begin * job.red_stride;
-    pack_block<T, A>(job, weight, taps, job.out - p * width, red_count, place);
+    pack_taps<T, A>(job, group, cg, p, block, taps, place);
     return true;
 }
 
-template <class T, class A>
-Result pack(const PackJob& job) {
+// Calls part(group, convolution group, panel, block of reduced channels, memory of that convolution group) for all of
+// them; false is memory that could not be had.
+template <class A, class F>
+Result pack_parts(const PackJob& job, int64_t pair_size, const F& part) {
     const int64_t panels = ceil_div(job.out, panel<A>);
-    const int64_t taps = count_taps(job.passes, job.pass_count);
-    const int64_t pair_size = packed_size_of_pair<A>(job.out, job.red, taps, job.conv_groups);
     const int64_t blocks = ceil_div(job.red, kBlock);
     const int64_t tasks = job.group_count * job.conv_groups * panels * blocks;
     const bool parallel = job.threads > 1 && pair_size * job.group_count > 16384;
@@ -120,9 +128,18 @@ Result pack(const PackJob& job) {
         const int64_t g = task / blocks / panels / job.conv_groups;
         A* of_group = static_cast<A*>(job.packed) + (job.dense_index ? g : job.groups[g].pair) * pair_size +
                       cg * (pair_size / job.conv_groups);
-        failed |= !pack_part<T, A>(job, job.groups[g], cg, p, block, taps, 0, panels, of_group);
+        failed |= !part(job.groups[g], cg, p, block, of_group);
     }
     return failed != 0 ? Result::out_of_memory : Result::ok;
+}
+
+template <class T, class A>
+Result pack(const PackJob& job) {
+    const int64_t panels = ceil_div(job.out, panel<A>), taps = count_taps(job.passes, job.pass_count);
+    const int64_t pair_size = packed_size_of_pair<A>(job.out, job.red, taps, job.conv_groups);
+    return pack_parts<A>(job, pair_size, [&](const Group& group, int64_t cg, int64_t p, int64_t block, A* of_group) {
+        return pack_part<T, A>(job, group, cg, p, block, taps, 0, panels, of_group);
+    });
 }
 
 }  // namespace

@@ -38,4 +38,8 @@ struct Passes {
 
 Passes forward_passes(const Conv2dShape& shape);
 
+// Never by the number of samples: a sample's result does not depend on its batch, and weights are packed before the
+// batch is known.
+Algorithm choose_algorithm(DType dtype, int64_t red, const Passes& passes);
+
 }  // namespace moe::cpu

@@ -233,6 +233,7 @@ std::string Program::run_conv(const Conv& conv, const Part& part) const {
         return static_cast<char*>(part.at(place.offset)) + place.channel * size_of(dtype_);
     };
     ConvJob job{};
+    job.algorithm = choose_algorithm(dtype_, s.C / s.groups, conv.passes);
     job.src = data(c.src);
     job.src_h = s.H, job.src_w = s.W, job.src_c = c.src.pixel_stride;
     job.src_div = 1;

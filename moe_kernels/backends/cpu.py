@@ -82,7 +82,7 @@ class CpuBackend(Backend):
         pointers, also_keep = _epilogue(epilogue, dtype, g.out_width)
         _C.conv2d_forward(
             _DTYPE[dtype], torch.get_num_threads(), shape, slices, weight.stride(), x.data_ptr(),
-            weight.data_ptr(), _pointer(packed), y.data_ptr(), *pointers,
+            weight.data_ptr(), _packed(packed), y.data_ptr(), *pointers,
         )  # fmt: skip
         del keep, also_keep
         return in_format(y, memory_format_of(input))
@@ -104,7 +104,7 @@ class CpuBackend(Backend):
         slices, keep = _slices(experts, g, samples)
         _C.conv2d_grad_input(
             _DTYPE[grad.dtype], torch.get_num_threads(), native_shape, slices, weight.stride(), dy.data_ptr(),
-            weight.data_ptr(), _pointer(packed), dx.data_ptr(),
+            weight.data_ptr(), _packed(packed), dx.data_ptr(),
         )  # fmt: skip
         del keep
         dx = sum_choices(dx, g.samples_per_input)
@@ -153,12 +153,17 @@ class CpuBackend(Backend):
         del keep
         return dw
 
-    def pack(self, weight: Tensor, geometry: Conv2dGeometry, backward: bool) -> Tensor | None:
+    def packed_form(self, weight: Tensor, geometry: Conv2dGeometry, size: tuple[int, int]) -> tuple[int, int]:
+        shape, dtype = _shape_of_any_batch(weight, geometry, size), _DTYPE.get(weight.dtype)
+        if shape is None or dtype is None:
+            return 0, 0
+        return _C.algorithm(_FORWARD, dtype, shape), _C.algorithm(_GRAD_INPUT, dtype, shape)
+
+    def pack(self, weight: Tensor, geometry: Conv2dGeometry, size: tuple[int, int], backward: bool) -> Tensor | None:
         g = geometry
-        if weight.dtype not in _DTYPE or weight.device.type != "cpu":
+        shape = _shape_of_any_batch(weight, g, size)
+        if weight.dtype not in _DTYPE or weight.device.type != "cpu" or shape is None:
             return None
-        # Packed blocks do not depend on the image's size; one pixel stands for any.
-        shape = conv2d_shape(0, g, g.in_width, 1, 1, 1, 1, weight.shape[2], weight.shape[3])
         slices = (0, g.num_out, g.out_starts, 0, g.num_in, g.in_starts)
         direction, dtype = (_GRAD_INPUT if backward else _FORWARD), _DTYPE[weight.dtype]
         numel = _C.pack_numel(direction, dtype, shape, slices)
@@ -307,6 +312,18 @@ def _values(x: Tensor, count: int) -> Tensor:
 def _read(values: Tensor | None, x: Tensor) -> Tensor | None:
     """Values of channels as kernels read them beside ``x``."""
     return None if values is None else values.detach().to(_accumulation(x.dtype)).contiguous().resolve_neg()
+
+
+def _packed(packed: Tensor | None) -> tuple[int, int]:
+    """Where packed weights are, and how many numbers."""
+    return (0, 0) if packed is None else (packed.data_ptr(), packed.numel())
+
+
+def _shape_of_any_batch(weight: Tensor, g: Conv2dGeometry, size: tuple[int, int]) -> tuple[int, ...] | None:
+    """What packing takes of a call for images of ``size``; None where such images have no output."""
+    kernel = weight.shape[2], weight.shape[3]
+    rows, columns = (output_size(*s) for s in zip(size, kernel, g.stride, g.padding, g.dilation, strict=True))
+    return conv2d_shape(0, g, g.in_width, *size, rows, columns, *kernel) if rows > 0 and columns > 0 else None
 
 
 def _slices(experts: Experts, g: Conv2dGeometry, samples: int) -> tuple[tuple[Any, ...], Any]:

@@ -211,7 +211,7 @@ class CudaBackend(Backend):
         del keep
         return dw
 
-    def pack(self, weight: Tensor, geometry: Conv2dGeometry, backward: bool) -> Tensor | None:
+    def pack(self, weight: Tensor, geometry: Conv2dGeometry, size: tuple[int, int], backward: bool) -> Tensor | None:
         return None if reads_well(weight) else weight.contiguous(memory_format=torch.channels_last)
 
     def plan(self, experts: Experts, num_out: int, num_in: int, samples: int, device: torch.device) -> Tensor:

@@ -173,8 +173,14 @@ class Backend(abc.ABC):
         """The gradients of ``gate * conv2d`` for the input and the gate in one pass; None: no way better than two."""
         return None
 
-    def pack(self, weight: Tensor, geometry: Conv2dGeometry, backward: bool) -> Tensor | None:
-        """The weight as forward wants it (``backward``: as grad_input does), or None where keeping it would not pay."""
+    def packed_form(self, weight: Tensor, geometry: Conv2dGeometry, size: tuple[int, int]) -> tuple[int, int]:
+        """The forms in which :meth:`pack` gives this weight for images of ``size`` (height, width) to forward and
+        grad_input. What is packed serves images of all sizes with the same form."""
+        return 0, 0
+
+    def pack(self, weight: Tensor, geometry: Conv2dGeometry, size: tuple[int, int], backward: bool) -> Tensor | None:
+        """The weight as forward wants it (``backward``: as grad_input does) for images of ``size`` (height, width), or
+        None where keeping it would not pay."""
         return None
 
     def plan(self, experts: Experts, num_out: int, num_in: int, samples: int, device: torch.device) -> Tensor:

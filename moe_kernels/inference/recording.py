@@ -362,7 +362,8 @@ class Recording:
         relu: bool = False,
     ) -> None:
         if node not in self.captured.packed:  # asked whether it can be, and then to be, a step
-            self.captured.packed[node] = choose_backend(weight.device).pack(weight.to(self.dtype), g, False)
+            backend = choose_backend(weight.device)
+            self.captured.packed[node] = backend.pack(weight.to(self.dtype), g, source.size[1:], False)
         packed = self.captured.packed[node]
         if packed is None:
             raise Unsupported("its packed weights would take more than eight times the weights' memory")

@@ -158,7 +158,7 @@ class TritonBackend(Backend):
             lambda: REFERENCE.grad_weight(grad, input, experts, geometry, shape, channels_last),
         )
 
-    def pack(self, weight: Tensor, geometry: Conv2dGeometry, backward: bool) -> Tensor | None:
+    def pack(self, weight: Tensor, geometry: Conv2dGeometry, size: tuple[int, int], backward: bool) -> Tensor | None:
         return None if reads_well(weight) else weight.contiguous(memory_format=torch.channels_last)
 
     def plan(self, experts: Experts, num_out: int, num_in: int, samples: int, device: torch.device) -> Tensor:
