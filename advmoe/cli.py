@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     p.set_defaults(run=_demo)
 
     p = commands.add_parser("train", help="train a model", **common)
-    r, m, a, o, t = RunConfig(), MethodConfig(), AttackConfig(), OptimConfig(), RoutingConfig()
+    r, m, o, t = RunConfig(), MethodConfig(), OptimConfig(), RoutingConfig()
     p.add_argument("--out", type=Path, help="the run folder to make")
     p.add_argument(
         "--resume",
@@ -217,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("training attack")
     g.add_argument("--epsilon", type=float, help="radius, of pixel range 1; the data's own by default")
     g.add_argument("--step-size", type=float, help="the data's own by default; free-at: epsilon, fast-at: 1.25 epsilon")
-    g.add_argument("--attack-steps", type=int, default=a.steps, help="K, of PGD; free-at and fast-at take one")
+    g.add_argument("--attack-steps", type=int, metavar="K", help="of PGD, 2 by default; free-at and fast-at take one")
     g.add_argument(
         "--attack-loss", choices=("kl", "ce", "margin"), help="kl by default, ce with --objective cross_entropy"
     )

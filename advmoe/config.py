@@ -102,14 +102,15 @@ class DataConfig:
 @dataclass(frozen=True)
 class AttackConfig:
     """The attack in training; epsilon and step_size in units of the pixel range, the data set's own by default (8/255 and
-    5/255 for CIFAR-10); loss by default what goes with the objective: KL for TRADES, cross-entropy for PGD-AT.
+    5/255 for CIFAR-10); two steps by default; loss by default what goes with the objective: KL for TRADES, cross-entropy
+    for PGD-AT.
 
     Methods free-at and fast-at take one step, by default of epsilon and of 1.25 epsilon, and no other loss than
     cross-entropy."""
 
     epsilon: float | None = None
     step_size: float | None = None
-    steps: int = 2
+    steps: int | None = None
     loss: str | None = None
     random_start: bool | str = True
 

@@ -72,11 +72,12 @@ class AutoAttack:
             ``"rand"`` (for models that draw something: APGD on both losses, 20 forwards averaged) or ``"plus"``.
         attacks: some of :data:`ATTACKS` instead, with the settings of the version ``standard``.
         queries: of Square; 5,000 by default.
+        steps: of ``apgd-ce``, ``apgd-dlr`` and ``apgd-t``; 100 by default.
 
     Targets are the ``min(9, classes - 1)`` most likely other classes.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or fewer steps than one.
     """
 
     epsilon: float
@@ -84,6 +85,7 @@ class AutoAttack:
     version: str = "standard"
     attacks: tuple[str, ...] | None = None
     queries: int = 5000
+    steps: int = 100
 
     def __post_init__(self) -> None:
         if self.version not in VERSIONS:
@@ -94,11 +96,14 @@ class AutoAttack:
         for attack in self.attacks or ():
             if attack not in ATTACKS:
                 raise unknown_name("attack", attack, ATTACKS)
+        if self.steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {self.steps}")
 
     def describe(self) -> str:
         what = f"AutoAttack {self.version}" if self.attacks is None else ", ".join(self.attacks)
         norm = {"linf": "L-inf", "l2": "L2"}[self.norm]
         what += "" if self.queries == 5000 else f", {self.queries} queries"
+        what += "" if self.steps == 100 else f", APGD's {self.steps} steps"
         return f"{what}, {norm} epsilon {self.epsilon:.4g}, pyautoattack {version_of('pyautoattack')}"
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, seed: int = 0) -> Tensor:
@@ -171,6 +176,8 @@ class AutoAttack:
         adversary = Package(model, norm=norm, eps=self.epsilon, seed=seed, version=self.version, device=device)
         adversary.verbose = False
         adversary.square.n_queries = self.queries
+        for apgd in (adversary.apgd, adversary.apgd_targeted):
+            apgd.n_iter = apgd.n_iter_orig = self.steps
         if self.attacks is not None:
             adversary.attacks_to_run = list(self.attacks)
         targets = min(9, classes - 1)

@@ -25,11 +25,12 @@ _FAMILIES = {  # what PGD's options are
 NAMES = (
     "fgsm, or pgd<steps>[x<restarts>] with -ce, -kl, -margin, -dlr, -l2, -eot<n> behind it, such as pgd50x5-margin; "
     "trades, experts, router, flip, joint and soft likewise; autoattack, autoattack-rand, autoattack-plus, "
-    f"{', '.join(ATTACKS)}, with -l2 behind it"
+    f"{', '.join(ATTACKS)}, with -l2 behind it; apgd<steps>-ce, -dlr and -t"
 )
 _ITERATED = re.compile(
     rf"(?P<family>{'|'.join(_FAMILIES)})(?P<steps>[1-9]\d*)(?:x(?P<restarts>[1-9]\d*))?(?P<rest>(?:-\w+)*)"
 )
+_APGD = re.compile(r"apgd(?P<steps>[1-9]\d*)(?P<rest>-\w+)")
 _WHOLE = re.compile(rf"autoattack(?:-({'|'.join(VERSIONS[1:])}))?")
 
 
@@ -39,7 +40,7 @@ def from_name(name: str, epsilon: float, step_size: float | None = None, retire:
     - ``pgd``: on the prediction; ``trades``: TRADES' own, KL from a Gaussian start;
     - ``experts`` (RA-E), ``router`` (RA-R), ``flip``, ``joint``, ``soft``: see :data:`advmoe.attacks.AGAINST`;
     - ``fgsm``: one step of epsilon from the clean image;
-    - ``autoattack`` and its parts: see :class:`AutoAttack`.
+    - ``autoattack`` and its parts: see :class:`AutoAttack`; ``apgd20-ce`` is the part ``apgd-ce`` with 20 steps.
 
     Args:
         epsilon: of the pixel range [0, 1]; for ``-l2`` the length of the whole image's change.
@@ -58,6 +59,9 @@ def from_name(name: str, epsilon: float, step_size: float | None = None, retire:
         return AutoAttack(epsilon, norm, whole[1] or "standard")
     if plain in ATTACKS:
         return AutoAttack(epsilon, norm, attacks=(plain,))
+    apgd = _APGD.fullmatch(plain)
+    if apgd is not None and "apgd" + apgd["rest"] in ATTACKS:
+        return AutoAttack(epsilon, norm, attacks=("apgd" + apgd["rest"],), steps=int(apgd["steps"]))
     match = _ITERATED.fullmatch(name)
     options: dict = {} if match is None else dict(_FAMILIES[match["family"]])
     for word in [] if match is None else match["rest"].split("-")[1:]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from moe_kernels.backends import choose
 
 from ..attacks import PGD, NonFiniteGradientError, SharedGenerator, from_name
-from ..config import ONE_STEP, AttackConfig, ModelConfig, RunConfig
+from ..config import ONE_STEP, ModelConfig, RunConfig
 from ..data import Batches, BatchStream, DataSet, load, stream_generator
 from ..evaluation.measure import Evaluation, evaluate
 from ..models import router_parameters, upcycle
@@ -73,7 +73,7 @@ class Trainer:
         model = build_model(config.model).to(self.device)
         self.model: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         a = config.attack
-        assert a.epsilon is not None and a.step_size is not None and a.loss is not None
+        assert a.epsilon is not None and a.step_size is not None and a.steps is not None and a.loss is not None
         attack = PGD(a.epsilon, a.step_size, a.steps, loss=a.loss, random_start=a.random_start)
         # what is wanted at an epoch's end must not fail only there
         self.validation_attack = from_name(config.validation_attack, a.epsilon)
@@ -462,13 +462,13 @@ def resolve(config: RunConfig, data: DataSet) -> RunConfig:
     by_label = config.method.objective == "cross_entropy" or name in ("rt-er", "jtdmoe", *ONE_STEP)
     epsilon = data.epsilon if config.attack.epsilon is None else config.attack.epsilon
     step_size = {"free-at": epsilon, "fast-at": 1.25 * epsilon}.get(name, data.step_size)
-    own_steps = name in ONE_STEP and config.attack.steps == AttackConfig.steps
+    own_steps = 1 if name in ONE_STEP else 2
     attack = dataclasses.replace(
         config.attack,
         loss=config.attack.loss or ("ce" if by_label else "kl"),
         epsilon=epsilon,
         step_size=step_size if config.attack.step_size is None else config.attack.step_size,
-        steps=1 if own_steps else config.attack.steps,
+        steps=own_steps if config.attack.steps is None else config.attack.steps,
     )
     routing = config.routing
     if config.model.kind in ROUTED and routing.share_epochs is None:

@@ -341,10 +341,14 @@ def test_names() -> None:
     assert plain("autoattack") == AutoAttack(0.1)
     assert plain("autoattack-rand") == AutoAttack(0.1, version="rand")
     assert plain("autoattack-l2") == AutoAttack(0.1, "l2") and plain("square") == AutoAttack(0.1, attacks=("square",))
+    assert plain("apgd20-ce") == AutoAttack(0.1, attacks=("apgd-ce",), steps=20)
+    assert plain("apgd7-t-l2") == AutoAttack(0.1, "l2", attacks=("apgd-t",), steps=7)
+    assert "20 steps" in plain("apgd20-dlr").describe() and "steps" not in plain("apgd-dlr").describe()
     assert "PGD-50 (ce)" in plain("pgd50x2").describe() and "2 restarts" in plain("pgd50x2").describe()
     assert "RA-E" in plain("experts5").describe() and "L2" in plain("pgd5-l2").describe()
     wrong = ("pgd", "pgd50x", "pgd0", "PGD10", "pgd10 ", "pgd-10", "", "pgd10-l1", "pgd10-ce-kl", "trades10-ce",
-             "autoattack-x", "rand-l2", "router10-ce", "fgsm-ce", "-rand", "rand", "standard", "pgd10-eot0")  # fmt: skip
+             "autoattack-x", "rand-l2", "router10-ce", "fgsm-ce", "-rand", "rand", "standard", "pgd10-eot0",
+             "apgd0-ce", "apgd20", "apgd20-kl", "fab20-t")  # fmt: skip
     with pytest.raises(ValueError, match=r"got 'pdg20'; did you mean pgd20\?"):
         from_name("pdg20", 0.1)
     for name in wrong:

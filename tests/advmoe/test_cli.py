@@ -189,7 +189,7 @@ def test_the_defaults_are_those_of_the_settings() -> None:
     options = _parser().parse_args(["train", "--out", "run"])
     assert _model_config(options) == ModelConfig()
     assert (options.epochs, options.batch_size) == (100, 128) and _optim_config(options) == OptimConfig()
-    assert (options.beta, options.attack_steps, options.method) == (6.0, 2, "advmoe")
+    assert (options.beta, options.attack_steps, options.method) == (6.0, None, "advmoe")
     adam = _parser().parse_args(["train", "--out", "run", "--optimizer", "adam"])
     assert _optim_config(adam) == OptimConfig.cyclic_adam()
     assert options.epsilon is None and options.step_size is None  # the data's own

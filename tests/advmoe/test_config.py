@@ -15,7 +15,7 @@ from advmoe.config import AttackConfig, DataConfig, MethodConfig, ModelConfig, O
 def test_defaults_are_the_papers_recipe() -> None:
     c = RunConfig()
     assert (c.optim.lr, c.optim.momentum, c.optim.weight_decay) == (0.1, 0.9, 5e-4)
-    assert (c.epochs, c.batch_size, c.attack.steps, c.method.beta) == (100, 128, 2, 6.0)
+    assert (c.epochs, c.batch_size, c.attack.steps, c.method.beta) == (100, 128, None, 6.0)
     assert (c.method.order, c.method.batches, c.method.router_objective) == ("router_first", "two", "trades")
     assert c.model.gate == "straight_through"
     assert (c.method.share_attack, c.method.router_every, c.method.attack_routers) == (False, 1, False)

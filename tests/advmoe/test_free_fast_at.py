@@ -363,7 +363,9 @@ def test_attacks_of_a_run_by_default() -> None:
         assert c.method.name == name.replace("_", "-")
         assert (c.attack.loss, c.attack.steps) == ("ce", 1) and c.attack.step_size == pytest.approx(step_size)
         assert engine.resolve(config(name, attack=AttackConfig(step_size=0.02)), data).attack.step_size == 0.02
-        assert engine.resolve(config(name, attack=AttackConfig(steps=7)), data).attack.steps == 7  # which is refused
+        for steps in (2, 7):  # which are refused
+            assert engine.resolve(config(name, attack=AttackConfig(steps=steps)), data).attack.steps == steps
+    assert engine.resolve(config("at", attack=AttackConfig(0.12)), data).attack.steps == 2
 
 
 # --- runs ---

@@ -17,7 +17,7 @@ import torch
 from small_runs import SMALL, small_architecture, unpacked
 from torch import Tensor, nn
 
-from advmoe.attacks import PGD, AutoAttack, NonFiniteGradientError
+from advmoe.attacks import PGD, AutoAttack, NonFiniteGradientError, from_name
 from advmoe.cli import main
 from advmoe.models import create_model
 from advmoe.training.evaluation import evaluate_run
@@ -101,6 +101,33 @@ def test_autoattack_is_the_packages_sample_by_sample(version: str, few_iteration
     assert (result.fell_to[::7] == -2).all() and 0 < int(result.robust.sum()) < 34
     stages = list(result.stages().values())
     assert stages == sorted(stages, reverse=True) and stages[-1] == result.robust.double().mean().item()
+
+
+def test_apgd_takes_the_steps_it_is_given() -> None:
+    """As many forwards as the package makes with so many steps, and its images."""
+    from pyautoattack import AutoAttack as Package
+
+    model = small()
+    x = images(12)
+    labels = predicted(model, x)
+    forwards = 0
+
+    def count(*args: Any) -> None:
+        nonlocal forwards
+        forwards += 1
+
+    model.register_forward_hook(count)
+    adversary = Package(model, norm="Linf", eps=0.02, seed=0, version="standard")
+    adversary.verbose = False
+    adversary.attacks_to_run = ["apgd-ce"]
+    adversary.apgd.n_iter = 4
+    theirs, predictions = adversary.run_standard_evaluation(x, labels, batch_size=12)
+    theirs_made, forwards = forwards, 0
+    result = from_name("apgd4-ce", 0.02).run(model, x, labels, seed=0, batch_size=12)
+    assert torch.equal(result.images, theirs) and torch.equal(result.robust, predictions == labels)
+    assert not result.robust.all() and forwards == theirs_made + 1  # and one for the clean predictions
+    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+        AutoAttack(0.01, steps=0)
 
 
 def _broken_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:

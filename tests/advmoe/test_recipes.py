@@ -229,7 +229,8 @@ def test_the_papers_settings(recipes: Catalog) -> None:
         assert (a.steps, a.step_size, a.epsilon) == (10, 2 / 255, 8 / 255)
     advmoe = recipes.plan(f"{ROW}/advmoe", "paper").config
     assert advmoe == RunConfig(  # the defaults are the paper's
-        data=advmoe.data, attack=dataclasses.replace(RunConfig().attack, epsilon=8 / 255, step_size=5 / 255, loss="kl")
+        data=advmoe.data,
+        attack=dataclasses.replace(RunConfig().attack, epsilon=8 / 255, step_size=5 / 255, steps=2, loss="kl"),
     )
 
 
