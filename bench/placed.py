@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from advmoe.analysis.style import figure, line_style
 from advmoe.models import create_model, record_routing
 from advmoe.models.layers import Path as FeaturePath
 from advmoe.models.placed import Mixture
@@ -29,7 +30,19 @@ from .machine import describe
 from .models import CLASSES, SIZE, calibrated, fused, images
 from .timing import LIMITS, quiet_medians
 
-__all__ = ["CONTENDERS", "KINDS", "Loop", "build", "contender", "cost", "loop_of", "main", "measure", "top_share"]
+__all__ = [
+    "CONTENDERS",
+    "KINDS",
+    "Loop",
+    "build",
+    "contender",
+    "cost",
+    "loop_of",
+    "main",
+    "measure",
+    "picture",
+    "top_share",
+]
 
 KINDS = ("block_moe", "conv_moe")
 CONTENDERS = ("mixture", "loop", "dense", "mixture fused", "dense fused")
@@ -148,6 +161,38 @@ def top_share(kind: str, arch: str, width: int | None, experts: int, top_k: int,
     return max(float(c.max() / c.sum()) for c in counts)
 
 
+def picture(counted: Sequence[dict[str, Any]], dense: float, path: Path) -> None:
+    """Operations of a forward of one image against E, a panel for each kind: a line for each k that all E have, for half of
+    the experts and for all; those of the dense network are dashed.
+
+    Args:
+        counted: of ``kind``, ``experts``, ``top_k`` and ``gflop`` each.
+        dense: GFLOP of the dense network.
+    """
+    kinds = list(dict.fromkeys(c["kind"] for c in counted))
+    experts = sorted({c["experts"] for c in counted})
+    had = {(c["experts"], c["top_k"]) for c in counted}
+    fixed = [k for k in sorted({c["top_k"] for c in counted}) if all((e, k) in had for e in experts)]
+    lines = {f"k = {k}": [(e, k) for e in experts] for k in fixed}
+    lines |= {"k = E / 2": [(e, e // 2) for e in experts if e > 1], "k = E": [(e, e) for e in experts]}
+    with figure(9.5, 4.0, ncols=len(kinds)) as (fig, axes):
+        panels = [axes] if len(kinds) == 1 else list(axes)
+        for axis, kind in zip(panels, kinds, strict=True):
+            gflop = {(c["experts"], c["top_k"]): c["gflop"] for c in counted if c["kind"] == kind}
+            for at, (label, points) in enumerate(lines.items()):
+                axis.plot([e for e, _ in points], [gflop[p] for p in points], label=label, **line_style(at))
+            axis.axhline(dense, color="black", linestyle="--", linewidth=1.2, label="dense network", zorder=1)
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log", base=2)
+            axis.set_xticks(experts, map(str, experts))
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+            axis.minorticks_off()
+            axis.set(xlabel="experts E", ylabel="GFLOP of an image")
+            axis.set_title(kind, loc="left")
+        fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(lines) + 1)
+        fig.savefig(path, dpi=110)
+
+
 def _choices(experts: int, asked: Sequence[int]) -> list[int]:
     """The paper's k: those that are asked for, half of the experts and all."""
     return sorted({k for k in (*asked, experts // 2, experts) if 1 <= k <= experts})
@@ -166,6 +211,7 @@ def main() -> None:
     parser.add_argument("--count-only", action="store_true", help="nothing is timed")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path, help="a PNG file of the counted operations against E")
     o = parser.parse_args()
     if max(o.top_k) > min(o.experts):
         parser.error(f"--top-k: expected at most the {min(o.experts)} experts, got {max(o.top_k)}")
@@ -184,6 +230,8 @@ def main() -> None:
         for c in counted
     ]  # fmt: skip
     print(table(["kind", "E", "k", "GFLOP", "it/dense", "routers, %", "M parameters"], rows))
+    if o.picture is not None:
+        picture(counted, dense["gflop"], o.picture)
     measured, rows = [], []
     for kind in [] if o.count_only else o.kinds:
         for k in o.top_k:
@@ -204,7 +252,7 @@ def main() -> None:
             f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, Python {machine['python']}"
         )
     if o.json is not None:
-        settings = {k: v for k, v in vars(o).items() if k != "json"}
+        settings = {k: v for k, v in vars(o).items() if k not in ("json", "picture")}
         record = {"machine": machine, "settings": settings, "dense": dense, "counted": counted, "measured": measured}
         o.json.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -61,6 +61,11 @@ def test_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     options = ["--width", "4", "--kinds", "block_moe", "--experts", "2", "4", "--top-k", "2", "--batch-size", "4"]
     monkeypatch.setattr(sys, "argv", ["placed", *options, "--repeats", "1", "--tries", "1", "--json", str(path)])
     placed.main()
+    counting = ["--width", "4", "--kinds", "conv_moe", "--experts", "1", "4", "16", "--top-k", "1", "--count-only"]
+    drawn = tmp_path / "flops.png"
+    monkeypatch.setattr(sys, "argv", ["placed", *counting, "--picture", str(drawn)])
+    placed.main()
+    assert drawn.read_bytes().startswith(b"\x89PNG")
     assert "loop/it" in capsys.readouterr().out
     record = json.loads(path.read_text())
     assert [(c["experts"], c["top_k"]) for c in record["counted"]] == [(2, 1), (2, 2), (4, 2), (4, 4)]
