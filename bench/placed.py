@@ -162,8 +162,8 @@ def top_share(kind: str, arch: str, width: int | None, experts: int, top_k: int,
 
 
 def picture(counted: Sequence[dict[str, Any]], dense: float, path: Path) -> None:
-    """Operations of a forward of one image against E, a panel for each kind: a line for each k that all E have, for half of
-    the experts and for all; those of the dense network are dashed.
+    """Operations of a forward of one image against E, a panel for each kind: a line for each k that all E have, for
+    half of the experts and for all of them; those of the dense network are dashed.
 
     Args:
         counted: of ``kind``, ``experts``, ``top_k`` and ``gflop`` each.
