@@ -271,41 +271,51 @@ def test_the_softmax_mixture_that_an_attack_follows_is_that_of_the_experts_outpu
 
 
 def greedy(scores: Tensor, top_k: int, capacity: float) -> Tensor:
-    """By hand for one choice: the highest score of all that is still wanted first."""
+    """By hand: each sample in turn gets what it wants most of what has room, those of higher scores first; one that has
+    all that has room takes another all the same."""
     samples, experts = scores.shape
     room = [max(top_k, -(-round(capacity * samples * top_k * 1000) // (experts * 1000)))] * experts
-    expert = torch.full((samples,), -1)
-    waiting = set(range(samples))
-    while waiting:
-        full = [e for e in range(experts) if room[e] == 0]
-        wants: dict[int, list[int]] = {}
-        for i in sorted(waiting):
-            best = max((e for e in range(experts) if e not in full), key=lambda e: (scores[i, e].item(), -e))
-            wants.setdefault(best, []).append(i)
-        for e, those in wants.items():
-            for i in sorted(those, key=lambda i: (-scores[i, e].item(), i))[: room[e]]:
-                expert[i] = e
-                waiting.discard(i)
-            room[e] = max(0, room[e] - len(those))
+    expert = torch.full((samples, top_k), -1)
+    for choice in range(top_k):
+        waiting = set(range(samples))
+        while waiting:
+            wants: dict[int, list[int]] = {}
+            for i in sorted(waiting):
+                others = [e for e in range(experts) if e not in expert[i]]
+                free = [e for e in others if room[e]]
+                best = max(free or others, key=lambda e: (scores[i, e].item(), -e))
+                if free:
+                    wants.setdefault(best, []).append(i)
+                else:
+                    expert[i, choice] = best
+                    waiting.discard(i)
+            for e, those in wants.items():
+                for i in sorted(those, key=lambda i: (-scores[i, e].item(), i))[: room[e]]:
+                    expert[i, choice] = e
+                    waiting.discard(i)
+                room[e] = max(0, room[e] - len(those))
     return expert
 
 
 @pytest.mark.parametrize("capacity", [1.0, 1.25, 2.0])
-@pytest.mark.parametrize(("samples", "experts"), [(1, 4), (3, 4), (16, 4), (17, 3), (40, 8)])
+@pytest.mark.parametrize(("samples", "experts"), [(0, 4), (1, 4), (3, 4), (16, 4), (17, 3), (40, 8)])
 def test_no_expert_takes_more_than_its_capacity(samples: int, experts: int, capacity: float) -> None:
-    scores = torch.randn(samples, experts, generator=torch.Generator().manual_seed(samples)) + torch.linspace(
-        2, 0, experts
-    )
-    chosen = limited_choice(scores, 1, capacity)
-    assert torch.equal(chosen, greedy(scores, 1, capacity))
-    for k in (1, 2, min(3, experts)):
-        several = limited_choice(scores, k, capacity).view(samples, k)
-        assert all(len(set(row.tolist())) == k for row in several)
-        room = max(k, -(-round(capacity * samples * k * 1000) // (experts * 1000)))
-        counts = torch.bincount(several.flatten(), minlength=experts)
-        assert counts.max() <= room or k > 1  # further choices may have to go where a sample has not been
-    unlimited = limited_choice(scores, 2, float(experts))
-    assert torch.equal(unlimited, scores.topk(2, 1).indices)
+    drawn = torch.randn(samples, experts, generator=torch.Generator().manual_seed(samples))
+    for scores in (drawn + torch.linspace(2, 0, experts), drawn.round()):  # one is liked most; many are equal
+        for k in (1, 2, 3):
+            chosen = limited_choice(scores, k, capacity)
+            assert chosen.shape == ((samples,) if k == 1 else (samples, k))
+            assert torch.equal(chosen.view(samples, k), greedy(scores, k, capacity))
+            assert all(len(set(row.tolist())) == k for row in chosen.view(samples, k))
+    assert torch.equal(limited_choice(drawn, 2, float(experts)), drawn.topk(2, 1).indices)
+
+
+def test_scores_of_minus_infinity_have_a_place_too() -> None:
+    """The scores of a GPU are not looked at before."""
+    low = -float("inf")
+    scores = torch.tensor([[0.0, low], [1.0, low], [2.0, low], [low, low]])
+    assert limited_choice(scores, 1, 1.0).tolist() == [1, 0, 0, 1]
+    assert limited_choice(scores, 2, 1.0).tolist() == [[0, 1], [0, 1], [0, 1], [0, 1]]
 
 
 def test_capacity_holds_in_training_alone() -> None:
