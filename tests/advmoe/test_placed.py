@@ -159,6 +159,16 @@ def test_gates_behind_the_batch_norm() -> None:
     torch.testing.assert_close(got, F.relu(twin.bn2(twin.conv2(y)) + x))
 
 
+@pytest.mark.parametrize(("arch", "at"), [("resnet18", "conv1"), ("vgg16_bn", "features.0"), ("resnet18", "layer4")])
+def test_every_mixture_has_its_gates_behind_the_batch_norm(arch: str, at: str) -> None:
+    model = build("conv_moe", arch, moe_at=(at,), gate_after="norm").eval()
+    behind: list[Any] = []
+    for mixture in mixtures(model).values():
+        mixture.register_forward_pre_hook(lambda module, args: behind.append(args[1]))
+    model(images(2))
+    assert len(behind) == len(mixtures(model)) and all(isinstance(each, nn.BatchNorm2d) for each in behind)
+
+
 def test_places() -> None:
     names = {
         ("block_moe", None): ["layer4.0", "layer4.1"],
@@ -191,6 +201,8 @@ def test_places() -> None:
         ("conv_moe", {"gate": "conv-gap", "router": "gap-fc"}, "gate: 'conv-gap' is a router"),
         ("conv_moe", {"gate": "gap-cf"}, "gap-cf"),
         ("block_moe", {"gate_after": "norm"}, "gate_after"),
+        ("conv_moe", {"arch": "deit_tiny", "moe_at": ("patch*",), "gate_after": "norm"}, "gate_after: deit_tiny"),
+        ("conv_moe", {"arch": "densenet40", "moe_at": ("*.conv2",), "gate_after": "norm"}, "gate_after: densenet40"),
         ("block_moe", {"capacity": 0.5}, "capacity: expected a finite number of at least 1"),
     ],
 )
