@@ -25,6 +25,7 @@ from advmoe.profiling import profile
 from advmoe.routers import limited_choice, observe_routers, routers_of
 from advmoe.training.methods import Batch, build_method
 from moe_kernels import Routing, fuse
+from moe_kernels.routing import GATES as ROUTING_GATES
 
 EXPERTS = 4
 GATES = ("gap-fc", "conv-gap", "double-conv")
@@ -199,7 +200,7 @@ def test_places() -> None:
         ("block_moe", {"layout": "windows"}, "layout"),
         ("conv_moe", {"top_k": 5}, "top_k: expected at most the 4 experts"),
         ("conv_moe", {"gate": "conv-gap", "router": "gap-fc"}, "gate: 'conv-gap' is a router"),
-        ("conv_moe", {"gate": "gap-cf"}, "gap-cf"),
+        ("conv_moe", {"gate": "gap-cf"}, "gate: .*got 'gap-cf'; did you mean gap-fc"),
         ("block_moe", {"gate_after": "norm"}, "gate_after"),
         ("conv_moe", {"arch": "deit_tiny", "moe_at": ("patch*",), "gate_after": "norm"}, "gate_after: deit_tiny"),
         ("conv_moe", {"arch": "densenet40", "moe_at": ("*.conv2",), "gate_after": "norm"}, "gate_after: densenet40"),
@@ -217,6 +218,9 @@ def test_a_gate_may_be_a_routers_name() -> None:
     config = ModelConfig(kind="conv_moe", gate="double-conv")
     assert (config.router, config.gate) == ("double-conv", "straight_through")
     assert (ModelConfig(kind="block_moe").router, ModelConfig(kind="block_moe", top_k=2).gate) == ("gap-fc", "softmax")
+    for kind in ("dense", "moe"):  # also where a gate has no effect a wrong one is a slip
+        with pytest.raises(ValueError, match=f"gate: expected one of {', '.join(ROUTING_GATES)}, got 'gap-fc'"):
+            ModelConfig(kind=kind, gate="gap-fc")
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
