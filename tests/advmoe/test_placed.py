@@ -260,7 +260,8 @@ def test_fused_it_is_the_same(kind: str, top_k: int) -> None:
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("kind", ["block_moe", "conv_moe"])
 def test_the_softmax_mixture_that_an_attack_follows_is_that_of_the_experts_outputs(kind: str, top_k: int) -> None:
-    model = build(kind, moe_at=("layer4.1",), top_k=top_k).eval()
+    place = "layer4.1" if kind == "block_moe" else "layer4.1.conv1"
+    model = build(kind, moe_at=(place,), top_k=top_k).eval()
     x, y = images(5).requires_grad_(), images(5).requires_grad_()
     with RoutingView(model, "soft") as view:
         got = view.logits(x, torch.arange(5), 5)
@@ -270,17 +271,19 @@ def test_the_softmax_mixture_that_an_attack_follows_is_that_of_the_experts_outpu
     for mixture in loop.modules():
         if isinstance(mixture, Loop):
             mixture.router.options = dataclasses.replace(mixture.router.options, top_k=EXPERTS, gate="softmax")
-    if kind == "block_moe":  # of one mixture behind all else its derivative by the loop's output is the model's
-        weight = torch.randn_like(got)
-        (got * weight).sum().backward()
-        features: dict[str, Tensor] = {}
-        inner = model.layer4[1].register_forward_hook(lambda m, i, o: features.update(value=o.detach()))
-        model(y.detach())
-        inner.remove()
-        outer = loop.layer4[1].register_forward_hook(lambda m, i, o: o - o.detach() + features["value"])
-        (loop(y) * weight).sum().backward()
-        outer.remove()
-        torch.testing.assert_close(x.grad, y.grad, rtol=1e-8, atol=1e-12)
+    # the loop over all experts, with the model's own value behind it
+    weight = torch.randn_like(got)
+    (got * weight).sum().backward()
+    features: dict[str, Tensor] = {}
+    inner = model.get_submodule(place).register_forward_hook(lambda m, i, o: features.update(value=o.detach()))
+    model(y.detach())
+    inner.remove()
+    loop.get_submodule(place).register_forward_hook(lambda m, i, o: o - o.detach() + features["value"])
+    (loop(y) * weight).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-8, atol=1e-12)
+    z = images(5).requires_grad_()
+    (model(z) * weight).sum().backward()
+    assert (x.grad - z.grad).abs().max() > 1e-3 * x.grad.abs().max()  # which is another than the model's own
 
 
 # --- capacity -----------------------------------------------------------------------------------------------------------
@@ -385,8 +388,12 @@ def test_a_step_adds_the_balance_of_its_own_forward_once(kind: str, balance: str
 
     method._adversarial = remember  # type: ignore[method-assign]
     model.train()
-    result = method.step([Batch(images(12, torch.float32), torch.arange(12) % 10, torch.Generator().manual_seed(0))])
-    assert result.losses["balance"] == pytest.approx(balance_of(attacked[0]), rel=1e-4)
+    labels = torch.arange(12) % 10
+    result = method.step([Batch(images(12, torch.float32), labels, torch.Generator().manual_seed(0))])
+    with torch.no_grad():
+        loss = float(F.cross_entropy(copy.deepcopy(twin)(attacked[0]), labels))
+    expected = balance_of(attacked[0])
+    assert result.losses == pytest.approx({"loss": loss + 0.5 * expected, "balance": expected}, rel=1e-4)
 
 
 def test_variance_by_hand() -> None:
