@@ -72,9 +72,9 @@ class RouterOptions:
             the first step on, whatever the router has learned, and its probabilities differ among images. None: as the
             router's class has it (:attr:`Router.standardized`).
         top_k: experts for each sample; with more than one the gate is ``"softmax"`` or ``"none"``.
-        capacity: in training an expert takes at most ``ceil(capacity * B * top_k / N)`` choices of a batch of B, at least
-            ``top_k``; what is above goes to the next best experts (:func:`limited_choice`). None: no limit. In eval mode
-            there is none: an answer does not depend on the batch.
+        capacity: in training an expert takes at most ``ceil(capacity * B * top_k / N)`` choices of a forward's B samples,
+            at least ``top_k``; what is above goes to the next best experts (:func:`limited_choice`). None: no limit. In
+            eval mode there is none: an answer does not depend on the batch.
 
     Raises:
         ValueError: for a value out of range.
