@@ -72,9 +72,9 @@ class RouterOptions:
             the first step on, whatever the router has learned, and its probabilities differ among images. None: as the
             router's class has it (:attr:`Router.standardized`).
         top_k: experts for each sample; with more than one the gate is ``"softmax"`` or ``"none"``.
-        capacity: in training an expert takes at most ``ceil(capacity * B * top_k / N)`` choices of a batch of B, at least
-            ``top_k``; what is above goes to the next best experts (:func:`limited_choice`). None: no limit. In eval mode
-            there is none: an answer does not depend on the batch.
+        capacity: in training an expert takes at most ``ceil(capacity * B * top_k / N)`` choices of a forward's B samples,
+            at least ``top_k``; what is above goes to the next best experts (:func:`limited_choice`). None: no limit. In
+            eval mode there is none: an answer does not depend on the batch.
 
     Raises:
         ValueError: for a value out of range.
@@ -212,30 +212,27 @@ def limited_choice(scores: Tensor, top_k: int, capacity: float) -> Tensor:
     layers fills experts in that order.)
     """
     samples, experts = scores.shape
+    scores = scores.clamp_min(torch.finfo(scores.dtype).min)  # minus infinity is for what is not to be had
     room = max(top_k, math.ceil(capacity * samples * top_k / experts))
     left = torch.full((experts,), room, device=scores.device)
     taken = torch.zeros_like(scores, dtype=torch.bool)
     expert = torch.empty((samples, top_k), dtype=torch.int64, device=scores.device)
     for choice in range(top_k):
-        open_to = ~taken
         waiting = torch.ones(samples, dtype=torch.bool, device=scores.device)
-        for _ in range(experts):  # each round fills an expert, or places all
-            allowed = open_to & (left > 0)
+        while waiting.any():  # each round fills an expert, or places all
+            allowed = ~taken & (left > 0)
             # nothing with room is left: whatever the sample has not yet
-            allowed = torch.where(allowed.any(1, keepdim=True), allowed, ~taken)
-            forced = ~(open_to & (left > 0)).any(1)
-            wanted = scores.masked_fill(~allowed, -math.inf).argmax(1)
-            for e in range(experts):
-                here = (waiting & (wanted == e) & ~forced).nonzero().squeeze(1)
+            forced = ~allowed.any(1)
+            wanted = scores.masked_fill(~torch.where(forced[:, None], ~taken, allowed), -math.inf).argmax(1)
+            rest = waiting & forced
+            expert[rest, choice] = wanted[rest]
+            waiting &= ~rest
+            for e in wanted[waiting].unique().tolist():
+                here = (waiting & (wanted == e)).nonzero().squeeze(1)
                 first = here[scores[here, e].argsort(descending=True, stable=True)][: int(left[e])]
                 expert[first, choice] = e
                 waiting[first] = False
                 left[e] -= len(first)
-            rest = waiting & forced
-            expert[rest, choice] = wanted[rest]
-            waiting &= ~rest
-            if not waiting.any():
-                break
         taken.scatter_(1, expert[:, choice : choice + 1], True)
     return expert[:, 0] if top_k == 1 else expert
 

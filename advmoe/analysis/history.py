@@ -136,7 +136,8 @@ def collapse(
         phases: what begins behind an epoch; drawn as a line there.
 
     Columns: ``layer``, ``epoch``, ``experts`` (N), ``entropy`` over log N (1: all are used alike, 0: one takes
-    everything; 0 with one expert), ``top`` (the share of the most used expert), ``top_expert``.
+    everything; 0 with one expert), ``top`` (the share of the most used expert), ``top_expert``. Of k choices for each
+    image an expert's share of all choices is 1 / k at most, and the entropy log k / log N at least.
 
     Raises:
         ValueError: if no line has ``expert_usage``.

@@ -66,8 +66,9 @@ class PGD:
         keep_start: False: the one step goes from the image and not from the random start, where its gradient is taken.
 
     Raises:
-        ValueError: for a setting that is unknown or out of range, for ``keep_start=False`` with several steps, and for
-            ``loss="kl"`` without a random start: at the clean image itself KL from the clean prediction has no gradient.
+        ValueError: for a setting that is unknown or out of range, for ``keep_start=False`` with several steps or without
+            a random start, and for ``loss="kl"`` without one: at the clean image itself KL from the clean prediction has
+            no gradient.
 
     "Fooled" is a wrong prediction of the model as it is, also where the attack holds its routing; for ``against="flip"``,
     that all choices of the sample have changed.
@@ -109,6 +110,8 @@ class PGD:
             )
         if not self.keep_start and self.steps != 1:
             raise ValueError(f"keep_start: False is of one step, got {self.steps}")
+        if not self.keep_start and self.random_start is False:
+            raise ValueError("keep_start: False is without effect where random_start is False")
         for name in ("steps", "restarts", "eot"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")

@@ -161,10 +161,13 @@ def read_gate(kind: str, router: str | None, gate: str | None) -> tuple[str | No
     their ``gate`` may name one.
 
     Raises:
-        ValueError: if both name a router.
+        ValueError: for a gate that is none, or if both name a router.
     """
-    if kind not in PLACED or gate is None or gate in GATES or gate not in list_routers():
+    if gate is None or gate in GATES:
         return router, gate
+    known = (*GATES, *list_routers()) if kind in PLACED else GATES
+    if gate not in known:
+        raise unknown_name("gate", gate, known)
     if router is not None:
         raise ValueError(f"gate: {gate!r} is a router, and router {router!r} is given too")
     return gate, None

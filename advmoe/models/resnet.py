@@ -163,7 +163,8 @@ class ResNet(Backbone):
         initialize(self)
 
     def run(self, x: Tensor, path: Path) -> Tensor:
-        x = self._behind_stem(self.pool(path.activate(self.conv1, x, self.bn1)), path)
+        stem = path.activate(self.conv1, x, self.bn1, self.spec.gate_after == "norm")
+        x = self._behind_stem(self.pool(stem), path)
         for name in self.stages:
             x = getattr(self, name)(x, path)
         return path.linear(self.linear, path.features(x))

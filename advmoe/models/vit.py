@@ -126,6 +126,8 @@ class VisionTransformer(Backbone):
             raise ValueError(
                 f"kind: {spec.arch} has no channels of convolutions to remove; expected dense, s_dense or moe"
             )
+        if spec.gate_after != "conv":
+            raise ValueError(f"gate_after: {spec.arch} has no BatchNorms; expected 'conv'")
         if spec.stem is not None:
             raise ValueError(f"stem: {spec.arch} has patches instead, got {spec.stem!r}")
         if spec.image_size % patch:

@@ -186,6 +186,8 @@ def analyze(
             raise unknown_name("analysis", name, ANALYSES)
     if not sources and reproduced is None:
         raise ValueError("analyze: expected at least one run, or the folder of reproduced ones, got neither")
+    if layers is not None and "experts_alone" not in (only or ()):
+        raise ValueError("layers: of experts_alone, which is made where it is named (--only experts_alone)")
     found = from_name(attack, 0.0)
     if not isinstance(found, PGD) or found.norm != "linf":
         raise ValueError(f"attack: expected a PGD in L-inf, which moves every image, such as pgd50; got {attack!r}")
@@ -430,10 +432,12 @@ def _history(name: str, source: _Source) -> Finding:
 
 
 def _followed(layer: str, routers: Collection[str]) -> str:
-    """What the router routes whose choice a layer follows: the layer itself, or what it lies in."""
-    while layer and layer not in routers:
-        layer = layer.rpartition(".")[0]
-    return layer
+    """What the router routes whose choice a layer follows: the layer itself, or what it lies in; the layer also where its
+    name does not say (of VGG a router lies beside what it routes, a shortcut between windows has none)."""
+    around = layer
+    while around and around not in routers:
+        around = around.rpartition(".")[0]
+    return around if around in routers else layer
 
 
 def _open(

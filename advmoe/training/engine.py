@@ -352,12 +352,14 @@ class Trainer:
             self.epoch + 1, self.config.epochs, self._mean("loss"), 100 * result.sa, 100 * robust.ra, attack,
             self._speed(), ", experts shared" if self.method.sharing else "",
         )  # fmt: skip
-        collapsed = [name for name, usage in result.usage.items() if len(usage) > 1 and max(usage) >= COLLAPSED]
+        k = self.config.model.top_k
+        collapsed = [n for n, use in result.usage.items() if len(use) > k and sum(sorted(use)[-k:]) >= COLLAPSED]
         fixed = any(isinstance(router, FixedRouter) for router in routers_of(self.model).values())
         if collapsed and not self.method.sharing and not fixed:
             everywhere = len(collapsed) == len(result.usage) > 1
             where = f"all {len(collapsed)} routed layers" if everywhere else ", ".join(collapsed)
-            logger.warning("epoch %d: one expert takes all samples in %s", self.epoch + 1, where)
+            who = "one expert takes" if k == 1 else f"{k} experts take"
+            logger.warning("epoch %d: %s all samples in %s", self.epoch + 1, who, where)
         # an undefended model's RA is noise near zero
         score = result.sa if self.config.method.name == "standard" else robust.ra
         improved = score > self.best and self.method.may_be_best(self.epoch, self.config.epochs)

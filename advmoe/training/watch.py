@@ -20,15 +20,15 @@ from .parallel import ALONE, World
 __all__ = ["COLLAPSED", "RouterWatch"]
 
 logger = logging.getLogger("advmoe")
-COLLAPSED = 0.999  # share of one expert from which on a router is reported
+COLLAPSED = 0.999  # share of one expert, or of the k most used of a top-k choice, from which on a router is reported
 _EVERY = 10  # steps; counting costs a little at each layer
 _STEPS = 5  # watched steps that have to agree
 
 
 class RouterWatch:
     """Counts the choices of every tenth step's training forwards, and warns of each router that sent all of the samples
-    of five such steps to one expert: once, and again only after it has recovered. Of ``world`` all processes' samples
-    count."""
+    of five such steps to one expert, or to the same k of a top-k choice: once, and again only after it has recovered. Of
+    ``world`` all processes' samples count."""
 
     def __init__(self, model: nn.Module, world: World = ALONE) -> None:
         self.model = model
@@ -46,7 +46,7 @@ class RouterWatch:
 
         def observe(router: Router, scores: Tensor, routing: Routing) -> None:
             training = self.model.training or router.training  # attacks look at all of it in eval mode
-            if training and routing.num_experts > 1 and not isinstance(router, FixedRouter):
+            if training and routing.num_experts > routing.top_k and not isinstance(router, FixedRouter):
                 expert = routing.expert.reshape(-1).clamp(0, routing.num_experts - 1)
                 ones = torch.ones_like(expert)
                 # not bincount, which waits for the device
@@ -78,12 +78,15 @@ class RouterWatch:
     def _report(self, position: int) -> None:
         for router, counts in self._counts.items():
             total = torch.stack(list(counts)).sum(0)
-            share = (total.max() / total.sum()).item()
+            k = router.options.top_k
+            share = (total.topk(k).values.sum() / total.sum()).item()
             if share < COLLAPSED:
                 self._reported.discard(router)
             elif len(counts) == _STEPS and router not in self._reported:
                 self._reported.add(router)
+                most = sorted(total.topk(k).indices.tolist())
+                who = f"expert {most[0]}" if k == 1 else f"experts {', '.join(map(str, most))}"
                 logger.warning(
-                    "step %d: the router of %s has collapsed: expert %d took %.1f %% of the samples of %d steps",
-                    position + 1, router.routes or "all layers", int(total.argmax()), 100 * share, _STEPS,
+                    "step %d: the router of %s has collapsed: %s took %.1f %% of the samples of %d steps",
+                    position + 1, router.routes or "all layers", who, 100 * share, _STEPS,
                 )  # fmt: skip

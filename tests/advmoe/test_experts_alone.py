@@ -22,8 +22,8 @@ from advmoe.attacks import PGD
 from advmoe.config import ModelConfig
 from advmoe.data import TensorSplit, stream_generator
 from advmoe.evaluation import evaluate, wilson
-from advmoe.models import create_model
-from advmoe.report.analyses import analyze
+from advmoe.models import create_model, record_routing
+from advmoe.report.analyses import _followed, analyze
 from advmoe.routers import Router, only_expert, routers_of
 from advmoe.training import Run, train
 from moe_kernels import RoutedLinear
@@ -263,6 +263,23 @@ def test_a_run_has_its_layers_use_on_record(runs: Path) -> None:
         assert [float(row["top"]) for row in rows if row["layer"] == layers[0]] == pytest.approx(top)
 
 
+def test_layers_that_lie_beside_their_router_are_shown_each() -> None:
+    torch.manual_seed(0)
+    for arch, options, alone in (
+        ("vgg16_bn", {"route_per": "stage"}, 12),
+        ("resnet18", {"layout": "windows"}, 19),  # three of them shortcuts, which follow their block's last choice
+        ("resnet18", {"route_per": "block"}, 8),
+        ("resnet18", {"route_per": "network"}, 1),
+        ("resnet18", {"router": "global"}, 1),
+    ):
+        network = create_model(arch, "moe", width=4, num_experts=EXPERTS, **options).eval()
+        with record_routing(network) as recorded, torch.no_grad():
+            network(torch.rand(2, 3, 32, 32))
+        layers = [name for name in recorded if name != "linear"]
+        routers = {router.routes for router in routers_of(network).values()}
+        assert len({_followed(layer, routers) for layer in layers}) == alone
+
+
 def test_the_command(runs: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"attack": "pgd2", "limit": 30, "device": "cpu"}
     one = analyze([runs / "block"], only=["experts_alone", "epsilons"], **settings)
@@ -280,5 +297,8 @@ def test_the_command(runs: Path, tmp_path: Path) -> None:
     assert [(s.source, "--layers says which" in s.reason) for s in both.skipped] == [("moe", True)]
     named = analyze([runs / "moe"], only=["experts_alone"], layers=["layer1"], **settings)
     assert {row["layer"] for row in table(named.written[0].finding)} == {"", "layer1.0.conv1", "layer1.0.conv2"}
+    for only in (None, ["collapse"]):
+        with pytest.raises(ValueError, match="layers: of experts_alone"):
+            analyze([runs / "moe"], only=only, layers=["layer1"], **settings)
     unasked = analyze([runs / "block"], **settings)
     assert any(s.name == "experts_alone" and "--only experts_alone" in s.reason for s in unasked.skipped)

@@ -290,6 +290,8 @@ def test_a_step_from_the_image_is_of_one_step_alone() -> None:
     assert "the step from the image" in PGD(0.1, 0.1, 1, keep_start=False).describe()
     with pytest.raises(ValueError, match="keep_start: False is of one step, got 2"):
         PGD(0.1, 0.1, 2, keep_start=False)
+    with pytest.raises(ValueError, match="keep_start: False is without effect where random_start is False"):
+        PGD(0.1, 0.1, 1, random_start=False, keep_start=False)
 
 
 # --- both ---

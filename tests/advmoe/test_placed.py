@@ -25,6 +25,7 @@ from advmoe.profiling import profile
 from advmoe.routers import limited_choice, observe_routers, routers_of
 from advmoe.training.methods import Batch, build_method
 from moe_kernels import Routing, fuse
+from moe_kernels.routing import GATES as ROUTING_GATES
 
 EXPERTS = 4
 GATES = ("gap-fc", "conv-gap", "double-conv")
@@ -159,6 +160,16 @@ def test_gates_behind_the_batch_norm() -> None:
     torch.testing.assert_close(got, F.relu(twin.bn2(twin.conv2(y)) + x))
 
 
+@pytest.mark.parametrize(("arch", "at"), [("resnet18", "conv1"), ("vgg16_bn", "features.0"), ("resnet18", "layer4")])
+def test_every_mixture_has_its_gates_behind_the_batch_norm(arch: str, at: str) -> None:
+    model = build("conv_moe", arch, moe_at=(at,), gate_after="norm").eval()
+    behind: list[Any] = []
+    for mixture in mixtures(model).values():
+        mixture.register_forward_pre_hook(lambda module, args: behind.append(args[1]))
+    model(images(2))
+    assert len(behind) == len(mixtures(model)) and all(isinstance(each, nn.BatchNorm2d) for each in behind)
+
+
 def test_places() -> None:
     names = {
         ("block_moe", None): ["layer4.0", "layer4.1"],
@@ -189,8 +200,10 @@ def test_places() -> None:
         ("block_moe", {"layout": "windows"}, "layout"),
         ("conv_moe", {"top_k": 5}, "top_k: expected at most the 4 experts"),
         ("conv_moe", {"gate": "conv-gap", "router": "gap-fc"}, "gate: 'conv-gap' is a router"),
-        ("conv_moe", {"gate": "gap-cf"}, "gap-cf"),
+        ("conv_moe", {"gate": "gap-cf"}, "gate: .*got 'gap-cf'; did you mean gap-fc"),
         ("block_moe", {"gate_after": "norm"}, "gate_after"),
+        ("conv_moe", {"arch": "deit_tiny", "moe_at": ("patch*",), "gate_after": "norm"}, "gate_after: deit_tiny"),
+        ("conv_moe", {"arch": "densenet40", "moe_at": ("*.conv2",), "gate_after": "norm"}, "gate_after: densenet40"),
         ("block_moe", {"capacity": 0.5}, "capacity: expected a finite number of at least 1"),
     ],
 )
@@ -205,6 +218,9 @@ def test_a_gate_may_be_a_routers_name() -> None:
     config = ModelConfig(kind="conv_moe", gate="double-conv")
     assert (config.router, config.gate) == ("double-conv", "straight_through")
     assert (ModelConfig(kind="block_moe").router, ModelConfig(kind="block_moe", top_k=2).gate) == ("gap-fc", "softmax")
+    for kind in ("dense", "moe"):  # also where a gate has no effect a wrong one is a slip
+        with pytest.raises(ValueError, match=f"gate: expected one of {', '.join(ROUTING_GATES)}, got 'gap-fc'"):
+            ModelConfig(kind=kind, gate="gap-fc")
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -244,7 +260,8 @@ def test_fused_it_is_the_same(kind: str, top_k: int) -> None:
 @pytest.mark.parametrize("top_k", [1, 2])
 @pytest.mark.parametrize("kind", ["block_moe", "conv_moe"])
 def test_the_softmax_mixture_that_an_attack_follows_is_that_of_the_experts_outputs(kind: str, top_k: int) -> None:
-    model = build(kind, moe_at=("layer4.1",), top_k=top_k).eval()
+    place = "layer4.1" if kind == "block_moe" else "layer4.1.conv1"
+    model = build(kind, moe_at=(place,), top_k=top_k).eval()
     x, y = images(5).requires_grad_(), images(5).requires_grad_()
     with RoutingView(model, "soft") as view:
         got = view.logits(x, torch.arange(5), 5)
@@ -254,58 +271,70 @@ def test_the_softmax_mixture_that_an_attack_follows_is_that_of_the_experts_outpu
     for mixture in loop.modules():
         if isinstance(mixture, Loop):
             mixture.router.options = dataclasses.replace(mixture.router.options, top_k=EXPERTS, gate="softmax")
-    if kind == "block_moe":  # of one mixture behind all else its derivative by the loop's output is the model's
-        weight = torch.randn_like(got)
-        (got * weight).sum().backward()
-        features: dict[str, Tensor] = {}
-        inner = model.layer4[1].register_forward_hook(lambda m, i, o: features.update(value=o.detach()))
-        model(y.detach())
-        inner.remove()
-        outer = loop.layer4[1].register_forward_hook(lambda m, i, o: o - o.detach() + features["value"])
-        (loop(y) * weight).sum().backward()
-        outer.remove()
-        torch.testing.assert_close(x.grad, y.grad, rtol=1e-8, atol=1e-12)
+    # the loop over all experts, with the model's own value behind it
+    weight = torch.randn_like(got)
+    (got * weight).sum().backward()
+    features: dict[str, Tensor] = {}
+    inner = model.get_submodule(place).register_forward_hook(lambda m, i, o: features.update(value=o.detach()))
+    model(y.detach())
+    inner.remove()
+    loop.get_submodule(place).register_forward_hook(lambda m, i, o: o - o.detach() + features["value"])
+    (loop(y) * weight).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-8, atol=1e-12)
+    z = images(5).requires_grad_()
+    (model(z) * weight).sum().backward()
+    assert (x.grad - z.grad).abs().max() > 1e-3 * x.grad.abs().max()  # which is another than the model's own
 
 
 # --- capacity -----------------------------------------------------------------------------------------------------------
 
 
 def greedy(scores: Tensor, top_k: int, capacity: float) -> Tensor:
-    """By hand for one choice: the highest score of all that is still wanted first."""
+    """By hand: each sample in turn gets what it wants most of what has room, those of higher scores first; one that has
+    all that has room takes another all the same."""
     samples, experts = scores.shape
     room = [max(top_k, -(-round(capacity * samples * top_k * 1000) // (experts * 1000)))] * experts
-    expert = torch.full((samples,), -1)
-    waiting = set(range(samples))
-    while waiting:
-        full = [e for e in range(experts) if room[e] == 0]
-        wants: dict[int, list[int]] = {}
-        for i in sorted(waiting):
-            best = max((e for e in range(experts) if e not in full), key=lambda e: (scores[i, e].item(), -e))
-            wants.setdefault(best, []).append(i)
-        for e, those in wants.items():
-            for i in sorted(those, key=lambda i: (-scores[i, e].item(), i))[: room[e]]:
-                expert[i] = e
-                waiting.discard(i)
-            room[e] = max(0, room[e] - len(those))
+    expert = torch.full((samples, top_k), -1)
+    for choice in range(top_k):
+        waiting = set(range(samples))
+        while waiting:
+            wants: dict[int, list[int]] = {}
+            for i in sorted(waiting):
+                others = [e for e in range(experts) if e not in expert[i]]
+                free = [e for e in others if room[e]]
+                best = max(free or others, key=lambda e: (scores[i, e].item(), -e))
+                if free:
+                    wants.setdefault(best, []).append(i)
+                else:
+                    expert[i, choice] = best
+                    waiting.discard(i)
+            for e, those in wants.items():
+                for i in sorted(those, key=lambda i: (-scores[i, e].item(), i))[: room[e]]:
+                    expert[i, choice] = e
+                    waiting.discard(i)
+                room[e] = max(0, room[e] - len(those))
     return expert
 
 
 @pytest.mark.parametrize("capacity", [1.0, 1.25, 2.0])
-@pytest.mark.parametrize(("samples", "experts"), [(1, 4), (3, 4), (16, 4), (17, 3), (40, 8)])
+@pytest.mark.parametrize(("samples", "experts"), [(0, 4), (1, 4), (3, 4), (16, 4), (17, 3), (40, 8)])
 def test_no_expert_takes_more_than_its_capacity(samples: int, experts: int, capacity: float) -> None:
-    scores = torch.randn(samples, experts, generator=torch.Generator().manual_seed(samples)) + torch.linspace(
-        2, 0, experts
-    )
-    chosen = limited_choice(scores, 1, capacity)
-    assert torch.equal(chosen, greedy(scores, 1, capacity))
-    for k in (1, 2, min(3, experts)):
-        several = limited_choice(scores, k, capacity).view(samples, k)
-        assert all(len(set(row.tolist())) == k for row in several)
-        room = max(k, -(-round(capacity * samples * k * 1000) // (experts * 1000)))
-        counts = torch.bincount(several.flatten(), minlength=experts)
-        assert counts.max() <= room or k > 1  # further choices may have to go where a sample has not been
-    unlimited = limited_choice(scores, 2, float(experts))
-    assert torch.equal(unlimited, scores.topk(2, 1).indices)
+    drawn = torch.randn(samples, experts, generator=torch.Generator().manual_seed(samples))
+    for scores in (drawn + torch.linspace(2, 0, experts), drawn.round()):  # one is liked most; many are equal
+        for k in (1, 2, 3):
+            chosen = limited_choice(scores, k, capacity)
+            assert chosen.shape == ((samples,) if k == 1 else (samples, k))
+            assert torch.equal(chosen.view(samples, k), greedy(scores, k, capacity))
+            assert all(len(set(row.tolist())) == k for row in chosen.view(samples, k))
+    assert torch.equal(limited_choice(drawn, 2, float(experts)), drawn.topk(2, 1).indices)
+
+
+def test_scores_of_minus_infinity_have_a_place_too() -> None:
+    """The scores of a GPU are not looked at before."""
+    low = -float("inf")
+    scores = torch.tensor([[0.0, low], [1.0, low], [2.0, low], [low, low]])
+    assert limited_choice(scores, 1, 1.0).tolist() == [1, 0, 0, 1]
+    assert limited_choice(scores, 2, 1.0).tolist() == [[0, 1], [0, 1], [0, 1], [0, 1]]
 
 
 def test_capacity_holds_in_training_alone() -> None:
@@ -359,8 +388,12 @@ def test_a_step_adds_the_balance_of_its_own_forward_once(kind: str, balance: str
 
     method._adversarial = remember  # type: ignore[method-assign]
     model.train()
-    result = method.step([Batch(images(12, torch.float32), torch.arange(12) % 10, torch.Generator().manual_seed(0))])
-    assert result.losses["balance"] == pytest.approx(balance_of(attacked[0]), rel=1e-4)
+    labels = torch.arange(12) % 10
+    result = method.step([Batch(images(12, torch.float32), labels, torch.Generator().manual_seed(0))])
+    with torch.no_grad():
+        loss = float(F.cross_entropy(copy.deepcopy(twin)(attacked[0]), labels))
+    expected = balance_of(attacked[0])
+    assert result.losses == pytest.approx({"loss": loss + 0.5 * expected, "balance": expected}, rel=1e-4)
 
 
 def test_variance_by_hand() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from advmoe.attacks import NonFiniteGradientError
 from advmoe.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, RoutingConfig, RunConfig
-from advmoe.routers import FixedRouter, NonFiniteRouterError, Router, routers_of
+from advmoe.routers import FixedRouter, NonFiniteRouterError, Router, RouterOptions, routers_of
 from advmoe.training import Method, NonFiniteLossError, Standard, StepResult, build_method, train
 from advmoe.training.methods import Batch
 from advmoe.training.parallel import World
@@ -76,6 +76,35 @@ def test_a_collapsed_router_is_reported_within_fifty_steps_and_once(caplog: pyte
     end = steps(watch, net, BALANCED, BALANCED, start=end)  # recovered
     end = steps(watch, net, BALANCED, [2] * 4, start=end)
     assert warnings_of(caplog) == [f"step 41: {said}", f"step {end - 9}: {said}"]
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ([[2.0, 0, 1], [1.0, 0, 2]], "experts 0, 2 took 100.0 %"),
+        ([[2.0, 0, 1], [2.0, 1, 0]], None),  # one expert takes all, but not the same two
+    ],
+)
+def test_of_several_choices_the_same_ones_are_a_collapse(
+    caplog: pytest.LogCaptureFixture, scores: list[list[float]], said: str | None
+) -> None:
+    router = Given(3, 3)
+    router.options = RouterOptions(gate="softmax", top_k=2)
+    watch = RouterWatch(router)
+    for position in range(50):
+        with watch.watching(position):
+            router.route(torch.tensor(scores))
+    assert [said in each if said else False for each in warnings_of(caplog)] == ([True] if said else [])
+
+
+def test_as_many_choices_as_experts_cannot_collapse(caplog: pytest.LogCaptureFixture) -> None:
+    router = Given(2, 2)
+    router.options = RouterOptions(gate="softmax", top_k=2)
+    watch = RouterWatch(router)
+    for position in range(50):
+        with watch.watching(position):
+            router.route(torch.tensor([[1.0, 0.0]]))
+    assert not warnings_of(caplog)
 
 
 def test_a_resumed_run_is_watched_from_where_it_goes_on(caplog: pytest.LogCaptureFixture) -> None:
@@ -184,6 +213,22 @@ def test_a_run_reports_within_the_epoch(
     )
     assert len(own) == 2 and own[1].startswith("epoch 1: one expert takes all samples in ")
     assert own[0] in (run.folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(("experts", "expected"), [(3, True), (2, False)])
+def test_a_run_reports_the_same_two_of_three_experts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, experts: int, expected: bool
+) -> None:
+    place = "layer2.0.conv1"
+    forced(place, experts - 1, -1000.0, monkeypatch)
+    model = ModelConfig(SMALL, "conv_moe", width=4, num_experts=experts, top_k=2, moe_at=(place,))
+    with caplog.at_level(logging.WARNING, logger="advmoe"):
+        train(config(optim=OptimConfig(lr=0.001), model=model), tmp_path / "run", quiet=True)
+    own = warnings_of(caplog)
+    assert len(own) == 2 * expected
+    if expected:
+        assert own[0].startswith(f"step 41: the router of {place} has collapsed: experts 0, 1 took 100.0 %")
+        assert own[1] == f"epoch 1: 2 experts take all samples in {place}.experts"
 
 
 @pytest.mark.parametrize("router", ["fixed", "random"])
