@@ -129,9 +129,11 @@ def balance_loss(scores: Tensor, kind: str) -> Tensor:
     The last three as in robust sparse MoE layers (Pavlitska et al., ICCVW 2025) but for constants: log N, 1 / sqrt(N).
 
     Raises:
-        ValueError: for an unknown kind.
+        ValueError: for an unknown kind, or no samples.
     """
-    experts = scores.shape[1]
+    samples, experts = scores.shape
+    if samples == 0:
+        raise ValueError(f"scores: expected some samples, got shape {[samples, experts]}")
     scores = _wide(scores)
     # the difference of two scores may overflow, and 0 * -inf is no number
     log_p = F.log_softmax(scores, dim=1).clamp_min(torch.finfo(scores.dtype).min)

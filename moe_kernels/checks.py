@@ -62,10 +62,15 @@ def routing(expert: Any, gate: Any, num_experts: Any) -> None:
         raise ValueError(f"gate: expected device {expert.device} as expert, got {gate.device}")
 
 
-def choice_of(expert: Tensor, samples: int, top_k: int) -> None:
-    shape = (samples,) if top_k == 1 else (samples, top_k)
-    if expert.dtype != torch.int64 or tuple(expert.shape) != shape:
-        raise ValueError(f"expert: expected int64 {list(shape)}, got {expert.dtype} {list(expert.shape)}")
+def choice_of(expert: Tensor, scores: Tensor, top_k: int) -> None:
+    """Of a choice that is made elsewhere: its form, and its range where values are readable."""
+    shape = scores.shape[:1] if top_k == 1 else (scores.shape[0], top_k)
+    if expert.dtype != torch.int64 or expert.shape != shape or expert.device != scores.device:
+        raise ValueError(
+            f"expert: expected int64 {list(shape)} on {scores.device}, "
+            f"got {expert.dtype} {list(expert.shape)} on {expert.device}"
+        )
+    experts("expert", expert, scores.shape[1])
 
 
 def scores(value: Any, top_k: Any, gate: Any, gates: tuple[str, ...]) -> None:

@@ -104,7 +104,7 @@ class Routing:
                 ``"raw_straight_through"``: value 1, gradient onto the chosen score alone, as AdvMoE's released code
                 does; it diverges easily. ``"none"``: no gate.
             expert: int64 ``[B]``, or ``[B, top_k]`` for more than one: another choice than the highest scores, such as
-                one under a limit of each expert's samples; the gates are these experts'.
+                one under a limit of each expert's samples; the gates are these experts'. On the scores' device.
 
         Raises:
             ValueError: if a score is NaN (on the CPU in eager mode; on other devices that sample's expert is
@@ -114,7 +114,7 @@ class Routing:
         checks.scores(scores, top_k, gate, GATES)
         num_experts = scores.shape[1]
         if expert is not None:
-            checks.choice_of(expert, scores.shape[0], top_k)
+            checks.choice_of(expert, scores, top_k)
         elif top_k == 1:
             expert = choose(scores.detach()) if fusing() else _first_argmax(scores.detach())
         else:
@@ -125,7 +125,7 @@ class Routing:
             # layers answer with NaN, and validate() raises. Looking up such an index would end the process.
             expert = torch.where(scores.detach().isnan().any(1).view(-1, *[1] * (expert.dim() - 1)), num_experts, expert)
         if scores.device.type != "cpu":
-            index = index.clamp_max(num_experts - 1)
+            index = index.clamp(0, num_experts - 1)
         value, unit = None, False
         if gate == "softmax":
             value = scores.softmax(1).gather(1, index) if top_k == 1 else scores.gather(1, index).softmax(1)

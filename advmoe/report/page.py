@@ -30,7 +30,7 @@ from ..attacks import PGD, from_name
 from ..config import RunConfig, write_text
 from ..data import load
 from ..evaluation import SUSPECT
-from ..models.base import ROUTED
+from ..models.base import PLACED, ROUTED, WHOLE
 from ..recipes import Catalog
 from ..recipes.sweep import differences, plain
 from ..tables import percent
@@ -208,15 +208,22 @@ def _settings(configs: Sequence[RunConfig]) -> dict[str, Any]:
         "architecture": f"{c.model.arch}, kind {c.model.kind}",
         "width": "the architecture's own" if c.model.width is None else str(c.model.width),
         "experts": str(c.model.num_experts) if routed else NOTHING,
-        "ratio": NOTHING if c.model.kind == "dense" else f"{c.model.ratio:g}",
+        "ratio": NOTHING if c.model.kind in ("dense", *WHOLE, *PLACED) else f"{c.model.ratio:g}",
         "router": f"{c.model.router}, layout {c.model.layout}" if routed else NOTHING,
         "method": c.method.name,
         "epochs": str(c.epochs),
         "batch size": str(c.batch_size),
-        "training attack": f"PGD-{c.attack.steps}, L-inf epsilon {_radius(c.attack.epsilon)}",
+        "training attack": f"{_attack(c)}, L-inf epsilon {_radius(c.attack.epsilon)}",
         "seed": str(c.seed),
     }
     return {"first": {name: [value] for name, value in first.items()}, "all": rows}
+
+
+def _attack(c: RunConfig) -> str:
+    """The attack of its training, by name."""
+    if c.method.name == "free-at":
+        return f"free, {c.method.replays} replays"
+    return "one step" if c.method.name == "fast-at" else f"PGD-{c.attack.steps}"
 
 
 def _text(value: Any, name: str = "") -> str:

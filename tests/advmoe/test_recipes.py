@@ -270,7 +270,7 @@ def test_the_settings_of_robust_sparse_layers(recipes: Catalog) -> None:
         kind, balance = name.split("_")
         assert (c.model.kind, c.model.num_experts, c.model.router) == (f"{kind}_moe", 4, "gap-fc")
         assert (c.model.top_k, c.model.moe_at) == (1, None)
-        assert (c.routing.balance, c.routing.balance_weight) == (balance, 0.5)
+        assert (c.routing.balance, c.routing.balance_weight) == (balance, 1.0 if kind == "block" else 2.0)
 
 
 def test_the_other_scales_say_what_they_are(recipes: Catalog) -> None:

@@ -229,10 +229,14 @@ class Method(ABC):
         shared BatchNorm, and both update the running ones, as in TRADES' and AdvMoE's released code.
         """
         if self.config.objective == "cross_entropy":
-            logits = self.model(adversarial)
-            return cross_entropy(logits, batch.labels), logits
+            return self._cross_entropy(batch, adversarial)
         clean = self.model(batch.images)
         return trades_loss(clean, self.model(adversarial), batch.labels, self.config.beta), clean
+
+    def _cross_entropy(self, batch: Batch, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Its mean over ``images``, and the logits."""
+        logits = self.model(images)
+        return cross_entropy(logits, batch.labels), logits
 
     def _balanced(self, objective: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, dict[str, float]]:
         """The objective's loss plus the routers' balancing loss, its mean over all choices made in its forwards; the

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ...attacks import NonFiniteGradientError, SharedGenerator
-from ...objectives import cross_entropy
 from .base import Batch, Method, StepResult
 
 __all__ = ["FastAT", "FreeAT"]
@@ -29,10 +28,6 @@ class _OneStep(Method):
             raise ValueError(f"attack.steps: {name} takes one step along a gradient, got {self.attack.steps}")
         if self.attack.loss != "ce":
             raise ValueError(f"attack.loss: {name} attacks by cross-entropy, got {self.attack.loss!r}")
-
-    def _cross_entropy(self, batch: Batch, adversarial: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.model(adversarial)
-        return cross_entropy(logits, batch.labels), logits
 
 
 class FreeAT(_OneStep):
