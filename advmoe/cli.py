@@ -40,7 +40,7 @@ from .config import (
 from .data import download, list_data
 from .evaluation import SUSPECT
 from .export import FORMATS, export
-from .models import list_models, router_parameters
+from .models import MODEL_OPTIONS, list_models, router_parameters
 from .models.base import KINDS, LAYOUTS, ROUTE_PER, STEMS, default_router
 from .models.network_moe import MIXES
 from .objectives import BALANCE_LOSSES
@@ -486,6 +486,15 @@ def _model_config(o: argparse.Namespace) -> ModelConfig:
     )  # fmt: skip
 
 
+def _refuse_options_of_other_kinds(o: argparse.Namespace) -> None:
+    every = {name for options in MODEL_OPTIONS.values() for name in options}
+    for flag in o.given:
+        name = flag.removeprefix("--").replace("-", "_")
+        if name in every and name not in MODEL_OPTIONS[o.kind]:
+            kinds = ", ".join(kind for kind, options in MODEL_OPTIONS.items() if name in options)
+            raise ValueError(f"{flag}: without effect on kind {o.kind}; an option of {kinds}")
+
+
 def _method_config(o: argparse.Namespace) -> MethodConfig:
     if o.as_released:
         others = ("--order", "--batches", "--router-objective", "--attack-routers", "--share-attack", "--attack-start")
@@ -539,6 +548,7 @@ def _train(o: argparse.Namespace) -> None:
         share_epochs = o.share_epochs
         if "--kind" not in o.given:  # first: the default router is the kind's
             o.kind = _KIND_OF.get(o.method, o.kind)
+        _refuse_options_of_other_kinds(o)
         model = _model_config(o)
         if o.as_released:
             share_epochs = share_epochs or 0

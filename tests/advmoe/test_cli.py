@@ -400,6 +400,14 @@ def test_a_fault_of_the_program_is_not_hidden(tmp_path: Path, monkeypatch: pytes
         (["train", "--out", "RUN", "--method", "free-at", "--attack-steps", "7"], "attack.steps: free-at takes one step"),
         (["train", "--out", "RUN", "--method", "fast-at", "--replays", "2"], "replays: a setting of the method free-at"),
         (["train", "--out", "RUN", "--as-released", "--drop-start"], "keep_start: a setting of the method fast-at"),
+        (
+            ["train", "--out", "RUN", "--kind", "dense", "--capacity", "0.1"],
+            "--capacity: without effect on kind dense; an option of moe, upcycled, network_moe",
+        ),
+        (
+            ["train", "--out", "RUN", "--moe-at", "layer4", "--method", "rt-er"],
+            "--moe-at: without effect on kind network",
+        ),
         (["train", "--out", "RUN", "--power", "2"], "power: without effect with schedule 'cosine'"),
         (["train", "--out", "RUN", "--nesterov", "--optimizer", "adam"], "nesterov: needs optimizer 'sgd'"),
         (["train", "--out", "RUN", "--color-jitter", "1"], "color_jitter: expected a number from 0 to 0.5, got 1.0"),

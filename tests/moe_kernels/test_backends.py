@@ -178,8 +178,8 @@ cases = [*NAMED.values(),
     Case(partition(48, 3), whole(16), padding=(1, 1), stride=(2, 2), size=(9, 7), weight_layout="channels_last"),
     Case(partition(31, 2), whole(33), padding=(1, 1), size=(5, 5), weight_layout="channels_last"),
     # by Winograd's algorithm
-    Case(partition(40, 2), whole(32), padding=(1, 1), size=(7, 9), batch=4),
-    Case(partition(16, 2), whole(48), padding=(1, 1), size=(4, 4), batch=7),
+    Case(partition(40, 2), whole(32), padding=(1, 1), size=(8, 9), batch=4),
+    Case(partition(16, 2), whole(48), padding=(1, 1), size=(9, 9), batch=5),
 ]
 for case in cases:
     for dtype in DTYPES:
