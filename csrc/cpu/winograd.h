@@ -38,7 +38,9 @@ inline void transform_sums(const V (&m)[4], V (&y)[2]) {
     y[1] = m[1] - m[2] - m[3];
 }
 
-// Transformed weights of one block of reduced channels of panel p: [position][reduced channel][lane] of the whole panel.
+// Transformed weights of one block of reduced channels of panel p, of which there are whole ones only. A panel is
+// [block][position][channel][lane]: a position's weights of all blocks together would be written through one set of a
+// cache.
 template <class T, class A>
 void winograd_pack_part(const PackJob& job, const Group& group, int64_t cg, int64_t p, int64_t block, A* to) {
     constexpr int width = panel<A>;
@@ -49,9 +51,8 @@ void winograd_pack_part(const PackJob& job, const Group& group, int64_t cg, int6
         place[pass.tap_weight[t]] = taps + (pass.tap_h[t] * 3 + pass.tap_w[t]) * kBlock * width;
     }
     pack_taps<T, A>(job, group, cg, p, block, 9, place);
-    const int64_t first = block * kBlock, count = smaller(kBlock, job.red - first);
     typedef typename Vec<A>::type V;
-    for (int64_t i = 0; i < count * width; i += lanes<A>) {
+    for (int64_t i = 0; i < kBlock * width; i += lanes<A>) {
         V half[4][3];  // [row of G w][column of w]
         for (int s = 0; s < 3; ++s) {
             V column[3], u[4];

@@ -15,8 +15,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import Case, assert_within, check, numbers, partition, run, truth, whole, windows
+from torch import Tensor, nn
 
-from moe_kernels import RoutedConv2d, Routing, functional, ops
+from moe_kernels import LightRouter, RoutedBatchNorm2d, RoutedConv2d, Routing, functional, fuse, ops
 from moe_kernels.backends import cpu
 
 _DIRECT, _WINOGRAD = 0, 1
@@ -205,3 +206,35 @@ def test_a_samples_result_does_not_depend_on_its_batch() -> None:
         together = layer(x, Routing(expert, num_experts=2))
         alone = torch.cat([layer(x[i : i + 1], Routing(expert[i : i + 1], num_experts=2)) for i in range(9)])
     assert torch.equal(together, alone)
+
+
+class _PreActivation(nn.Module):
+    """What several convolutions read behind a BatchNorm and ReLU that is not written out, with padding that stays 0."""
+
+    def __init__(self, own: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.router = LightRouter(32, 2)
+        self.norm: nn.Module = RoutedBatchNorm2d(32, 2) if own else nn.BatchNorm2d(32)
+        self.own = own
+        self.first, self.second = (RoutedConv2d(32, 40, 3, num_experts=2, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        routing = Routing.from_scores(self.router(x))
+        y = F.relu(self.norm(x, routing) if self.own else self.norm(x))
+        return torch.cat([x, self.first(y, routing), self.second(y, routing)], 1)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_prologue_before_it(own: bool) -> None:
+    torch.manual_seed(0)
+    model = _PreActivation(own).eval()
+    for values in (model.norm.running_mean, model.norm.running_var, model.norm.weight, model.norm.bias):
+        assert isinstance(values, Tensor)
+        nn.init.uniform_(values, 0.5, 1.5)
+    fused = fuse(model, torch.randn(1, 3, 9, 8))
+    assert "1 program" in repr(fused) and not fused.fallbacks
+    x = torch.randn(6, 3, 9, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
