@@ -293,7 +293,7 @@ def subject(config: RunConfig, **changes: Any) -> _Subject:
 CIFAR = RunConfig(
     model=ModelConfig("resnet18", "moe", num_experts=4, width=16),
     data=DataConfig("cifar10", train_limit=5000),
-    attack=AttackConfig(8 / 255, 5 / 255, loss="kl"),
+    attack=AttackConfig(8 / 255, 5 / 255, steps=2, loss="kl"),
     seed=3,
 )
 
