@@ -10,7 +10,7 @@ export MOE_KERNELS_CUDA ?= 0
 export MOE_KERNELS_SIMULATOR ?= 1
 CHOICE := $(MOE_KERNELS_CUDA) $(MOE_KERNELS_CUDA_ARCHS) $(MOE_KERNELS_SIMULATOR)
 
-.PHONY: demo test lint nightly aot cuda bench gpu sanitize-gpu table gate examples install clean FORCE
+.PHONY: demo test lint nightly aot cuda bench gpu sanitize sanitize-threads sanitize-gpu table gate examples install clean FORCE
 
 install: $(VENV)/.installed
 
@@ -68,6 +68,38 @@ sanitize-gpu: install
 	    MOE_KERNELS_BACKEND=cuda PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool $$only \
 	        --error-exitcode 1 $(BIN)/python -m pytest tests/gpu --ignore tests/gpu/test_cuda_graphs.py || exit 1; \
 	done
+
+# The native code with AddressSanitizer and UndefinedBehaviorSanitizer: random calls for each instruction set that there is,
+# and the tests of the kernels, whose module lies in a folder of its own. libstdc++ is loaded first for its exceptions.
+SANITIZED := build/sanitize
+FUZZ_CASES ?= 2000
+SANITIZE_TESTS ?= tests/moe_kernels
+PRELOAD = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
+sanitize: install
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DMOE_KERNELS_CUDA=OFF -DMOE_KERNELS_SIMULATOR=ON \
+	    -DMOE_KERNELS_SANITIZE=address,undefined
+	$(BIN)/cmake --build $(SANITIZED) --target _C fuzz --parallel $(or $(MAX_JOBS),$(shell nproc))
+	for isa in generic $$(grep -ow -e avx2 -e avx512f /proc/cpuinfo | sort -u | tr -d f); do \
+	    MOE_KERNELS_CPU_ISA=$$isa $(SANITIZED)/fuzz 1 $(FUZZ_CASES) || exit 1; \
+	done
+	rm -rf $(SANITIZED)/site && mkdir $(SANITIZED)/site && cp -r moe_kernels $(SANITIZED)/site/
+	rm $(SANITIZED)/site/moe_kernels/_C*.so && cp $(SANITIZED)/_C*.so $(SANITIZED)/site/moe_kernels/
+	LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0:alloc_dealloc_mismatch=0 PYTHONPATH=$(abspath $(SANITIZED)/site) \
+	    $(BIN)/python -m pytest -o pythonpath=$(SANITIZED)/site -m "not nightly" $(SANITIZE_TESTS)
+
+# The same calls, from several threads at once, with ThreadSanitizer: clang, whose OpenMP tells it by the tool archer what
+# waits for what.
+sanitize-threads: install
+	@command -v clang++ > /dev/null || { echo "clang++ is not on PATH: it comes with LLVM, as libomp and archer do"; exit 1; }
+	CXX=clang++ $(BIN)/cmake -S . -B $(SANITIZED)-threads -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	    -DPython_EXECUTABLE=$(abspath $(BIN)/python) -DMOE_KERNELS_CUDA=OFF -DMOE_KERNELS_SANITIZE=thread
+	$(BIN)/cmake --build $(SANITIZED)-threads --target fuzz --parallel $(or $(MAX_JOBS),$(shell nproc))
+	OMP_TOOL_LIBRARIES=$${ARCHER:-$$(dirname $$(readlink -f $$(command -v clang++)))/../lib/libarcher.so} \
+	    ARCHER_OPTIONS=verbose=1 TSAN_OPTIONS=ignore_noninstrumented_modules=1 \
+	    $(SANITIZED)-threads/fuzz 1 $(FUZZ_CASES) 4 > $(SANITIZED)-threads/log 2>&1; status=$$?; \
+	    cat $(SANITIZED)-threads/log; grep -q "Archer detected" $(SANITIZED)-threads/log || { echo "no archer: set ARCHER"; exit 1; }; \
+	    exit $$status
 
 # On a machine with a GPU: tests and figures.
 gpu: install

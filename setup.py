@@ -6,7 +6,7 @@ Of the environment, besides CXX, CUDACXX, CUDAHOSTCXX and CUDA_HOME:
 - ``MOE_KERNELS_CUDA``: 1 builds the CUDA kernels or fails, 0 leaves them out; unset builds them where nvcc is found.
 - ``MOE_KERNELS_CUDA_ARCHS``: the architectures, as CMake names them: ``90-real``, or ``80-real,90``; CMakeLists.txt
   reads it.
-- ``MOE_KERNELS_SIMULATOR``: 1 adds the CUDA kernels for the host, which the tests run.
+- ``MOE_KERNELS_SIMULATOR``: 1 adds what the tests run: the CUDA kernels for the host, and random calls.
 - ``MAX_JOBS``: compilers at a time.
 """
 

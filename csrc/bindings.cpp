@@ -17,6 +17,9 @@
 #include "bindings_program.h"
 #include "cpu/conv2d.h"
 #include "cpu/dispatch.h"
+#ifdef MOE_WITH_FUZZ
+#include "fuzz/conv2d.h"
+#endif
 
 #ifndef MOE_BUILD_INFO
 #define MOE_BUILD_INFO "built without build information"
@@ -28,7 +31,7 @@ namespace {
 
 using Pointer = std::uintptr_t;
 using Shape = std::array<int64_t, 17>;
-using Strides = std::array<int64_t, 4>;
+using Weight = std::array<int64_t, 6>;  // channels out and in, strides
 // out expert, number, starts; in expert, number, starts
 using SliceTuple = std::tuple<Pointer, int64_t, std::vector<int64_t>, Pointer, int64_t, std::vector<int64_t>>;
 
@@ -50,7 +53,7 @@ moe::Side side(Pointer expert, int64_t count, const std::vector<int64_t>& starts
     return {in<int64_t>(expert), count, starts.empty() ? nullptr : starts.data()};
 }
 
-moe::cpu::Call make_call(int dtype, int threads, const Shape& s, const SliceTuple& sl, const Strides& strides) {
+moe::cpu::Call make_call(int dtype, int threads, const Shape& s, const SliceTuple& sl, const Weight& weight) {
     if (dtype < 0 || dtype > 3) throw std::invalid_argument("dtype: expected 0 .. 3, got " + std::to_string(dtype));
     moe::cpu::Call call{};
     call.dtype = static_cast<moe::DType>(dtype);
@@ -59,7 +62,7 @@ moe::cpu::Call make_call(int dtype, int threads, const Shape& s, const SliceTupl
                   s[9], s[10], s[11], s[12], s[13], s[14], s[15], s[16]};
     call.slices.out = side(std::get<0>(sl), std::get<1>(sl), std::get<2>(sl), "out slices");
     call.slices.in = side(std::get<3>(sl), std::get<4>(sl), std::get<5>(sl), "in slices");
-    for (int i = 0; i < 4; ++i) call.weight_strides[i] = strides[i];
+    call.weight = {weight[0], weight[1], {weight[2], weight[3], weight[4], weight[5]}};
     return call;
 }
 
@@ -72,24 +75,24 @@ moe::cpu::Direction direction_of(int direction) {
     return static_cast<moe::cpu::Direction>(direction);
 }
 
-void conv2d_forward(int dtype, int threads, const Shape& shape, const SliceTuple& slices, const Strides& strides,
-                    Pointer x, Pointer weight, PackedTuple packed, Pointer y, Pointer bias, Pointer gate, Pointer scale,
+void conv2d_forward(int dtype, int threads, const Shape& shape, const SliceTuple& slices, const Weight& layout, Pointer x,
+                    Pointer weight, PackedTuple packed, Pointer y, Pointer bias, Pointer gate, Pointer scale,
                     Pointer shift, bool affine_per_slice, Pointer residual, bool relu) {
     const moe::Epilogue epilogue{in(bias), in(gate), in(scale), in(shift), in(residual), affine_per_slice, relu};
-    raise_if(moe::cpu::conv2d_forward(make_call(dtype, threads, shape, slices, strides), in(x), in(weight),
+    raise_if(moe::cpu::conv2d_forward(make_call(dtype, threads, shape, slices, layout), in(x), in(weight),
                                       packed_of(packed), out(y), epilogue));
 }
 
-void conv2d_grad_input(int dtype, int threads, const Shape& shape, const SliceTuple& slices, const Strides& strides,
+void conv2d_grad_input(int dtype, int threads, const Shape& shape, const SliceTuple& slices, const Weight& layout,
                        Pointer grad, Pointer weight, PackedTuple packed, Pointer grad_input) {
-    raise_if(moe::cpu::conv2d_grad_input(make_call(dtype, threads, shape, slices, strides), in(grad), in(weight),
+    raise_if(moe::cpu::conv2d_grad_input(make_call(dtype, threads, shape, slices, layout), in(grad), in(weight),
                                          packed_of(packed), out(grad_input)));
 }
 
-void conv2d_grad_weight(int dtype, int threads, const Shape& shape, const SliceTuple& slices, const Strides& strides,
-                        int64_t total_out, int64_t total_in, Pointer grad, Pointer x, Pointer grad_weight) {
-    raise_if(moe::cpu::conv2d_grad_weight(make_call(dtype, threads, shape, slices, strides), total_out, total_in,
-                                          in(grad), in(x), out(grad_weight)));
+void conv2d_grad_weight(int dtype, int threads, const Shape& shape, const SliceTuple& slices, const Weight& layout,
+                        Pointer grad, Pointer x, Pointer grad_weight) {
+    raise_if(moe::cpu::conv2d_grad_weight(make_call(dtype, threads, shape, slices, layout), in(grad), in(x),
+                                          out(grad_weight)));
 }
 
 int algorithm(int direction, int dtype, const Shape& shape) {
@@ -104,9 +107,9 @@ int64_t pack_numel(int direction, int dtype, const Shape& shape, const SliceTupl
     return moe::cpu::pack_numel(direction_of(direction), call);
 }
 
-void pack(int direction, int dtype, int threads, const Shape& shape, const SliceTuple& slices, const Strides& strides,
+void pack(int direction, int dtype, int threads, const Shape& shape, const SliceTuple& slices, const Weight& layout,
           Pointer weight, Pointer packed) {
-    raise_if(moe::cpu::pack(direction_of(direction), make_call(dtype, threads, shape, slices, strides), in(weight),
+    raise_if(moe::cpu::pack(direction_of(direction), make_call(dtype, threads, shape, slices, layout), in(weight),
                             out(packed)));
 }
 
@@ -123,6 +126,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("algorithm", &algorithm, "0: direct sums, 1: Winograd's.");
     m.def("pack_numel", &pack_numel, unlocked);
     m.def("pack", &pack, unlocked);
+#ifdef MOE_WITH_FUZZ
+    m.def("fuzz_conv2d", &moe::fuzz::conv2d, unlocked);
+#endif
     moe::bind_program(m);
     moe::bind_features(m);
     moe::bind_gpu(m);

@@ -33,6 +33,8 @@ using PrologueTuple = std::tuple<Pointer, Pointer, int64_t, int64_t, bool>;  // 
 using SideTuple = std::tuple<int64_t, int64_t, std::vector<int64_t>>;        // expert, count, starts
 using ExternalTuple = std::tuple<Pointer, std::array<int64_t, 4>>;           // data, strides
 
+using LateTuple = std::tuple<int64_t, int64_t, int64_t, std::vector<std::array<int64_t, 2>>>;  // as cpu::Late
+
 const void* in(Pointer p) { return reinterpret_cast<const void*>(p); }
 
 Place place(const PlaceTuple& t) { return {t[0], t[1], t[2], t[3], t[4], t[5]}; }
@@ -110,6 +112,12 @@ std::vector<double> profile(const Program& program, int64_t samples, const std::
     return seconds;
 }
 
+cpu::Late late_of(const LateTuple& t) {
+    cpu::Late late{std::get<0>(t), std::get<1>(t), std::get<2>(t), {}};
+    for (const auto& [offset, bytes] : std::get<3>(t)) late.live.push_back({offset, bytes});
+    return late;
+}
+
 DType dtype_of(int dtype) {
     if (dtype != 0 && dtype != 1) throw std::invalid_argument("dtype: expected float32 (0) or float64 (1)");
     return static_cast<DType>(dtype);
@@ -119,8 +127,8 @@ DType dtype_of(int dtype) {
 
 void bind_program(py::module_& m) {
     py::class_<Program>(m, "Program", "A recorded sequence of kernel calls.")
-        .def(py::init([](int dtype, int64_t sample_bytes, int64_t chunk) {
-            return std::make_unique<Program>(dtype_of(dtype), sample_bytes, chunk);
+        .def(py::init([](int dtype, int64_t sample_bytes, int64_t chunk, const LateTuple& late) {
+            return std::make_unique<Program>(dtype_of(dtype), sample_bytes, chunk, late_of(late));
         }))
         .def("load", [](Program& p, int64_t input, const PlaceTuple& dst) { p.load(input, place(dst)); })
         .def("store", [](Program& p, int64_t output, const PlaceTuple& src,

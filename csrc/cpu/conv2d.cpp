@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/conv2d.h"
 
+#include <cstdint>
+#include <initializer_list>
 #include <new>
 #include <string>
 #include <vector>
@@ -41,6 +43,84 @@ Algorithm choose_algorithm(DType dtype, int64_t red, const Passes& passes) {
 }
 
 namespace {
+
+// A call's tensors are addressable in bytes, positions in images stay far from overflowing, and lists of taps and passes
+// are short.
+constexpr int64_t kMaxBytes = int64_t(1) << 60, kMaxSize = int64_t(1) << 31, kMaxTaps = 1 << 20, kMaxPanel = 64;
+
+bool addressable(std::initializer_list<int64_t> sizes) {
+    int64_t bytes = 8;
+    for (int64_t size : sizes) {
+        if (__builtin_mul_overflow(bytes, size > 1 ? size : 1, &bytes) || bytes > kMaxBytes) return false;
+    }
+    return true;
+}
+
+int64_t acc_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
+int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : dtype == DType::float64 ? 8 : 2; }
+
+int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dil) {
+    const int64_t room = size + 2 * pad - dil * (kernel - 1) - 1;
+    return room < 0 ? 0 : room / stride + 1;
+}
+
+std::string check_side(const Side& side, int64_t width, int64_t total, const char* name) {
+    if (width > total || (side.count == 0 && width != total))
+        return std::string(name) + ": " + std::to_string(total) + " channels for slices of " + std::to_string(width);
+    if (side.count > 0 && side.starts == nullptr && side.count > total / width)
+        return std::string(name) + ": " + std::to_string(side.count) + " slices of " + std::to_string(width) +
+               " are more than " + std::to_string(total) + " channels";
+    for (int64_t i = 0; side.starts != nullptr && i < side.count; ++i) {
+        if (side.starts[i] < 0 || side.starts[i] > total - width)
+            return std::string(name) + ": slice " + std::to_string(i) + " of " + std::to_string(width) +
+                   " channels from " + std::to_string(side.starts[i]) + " on is outside 0 .. " +
+                   std::to_string(total - 1);
+    }
+    return {};
+}
+
+struct Span {
+    const void* data;
+    int64_t numel;
+};
+
+// Tasks write in any order: what one writes another must not read.
+std::string check_apart(DType dtype, Span output, std::initializer_list<Span> inputs) {
+    const auto begin = [](const Span& span) { return reinterpret_cast<uintptr_t>(span.data); };
+    const auto end = [&](const Span& span) { return begin(span) + uintptr_t(span.numel * size_of(dtype)); };
+    for (const Span& input : inputs) {
+        if (input.data != nullptr && begin(input) < end(output) && begin(output) < end(input))
+            return "output: overlaps what it is computed from";
+    }
+    return {};
+}
+
+int64_t weight_numel(const Call& call) {
+    const WeightLayout& w = call.weight;
+    const int64_t last[] = {w.total_out - 1, w.total_in - 1, call.shape.R - 1, call.shape.S - 1};
+    int64_t numel = 1;
+    for (int i = 0; i < 4; ++i) numel += last[i] * w.strides[i];
+    return numel;
+}
+
+// A call whose weight is read, or written.
+std::string check_with_weight(const Call& call) {
+    std::string error = check(call);
+    const Conv2dShape& s = call.shape;
+    const WeightLayout& w = call.weight;
+    if (error.empty()) error = check_side(call.slices.out, s.K, w.total_out, "out_slices");
+    if (error.empty()) error = check_side(call.slices.in, s.C / s.groups, w.total_in, "in_slices");
+    if (!error.empty()) return error;
+    int64_t furthest = 0, way;
+    const int64_t sizes[] = {w.total_out, w.total_in, s.R, s.S};
+    for (int i = 0; i < 4; ++i) {
+        if (w.strides[i] < 0) return "weight: strides must not be negative";
+        if (__builtin_mul_overflow(sizes[i] - 1, w.strides[i], &way) || way > kMaxBytes ||
+            (furthest += way) > kMaxBytes / 8)
+            return "weight: more than 2^60 bytes";
+    }
+    return {};
+}
 
 // The taps that reach input positions of one residue: position a + stride * i takes gradient i + (a + pad - r * dil) /
 // stride.
@@ -95,13 +175,13 @@ PackJob pack_job(Direction direction, const Call& call, const Passes& passes, co
     PackJob job{};
     job.algorithm = choose_algorithm(call.dtype, (forward ? s.C : s.K) / s.groups, passes);
     job.weight = weight;
-    job.out_stride = call.weight_strides[forward ? 0 : 1];
-    job.red_stride = call.weight_strides[forward ? 1 : 0];
-    job.r_stride = call.weight_strides[2];
-    job.s_stride = call.weight_strides[3];
-    job.slice_out_stride = call.weight_strides[0];
-    job.slice_in_stride = call.weight_strides[1];
-    job.group_stride = s.K / s.groups * call.weight_strides[0];
+    job.out_stride = call.weight.strides[forward ? 0 : 1];
+    job.red_stride = call.weight.strides[forward ? 1 : 0];
+    job.r_stride = call.weight.strides[2];
+    job.s_stride = call.weight.strides[3];
+    job.slice_out_stride = call.weight.strides[0];
+    job.slice_in_stride = call.weight.strides[1];
+    job.group_stride = s.K / s.groups * call.weight.strides[0];
     job.S = s.S;
     job.out = (forward ? s.K : s.C) / s.groups;
     job.red = (forward ? s.C : s.K) / s.groups;
@@ -127,8 +207,6 @@ int64_t packed_numel_of_pair(Direction direction, const Call& call) {
     return s.groups * kernels().packed_channels(call.dtype, out) * red * taps;
 }
 
-int64_t acc_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
-
 // Whether each task should pack the panels that it uses: few images under heavy weights, where packing all of them first
 // would write and read them once more through the outer caches, and enough panels for all threads.
 bool packs_by_task(Direction direction, const Call& call, const Plan& plan) {
@@ -150,17 +228,23 @@ void require(Result result) {
 
 std::string run(Direction direction, const Call& call, const void* src, const void* weight, Packed given, void* dst,
                 const Epilogue& epilogue) {
-    std::string error = check(call);
+    std::string error = check_with_weight(call);
     if (!error.empty()) return error;
     if (given.data != nullptr && given.numel != pack_numel(direction, call))
         return "packed: " + std::to_string(given.numel) + " numbers, expected " +
                std::to_string(pack_numel(direction, call)) + " for these slices and images of this size";
-    Plan plan;
-    error = make_plan(call.shape, call.slices, plan);
-    if (!error.empty() || call.shape.V == 0) return error;
-
     const Conv2dShape& s = call.shape;
     const bool forward = direction == Direction::forward;
+    const int64_t images = s.V / (forward ? s.k : 1) * s.H * s.W * s.C, features = s.V * s.P * s.Q * s.K;
+    error = check_apart(call.dtype, {dst, forward ? features : images},
+                        {{src, forward ? images : features},
+                         {given.data == nullptr ? weight : nullptr, weight_numel(call)},
+                         {epilogue.residual, features}});
+    if (!error.empty()) return error;
+    Plan plan;
+    error = make_plan(call.shape, call.slices, plan);
+    if (!error.empty() || s.V == 0) return error;
+
     const Passes passes = passes_of(direction, s);
     const void* packed = given.data;
     const bool own = packed == nullptr;
@@ -207,7 +291,28 @@ std::string check(const Call& call) {
     if (s.C < 1 || s.K < 1 || s.R < 1 || s.S < 1) return "shape: channels and kernel must be at least 1";
     if (s.stride_h < 1 || s.stride_w < 1 || s.dil_h < 1 || s.dil_w < 1)
         return "shape: stride and dilation must be at least 1";
+    if (s.pad_h < 0 || s.pad_w < 0) return "shape: padding must not be negative";
     if (s.groups < 1 || s.C % s.groups != 0 || s.K % s.groups != 0) return "shape: groups must divide C and K";
+    for (int64_t size : {s.H, s.W, s.R, s.S, s.stride_h, s.stride_w, s.pad_h, s.pad_w, s.dil_h, s.dil_w}) {
+        if (size > kMaxSize) return "shape: " + std::to_string(size) + " is more than 2^31";
+    }
+    if (s.R * s.S > kMaxTaps || s.stride_h * s.stride_w > kMaxTaps)
+        return "shape: a kernel, or a stride, of more than 2^20 pixels";
+    if (s.P != output_size(s.H, s.R, s.stride_h, s.pad_h, s.dil_h) ||
+        s.Q != output_size(s.W, s.S, s.stride_w, s.pad_w, s.dil_w))
+        return "shape: P x Q is not the output's size";
+    const Slices& slices = call.slices;
+    for (const Side& side : {slices.out, slices.in}) {
+        if (side.count < 0 || (side.count == 0 && (side.expert != nullptr || side.starts != nullptr)))
+            return "slices: none, with experts or starts";
+    }
+    if (s.groups > 1 && (slices.in.count > 0 || slices.out.starts != nullptr))
+        return "slices: groups need a whole input side and a partition of the output";
+    // panels are padded, and Winograd's transform has more numbers than a kernel
+    const int64_t taps = s.R * s.S + kWinogradPositions, pairs_of[] = {slices.out.count, slices.in.count};
+    if (!addressable({s.V, s.H, s.W, s.C}) || !addressable({s.V, s.P, s.Q, s.K}) ||
+        !addressable({pairs_of[0], pairs_of[1], s.C, s.K, kMaxPanel, taps}))
+        return "shape: images, features or weights of more than 2^60 bytes";
     if (call.threads < 1) return "threads must be at least 1";
     return {};
 }
@@ -223,7 +328,7 @@ int64_t pack_numel(Direction direction, const Call& call) {
 }
 
 std::string pack(Direction direction, const Call& call, const void* weight, void* packed) {
-    const std::string error = check(call);
+    const std::string error = check_with_weight(call);
     if (!error.empty()) return error;
     const Passes passes = passes_of(direction, call.shape);
     const std::vector<Group> pairs = all_pairs(call.shape, call.slices);
@@ -240,24 +345,31 @@ std::string conv2d_grad_input(const Call& call, const void* grad, const void* we
     return run(Direction::grad_input, call, grad, weight, packed, grad_input, Epilogue{});
 }
 
-std::string conv2d_grad_weight(const Call& call, int64_t total_out, int64_t total_in, const void* grad, const void* x,
-                               void* grad_weight) {
-    std::string error = check(call);
-    if (!error.empty()) return error;
-    Plan plan;
-    error = make_plan(call.shape, call.slices, plan);
+std::string conv2d_grad_weight(const Call& call, const void* grad, const void* x, void* grad_weight) {
+    std::string error = check_with_weight(call);
     if (!error.empty()) return error;
     const Conv2dShape& s = call.shape;
-    if (call.weight_strides[2] != s.S * call.weight_strides[3]) return "grad_weight: a kernel's rows must lie evenly";
+    const WeightLayout& w = call.weight;
+    const int64_t taps = s.R * s.S, *strides = w.strides;
+    const bool by_channel = strides[1] == taps && strides[2] == s.S && strides[3] == 1;
+    const bool by_tap = strides[1] == 1 && strides[2] == s.S * w.total_in && strides[3] == w.total_in;
+    if (strides[0] != w.total_in * taps || !(by_channel || by_tap)) return "grad_weight: must be dense, or channels_last";
+    error = check_apart(call.dtype, {grad_weight, weight_numel(call)},
+                        {{grad, s.V * s.P * s.Q * s.K}, {x, s.V / s.k * s.H * s.W * s.C}});
+    if (!error.empty()) return error;
+    Plan plan;
+    error = make_plan(s, call.slices, plan);
+    if (!error.empty()) return error;
+    if (s.P * s.Q == 0) plan.groups.clear();  // nothing to sum over: zeros, as for experts without samples
     const Passes passes = forward_passes(s);
     GradWeightJob job{};
     job.grad = grad;
     job.input = x;
     job.grad_weight = grad_weight;
-    for (int i = 0; i < 4; ++i) job.strides[i] = call.weight_strides[i];
+    for (int i = 0; i < 4; ++i) job.strides[i] = call.weight.strides[i];
     job.shape = s;
-    job.total_out = total_out;
-    job.total_in = total_in;
+    job.total_out = w.total_out;
+    job.total_in = w.total_in;
     job.overlapping = call.slices.out.starts != nullptr || call.slices.in.count != 0;
     job.groups = plan.groups.data();
     job.group_count = int64_t(plan.groups.size());

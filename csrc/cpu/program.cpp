@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <utility>
 
@@ -20,6 +21,11 @@ struct Program::Part {
     const std::vector<External>* outputs;
     int threads;
 
+    // `count` of its samples from the `first` on, in other memory.
+    Part range(char* other, int64_t first, int64_t count) const {
+        return {other, begin + first, count, inputs, outputs, threads};
+    }
+
     void* at(int64_t offset) const { return offset == kNowhere ? nullptr : memory + offset * count; }
     int64_t* index(int64_t offset) const { return static_cast<int64_t*>(at(offset)); }
 };
@@ -27,6 +33,8 @@ struct Program::Part {
 namespace {
 
 int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class A>
 A before(const ProgramPrologue& p, const int64_t* expert, int64_t sample, int64_t channel, A x) {
@@ -64,8 +72,8 @@ void move(const External& outside, int64_t begin, int64_t count, const Place& pl
 
 Program::Memory::~Memory() { std::free(data); }
 
-Program::Program(DType dtype, int64_t sample_bytes, int64_t chunk)
-    : dtype_(dtype), sample_bytes_(sample_bytes), chunk_(chunk) {}
+Program::Program(DType dtype, int64_t sample_bytes, int64_t chunk, Late late)
+    : dtype_(dtype), sample_bytes_(sample_bytes), chunk_(chunk), late_(std::move(late)) {}
 
 void Program::load(int64_t input, Place dst) {
     Step step{Step::Kind::load};
@@ -108,18 +116,30 @@ void Program::layer(ProgramLayer layer) {
     steps_.push_back(step);
 }
 
+// A run's parts, each taken through the network by itself; what of a part goes through the early steps at a time; and the
+// bytes that a part takes, of which the early steps' come first.
+struct Program::Cut {
+    int64_t part, early, early_bytes, bytes;
+};
+
 // With enough samples each thread takes parts of the batch through the whole network, without waiting for the others
 // between layers; otherwise all threads work on each layer. No bit depends on it.
-int64_t Program::part_of(int64_t samples, int threads) const {
-    if (threads > 1 && samples < 4 * threads) return samples;
-    const int64_t each = (samples + threads - 1) / threads;
-    const int64_t rounds = (each + chunk_ - 1) / chunk_;
-    return rounds > 0 ? (each + rounds - 1) / rounds : 1;
+Program::Cut Program::cut(int64_t samples, int threads) const {
+    Cut cut{samples, samples, 0, 0};
+    if (threads == 1 || samples >= 4 * threads) {
+        const int64_t each = ceil_div(samples, threads);
+        cut.part = ceil_div(each, ceil_div(each, late_.first < 0 ? chunk_ : late_.chunk));
+        cut.early = ceil_div(cut.part, ceil_div(cut.part, chunk_));
+    }
+    cut.early_bytes = cut.early * sample_bytes_;
+    cut.bytes = cut.early_bytes + (cut.early < cut.part ? cut.part * late_.sample_bytes : 0);
+    return cut;
 }
 
 int64_t Program::memory(int64_t samples, int threads) const {
-    const int64_t part = part_of(samples, threads);
-    return sample_bytes_ * part * (part < samples ? threads : 1);
+    if (samples == 0) return 0;
+    const Cut cut = this->cut(samples, threads);
+    return cut.bytes * (cut.part < samples ? threads : 1);
 }
 
 std::unique_ptr<Program::Memory> Program::take_memory(size_t bytes) const {
@@ -146,20 +166,21 @@ std::string Program::run(int64_t samples, const std::vector<External>& inputs, c
                          int threads, std::vector<double>* seconds) const {
     if (seconds != nullptr) seconds->assign(steps_.size(), 0);
     if (samples == 0) return {};
-    const int64_t part = part_of(samples, threads), parts = (samples + part - 1) / part;
+    const Cut cut = this->cut(samples, threads);
+    const int64_t parts = ceil_div(samples, cut.part);
     std::unique_ptr<Memory> own = take_memory(size_t(this->memory(samples, threads)));
     std::string error;
     if (parts == 1) {
-        error = run_part({static_cast<char*>(own->data), 0, samples, &inputs, &outputs, threads}, seconds);
+        error = run_part({static_cast<char*>(own->data), 0, samples, &inputs, &outputs, threads}, cut, seconds);
     } else {
         bool no_memory = false;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
         for (int64_t i = 0; i < parts; ++i) {
             std::string mine;
             try {
-                char* memory = static_cast<char*>(own->data) + omp_get_thread_num() * part * sample_bytes_;
-                const int64_t begin = i * part, left = samples - begin;
-                mine = run_part({memory, begin, left < part ? left : part, &inputs, &outputs, 1}, seconds);
+                char* memory = static_cast<char*>(own->data) + omp_get_thread_num() * cut.bytes;
+                const int64_t begin = i * cut.part, count = smaller(cut.part, samples - begin);
+                mine = run_part({memory, begin, count, &inputs, &outputs, 1}, cut, seconds);
             } catch (const std::bad_alloc&) {
 #pragma omp atomic write
                 no_memory = true;
@@ -176,13 +197,28 @@ std::string Program::run(int64_t samples, const std::vector<External>& inputs, c
     return error;
 }
 
-std::string Program::run_part(const Part& part, std::vector<double>* seconds) const {
-    for (size_t i = 0; i < steps_.size(); ++i) {
-        const double begin = seconds != nullptr ? omp_get_wtime() : 0;
+std::string Program::run_part(const Part& part, const Cut& cut, std::vector<double>* seconds) const {
+    if (cut.early == cut.part) return run_steps(part, 0, steps_.size(), seconds);
+    const Part late = part.range(part.memory + cut.early_bytes, 0, part.count);
+    for (int64_t first = 0; first < part.count; first += cut.early) {
+        const Part early = part.range(part.memory, first, smaller(cut.early, part.count - first));
+        const std::string error = run_steps(early, 0, size_t(late_.first), seconds);
+        if (!error.empty()) return error;
+        for (const Late::Live& live : late_.live) {
+            char* to = static_cast<char*>(late.at(live.offset)) + first * live.bytes;
+            std::memcpy(to, early.at(live.offset), size_t(early.count * live.bytes));
+        }
+    }
+    return run_steps(late, size_t(late_.first), steps_.size(), seconds);
+}
+
+std::string Program::run_steps(const Part& part, size_t begin, size_t end, std::vector<double>* seconds) const {
+    for (size_t i = begin; i < end; ++i) {
+        const double start = seconds != nullptr ? omp_get_wtime() : 0;
         const std::string error = run_step(steps_[i], part);
         if (!error.empty()) return error;
         if (seconds != nullptr) {
-            const double taken = omp_get_wtime() - begin;
+            const double taken = omp_get_wtime() - start;
 #pragma omp atomic
             (*seconds)[i] += taken;
         }

@@ -55,6 +55,18 @@ struct ProgramLayer {
     ProgramPrologue prologue;
 };
 
+// The part of a program that takes more samples together, in memory of its own: layers whose weights, of all experts, are
+// heavy, and are read once for so many. What it reads of the steps before is copied.
+struct Late {
+    struct Live {
+        int64_t offset, bytes;  // for one sample
+    };
+    int64_t first = -1;  // its first step; -1: there is none
+    int64_t chunk = 0;   // samples, at most
+    int64_t sample_bytes = 0;
+    std::vector<Live> live;
+};
+
 // A tensor from outside [samples, channels, height, width], by strides in elements. Indices are int64 [samples].
 struct External {
     void* data;
@@ -63,7 +75,8 @@ struct External {
 
 class Program {
   public:
-    Program(DType dtype, int64_t sample_bytes, int64_t chunk);
+    // `chunk`: samples that go through the network together at most, where there are many.
+    Program(DType dtype, int64_t sample_bytes, int64_t chunk, Late late);
     Program(const Program&) = delete;
     Program& operator=(const Program&) = delete;
 
@@ -102,8 +115,11 @@ class Program {
     };
     struct Part;
 
-    int64_t part_of(int64_t samples, int threads) const;
-    std::string run_part(const Part& part, std::vector<double>* seconds) const;
+    struct Cut;
+
+    Cut cut(int64_t samples, int threads) const;
+    std::string run_part(const Part& part, const Cut& cut, std::vector<double>* seconds) const;
+    std::string run_steps(const Part& part, size_t begin, size_t end, std::vector<double>* seconds) const;
     std::string run_step(const Step& step, const Part& part) const;
     std::string run_conv(const Conv& conv, const Part& part) const;
     std::string run_layer(const ProgramLayer& layer, const Part& part) const;
@@ -111,6 +127,7 @@ class Program {
 
     DType dtype_;
     int64_t sample_bytes_, chunk_;
+    Late late_;
     std::vector<Step> steps_;
     std::vector<Conv> convs_;
     std::vector<ProgramLayer> layers_;

@@ -81,7 +81,7 @@ class CpuBackend(Backend):
         slices, keep = _slices(experts, g, samples)
         pointers, also_keep = _epilogue(epilogue, dtype, g.out_width)
         _C.conv2d_forward(
-            _DTYPE[dtype], torch.get_num_threads(), shape, slices, weight.stride(), x.data_ptr(),
+            _DTYPE[dtype], torch.get_num_threads(), shape, slices, _laid_out(weight), x.data_ptr(),
             weight.data_ptr(), _packed(packed), y.data_ptr(), *pointers,
         )  # fmt: skip
         del keep, also_keep
@@ -103,7 +103,7 @@ class CpuBackend(Backend):
         native_shape = conv2d_shape(samples, g, g.in_width, *size, rows, columns, weight.shape[2], weight.shape[3])
         slices, keep = _slices(experts, g, samples)
         _C.conv2d_grad_input(
-            _DTYPE[grad.dtype], torch.get_num_threads(), native_shape, slices, weight.stride(), dy.data_ptr(),
+            _DTYPE[grad.dtype], torch.get_num_threads(), native_shape, slices, _laid_out(weight), dy.data_ptr(),
             weight.data_ptr(), _packed(packed), dx.data_ptr(),
         )  # fmt: skip
         del keep
@@ -147,8 +147,8 @@ class CpuBackend(Backend):
         native_shape = conv2d_shape(samples, g, channels, height, width, rows, columns, shape[2], shape[3])
         slices, keep = _slices(experts, g, samples)
         _C.conv2d_grad_weight(
-            _DTYPE[grad.dtype], torch.get_num_threads(), native_shape, slices, dw.stride(), shape[0], shape[1],
-            dy.data_ptr(), x.data_ptr(), dw.data_ptr(),
+            _DTYPE[grad.dtype], torch.get_num_threads(), native_shape, slices, _laid_out(dw), dy.data_ptr(),
+            x.data_ptr(), dw.data_ptr(),
         )  # fmt: skip
         del keep
         return dw
@@ -172,7 +172,7 @@ class CpuBackend(Backend):
         weight = weight.resolve_neg()
         block = torch.empty(numel, dtype=_accumulation(weight.dtype), device=weight.device)
         threads = torch.get_num_threads()
-        _C.pack(direction, dtype, threads, shape, slices, weight.stride(), weight.data_ptr(), block.data_ptr())
+        _C.pack(direction, dtype, threads, shape, slices, _laid_out(weight), weight.data_ptr(), block.data_ptr())
         return block
 
     def moments(self, x: Tensor, side: Side, plan: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -317,6 +317,11 @@ def _read(values: Tensor | None, x: Tensor) -> Tensor | None:
 def _packed(packed: Tensor | None) -> tuple[int, int]:
     """Where packed weights are, and how many numbers."""
     return (0, 0) if packed is None else (packed.data_ptr(), packed.numel())
+
+
+def _laid_out(weight: Tensor) -> tuple[int, ...]:
+    """As moe::cpu::WeightLayout."""
+    return (weight.shape[0], weight.shape[1], *weight.stride())
 
 
 def _shape_of_any_batch(weight: Tensor, g: Conv2dGeometry, size: tuple[int, int]) -> tuple[int, ...] | None:

@@ -22,6 +22,7 @@ from .recording import (
     offset_of,
     per_sample,
     place_of,
+    plan_late,
     plan_memory,
     require_channels_first,
 )
@@ -106,7 +107,8 @@ def lower(
     for i, node in enumerate(outputs):
         low.node = node
         _store(low, node, i)
-    program = native.module.Program(native.DTYPE[dtype], plan_memory(low.steps), chunk)
+    sample_bytes = plan_memory(low.steps)
+    program = native.module.Program(native.DTYPE[dtype], sample_bytes, chunk, plan_late(low.steps))
     for step in low.steps:
         step.record(program)
     shapes = [(per_sample(n), tensor_of(n).dtype) for n in outputs]  # type: ignore[union-attr]

@@ -47,6 +47,7 @@ __all__ = [
     "offset_of",
     "per_sample",
     "place_of",
+    "plan_late",
     "plan_memory",
     "require_channels_first",
 ]
@@ -129,6 +130,7 @@ class Step(NamedTuple):
     reads: tuple[Buffer, ...]
     writes: Buffer | None
     record: Callable[[Any], None]
+    weights: int = 0  # bytes of all experts' weights, of which a batch may read each
 
 
 @dataclass
@@ -277,7 +279,14 @@ class Recording:
 
     # --- steps --------------------------------------------------------------------------------------------------------
 
-    def add(self, name: str, reads: Sequence[Value | Buffer | None], writes: Value | Buffer | None, record: Any) -> None:
+    def add(
+        self,
+        name: str,
+        reads: Sequence[Value | Buffer | None],
+        writes: Value | Buffer | None,
+        record: Any,
+        weights: int = 0,
+    ) -> None:
         buffers: list[Buffer] = []
         for read in reads:
             if isinstance(read, Value):
@@ -285,7 +294,7 @@ class Recording:
             elif read is not None:
                 buffers.append(read)
         written = writes.buffer if isinstance(writes, Value) else writes
-        self.steps.append(Step(name, self.node, tuple(buffers), written, record))
+        self.steps.append(Step(name, self.node, tuple(buffers), written, record, weights))
 
     def prologue(self, value: Value) -> Callable[[], tuple[int, int, int, int, bool]]:
         p = value.prologue
@@ -379,7 +388,8 @@ class Recording:
                 before(),
             )  # fmt: skip
 
-        self.add("convolution", [source, residual, gate, sides[0][0], sides[1][0]], result, record)
+        weights = packed.nbytes if any(count > 0 for _, count, _ in sides) else 0
+        self.add("convolution", [source, residual, gate, sides[0][0], sides[1][0]], result, record, weights)
 
 
 _NO_PLACE = (_NOWHERE, 0, 1, 1, 0, 0)
@@ -419,6 +429,22 @@ def plan_memory(steps: Sequence[Step]) -> int:
         placed.append(buffer)
         total = max(total, offset + _aligned(buffer.bytes))
     return total
+
+
+# Weights of all experts from which on reading them takes longer than the sums of a few images each; and how many images
+# then go through the rest of the network together.
+HEAVY, LATE_CHUNK = 8 << 20, 64
+
+
+def plan_late(steps: Sequence[Step]) -> tuple[int, int, int, list[tuple[int, int]]]:
+    """As moe::cpu::Late, of steps whose memory is planned: what follows from the first heavy one on."""
+    first = next((i for i, step in enumerate(steps) if step.weights >= HEAVY), None)
+    if not first:
+        return -1, 0, 0, []
+    used = {b.root()[0] for step in steps for b in (*step.reads, step.writes) if b is not None}
+    late = [b for b in used if b.last >= first]
+    live = sorted((b.offset, b.bytes) for b in late if b.first < first)
+    return first, LATE_CHUNK, max(b.offset + _aligned(b.bytes) for b in late), live
 
 
 def _aligned(size: int) -> int:

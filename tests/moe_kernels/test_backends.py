@@ -3,17 +3,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from oracle import CallCounter, partition
+from processes import ISAS, python
 
-import moe_kernels
 from moe_kernels import BackendUnavailable, RoutedConv2d, Routing, available_backends, backends, functional, use_backend
 from moe_kernels.backends import native
 
@@ -23,18 +19,6 @@ ROUTING = Routing(torch.tensor([1, 0]), num_experts=2)
 
 def _run(x: torch.Tensor = X) -> torch.Tensor:
     return functional.routed_conv2d(x, W, ROUTING, out_slices=partition(4, 2))
-
-
-def _python(code: str, *arguments: str, **environment: str) -> str:
-    """The output of ``code`` in a process of its own that imports this moe_kernels."""
-    here = [str(Path(moe_kernels.__file__).parents[1]), str(Path(__file__).parent)]
-    path = os.pathsep.join([*here, *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {**os.environ, "PYTHONPATH": path, **environment}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_available_backends_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +85,7 @@ print(type(backends.choose(torch.device("cpu"))).__name__)
 with use_backend("cpu"):  # the program is nearer than the environment
     print(type(backends.choose(torch.device("cpu"))).__name__)
 """
-    assert _python(code, MOE_KERNELS_BACKEND=value).split() == [expected, "CpuBackend"]
+    assert python(code, MOE_KERNELS_BACKEND=value).split() == [expected, "CpuBackend"]
 
 
 def test_without_the_native_module(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,13 +130,13 @@ layer(x, routing).sum().backward()
 torch.nn.functional.conv2d(x, torch.randn(16, 16, 3, 3)).sum()
 print(*info.openmp_runtimes(), sep="\\n")
 """
-    runtimes = _python(code).split()
+    runtimes = python(code).split()
     assert len(runtimes) == 1, runtimes
     assert "torch" in runtimes[0]
 
 
 def test_info_runs_as_a_module() -> None:
-    out = _python("import runpy; runpy.run_module('moe_kernels.info', run_name='__main__')")
+    out = python("import runpy; runpy.run_module('moe_kernels.info', run_name='__main__')")
     assert "backend reference: available" in out
     assert "backend cpu: available" in out
     assert re.search(r"backend cpu: available; (avx512|avx2|generic); CPU kernels", out)
@@ -188,17 +172,9 @@ print("checked", len(cases) * len(DTYPES))
 """
 
 
-def _flags() -> set[str]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return set(next((line for line in lines if line.startswith(("flags", "Features"))), "").split())
-
-
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ISAS)
 def test_each_instruction_set_equals_the_loop(isa: str) -> None:
-    if isa != "generic" and {"avx2": "avx2", "avx512": "avx512f"}[isa] not in _flags():
-        pytest.skip(f"this CPU has no {isa}")
-    assert _python(_ISA_CHECK, isa, MOE_KERNELS_CPU_ISA=isa).split()[0] == "checked"
+    assert python(_ISA_CHECK, isa, MOE_KERNELS_CPU_ISA=isa).split()[0] == "checked"
 
 
 def test_an_instruction_set_that_is_not_known_says_so() -> None:
@@ -211,7 +187,7 @@ try:
 except (ValueError, RuntimeError) as error:
     print("error", error)
 """
-    out = _python(code, MOE_KERNELS_CPU_ISA="avx1024")
+    out = python(code, MOE_KERNELS_CPU_ISA="avx1024")
     described, raised = out.splitlines()
     assert raised.startswith("error") and "avx1024" in raised, out
     assert described == raised.removeprefix("error ")

@@ -512,6 +512,23 @@ def test_the_same_bits_for_any_number_of_threads_and_parts(threads: int, monkeyp
         assert fused(x[:0]).shape == (0, 10)
 
 
+@pytest.mark.parametrize("late", [1, 4, 16, 64])
+def test_the_same_bits_where_heavy_layers_take_more_samples_together(late: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _settled(_Net())
+    x = torch.randn(37, 3, 9, 9)
+    expected = fuse(model, x)(x)
+    monkeypatch.setattr("moe_kernels.inference.recording.HEAVY", 1)
+    monkeypatch.setattr("moe_kernels.inference.recording.LATE_CHUNK", late)
+    monkeypatch.setattr("moe_kernels.inference.fused._CHUNK", 4)
+    fused = fuse(model, x)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert fused(x).equal(expected)
+        assert fused(x[:7]).equal(expected[:7])
+    torch.set_num_threads(1)
+    assert (fused.memory(37) > fused.memory(4)) == (late > 4)
+
+
 def test_calls_of_several_threads_do_not_disturb_each_other() -> None:
     model = _settled(_Net())
     fused = fuse(model, torch.randn(1, 3, 9, 9))
