@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random calls of the native CPU kernels, right and wrong, in buffers beside pages that nothing may touch (csrc/fuzz), each
-in a process of its own: a kernel that reads outside ends it."""
+"""Random calls of the native CPU kernels, right and wrong, in buffers beside pages that nothing may touch (csrc/fuzz),
+each in a process of its own: a kernel that reads outside ends it."""
 
 from __future__ import annotations
 
