@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from oracle import BACKENDS, CallCounter, partition, whole, windows
+from processes import python
 from torch import Tensor
 
 from moe_kernels import ExpertSlices, RoutedBatchNorm2d, RoutedConv2d, RoutedLinear, Routing, functional, ops
@@ -563,3 +564,24 @@ def test_a_layer_without_a_weight_raises() -> None:
 def test_a_batch_norm_without_channels_raises() -> None:
     with pytest.raises(ValueError, match="num_features: expected at least 1, got 0"):
         RoutedBatchNorm2d(0, 4)
+
+
+def test_memory_that_cannot_be_had_is_a_memory_error() -> None:
+    """Beside the output there is room, for the packed weights of all experts there is none; and afterwards all is well."""
+    code = """
+import resource
+import torch
+from moe_kernels import RoutedConv2d, Routing
+torch.set_num_threads(1)
+layer = RoutedConv2d(512, 512, 3, num_experts=2, padding=1).requires_grad_(False)
+x, routing = torch.randn(64, 512, 4, 4), Routing(torch.arange(64) % 2, num_experts=2)
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (6 << 20), resource.RLIM_INFINITY))
+try:
+    layer(x, routing)
+except MemoryError as error:
+    print(type(error).__name__)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(*layer(x, routing).shape)
+"""
+    assert python(code).split() == ["MemoryError", "64", "512", "4", "4"]
