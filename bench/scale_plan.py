@@ -2,9 +2,9 @@
 """``python -m bench.scale_plan``: adversarial training on ImageNet by 8 GPUs and more, by counting; the tables of
 docs/scale.md.
 
-Parameters, multiply-accumulates and what autograd saves are counted on the meta device; passes are those of a step with the
-TRADES objective, in which AdvMoE trains routers and backbone. Rates of links and GPUs are the makers', the share of the peak
-that is reached is an assumption. Nothing is run on a GPU and nothing is measured.
+Parameters, multiply-accumulates and what autograd saves are counted on the meta device; passes are those of a step with
+the TRADES objective, in which AdvMoE trains routers and backbone. Rates of links and GPUs are the makers', the share of
+the peak that is reached is an assumption. Nothing is run on a GPU and nothing is measured.
 """
 
 from __future__ import annotations
