@@ -42,7 +42,11 @@ def joined(device: str = "auto") -> Iterator[World]:
         cuda = torch.cuda.is_available() and not device.startswith("cpu")
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=_PATIENCE)
+        store, rank, size = next(dist.rendezvous("env://", timeout=_PATIENCE))
+        # behind a restart torchrun's store may still have the addresses of processes that are gone (its default, a static
+        # rendezvous, keeps it): new ones would wait for those
+        store = dist.PrefixStore(f"restart {_restarts()}", store)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     logger = logging.getLogger("advmoe")
     level = logger.level
     if dist.get_rank():  # the first reports for all
@@ -83,7 +87,11 @@ def _sigterm_interrupts() -> Iterator[None]:
 
 def restarted() -> bool:
     """Whether torchrun has started these processes anew with their command, after one was lost (``--max-restarts``)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _restarts() > 0
+
+
+def _restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def resume_command(folder: object) -> str:
