@@ -161,7 +161,7 @@ def broken(out: Path, size: int, rank: int, breaks: bool) -> None:
 
 
 IN_CI = {3: ["advmoe"], 4: ["at per_expert balanced"]}  # cases, by the number of processes
-CI_STEPS = 4
+CI_STEPS = 2
 JOBS: dict[str, Callable[[Path, int, int], None]] = {
     "steps": lambda out, size, rank: steps(out, size, rank, IN_CI[size], CI_STEPS),
     "all_steps": lambda out, size, rank: steps(out, size, rank, list(parallel_steps.CASES), parallel_steps.STEPS),
