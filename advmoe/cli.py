@@ -78,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return RESUMABLE
     except KeyboardInterrupt:
         again = "; the same command goes on with AutoAttack where it was" if options.run is _evaluate else ""
-        print(f"interrupted{again}", file=sys.stderr)
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"interrupted{again}", file=sys.stderr)
         return INTERRUPTED
     except ValueError as error:  # RunError and DataError are such
         print(f"advmoe: {error}", file=sys.stderr)
@@ -577,9 +578,8 @@ def _train(o: argparse.Namespace) -> None:
             tensorboard=o.tensorboard,
         )
         with joined(o.device) as world:
-            if world.first:
+            with world.leading():
                 _fetch(o)
-            world.told()
             run = train(config, o.out, world=world)
     if world.first:
         print(f"done: {run.folder} (config.yaml, metrics.jsonl, best.pt, last.pt); next: advmoe evaluate {run.folder}")
@@ -590,15 +590,19 @@ def _evaluate(o: argparse.Namespace) -> None:
         torch.set_num_threads(o.threads)
     if o.out is not None and (o.out.is_dir() or not o.out.parent.is_dir()):  # not only behind hours of attacks
         raise ValueError(f"--out: expected a file in a folder that is there, got {o.out}")
-    _fetch(o)
     if o.checks < 0:
         raise ValueError(f"--checks: expected at least 0, got {o.checks}")
-    done = evaluate_run(
-        o.source, o.attack or ["pgd50x5", "autoattack"], checkpoint=o.checkpoint, data=o.data, data_dir=o.data_dir,
-        test_limit=o.test_limit, limit=o.limit, epsilon=o.epsilon, batch_size=o.batch_size, seed=o.seed,
-        device=o.device, progress=True, autoattack_limit=o.autoattack_limit, checks=o.checks, latency=(1, 32),
-        state=None if o.out is None else o.out.parent,
-    )  # fmt: skip
+    with joined(o.device) as world:
+        with world.leading():
+            _fetch(o)
+        done = evaluate_run(
+            o.source, o.attack or ["pgd50x5", "autoattack"], checkpoint=o.checkpoint, data=o.data, data_dir=o.data_dir,
+            test_limit=o.test_limit, limit=o.limit, epsilon=o.epsilon, batch_size=o.batch_size, seed=o.seed,
+            device=o.device, progress=world.first, autoattack_limit=o.autoattack_limit, checks=o.checks, latency=(1, 32),
+            state=None if o.out is None else o.out.parent, world=world,
+        )  # fmt: skip
+    if not world.first:
+        return
     _print_evaluation(done)
     path = o.out or done.path
     if path is not None:

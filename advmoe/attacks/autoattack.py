@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ..modes import undisturbed
 from ..registry import unknown_name
+from ..world import ALONE, World
 from .balls import Ball, require_batch
 from .pgd import NonFiniteGradientError
 
@@ -119,6 +120,7 @@ class AutoAttack:
         batch_size: int = 128,
         state: Path | None = None,
         progress: bool = False,
+        world: World = ALONE,
     ) -> AutoAttackResult:
         """Attacks ``images [n, 3, H, W]`` in [0, 1] with ``labels [n]``, sample by sample as the package itself does with
         the same seed and batch size. All images at once, since an attack's batches are made of those that are left.
@@ -127,12 +129,14 @@ class AutoAttack:
             seed: of the package's random numbers; those of the process are left as they were.
             state: a file to which each batch's outcome goes, and from which an interrupted call goes on, to the outcome
                 of an unbroken one; removed at the end. It belongs to these weights (the ``state_dict``), images and
-                settings alone.
+                settings alone. Each of several processes has one of its own, with its number in its name.
+            world: processes that share the batches of each attack; all have the same model, images and outcome.
 
         Raises:
             ValueError: for images or labels that are none, if there are too few classes for an attack, or if the file
                 belongs to something else.
             NonFiniteGradientError: if a score, or the gradient at the images, is NaN or infinite.
+            ProcessLost: if another process has ended.
         """
         require_batch(images, labels)
         images, labels = images.detach().contiguous(), labels.detach()  # the package makes views of them
@@ -145,6 +149,7 @@ class AutoAttack:
             fell_to = torch.where(right, _STANDING, -2)
             found = images.clone()
             key = ["", ""]
+            state = _own(state, world)
             if state is not None:
                 key = [self._settings(model, seed, batch_size), _digest("", {"images": images, "labels": labels})]
             done = (0, 0)
@@ -155,13 +160,17 @@ class AutoAttack:
                 batches = self._batches(fell_to, index, batch_size)
                 hidden = None if progress else True
                 for number, rows in enumerate(tqdm(batches, name, unit="batch", disable=hidden, leave=False)):
-                    if (index, number) < done:
+                    if number % world.size != world.rank or (index, number) < done:
                         continue
                     # what a model draws before the package seeds is the same in a resumed call
                     torch.manual_seed(seed * 1_000_003 + index * 10_007 + number)
                     self._attack(adversary, images, labels, rows, index, fell_to, found)
                     if state is not None:
                         _save(state, key, (index, number + 1), fell_to, found)
+                world.largest(fell_to)  # elsewhere what stands is at -1
+            changed = torch.where(found == images, -1.0, found)  # only where this process's images fell
+            found = torch.where(world.largest(changed) < 0, images, changed)
+            warnings = [warning for each in world.each(warnings) for warning in each]
         if state is not None:
             state.unlink(missing_ok=True)
         last = (fell_to == len(names) - 1).double().mean().item()
@@ -210,11 +219,14 @@ class AutoAttack:
             if classes < least:
                 raise ValueError(f"{name}: expected a model of at least {least} classes, got {classes}")
 
-    def refuse_stale(self, state: Path | None, model: nn.Module, seed: int, batch_size: int) -> None:
+    def refuse_stale(
+        self, state: Path | None, model: nn.Module, seed: int, batch_size: int, world: World = ALONE
+    ) -> None:
         """
         Raises:
             ValueError: if there is such a file of other weights or settings; which images, only the attack itself sees.
         """
+        state = _own(state, world)
         if state is not None and state.exists() and _read(state)["key"][0] != self._settings(model, seed, batch_size):
             raise ValueError(_STALE.format(state))
 
@@ -291,6 +303,13 @@ def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _own(state: Path | None, world: World) -> Path | None:
+    """The file of this process. Another number of processes shares the batches in another way."""
+    if state is None or world.size == 1:
+        return state
+    return state.with_name(f"{state.stem}-{world.rank + 1}-of-{world.size}{state.suffix}")
 
 
 def _save(path: Path, key: list[str], done: tuple[int, int], fell_to: Tensor, found: Tensor) -> None:

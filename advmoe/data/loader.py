@@ -90,7 +90,7 @@ def batches_in_order(
     Raises:
         DataError: if a file is damaged.
     """
-    parts = torch.arange(len(split)).split(batch_size)
+    parts = torch.arange(len(split)).split(batch_size) if len(split) else ()  # of no samples torch makes one part
     return _made(split, ((part, None) for part in parts), split.workers if workers is None else workers, pin)
 
 

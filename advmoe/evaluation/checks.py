@@ -17,6 +17,7 @@ from moe_kernels import RoutedConv2d, RoutedLinear
 from ..attacks import PGD, Attack, AutoAttack
 from ..data import Split
 from ..routers import routers_of
+from ..world import ALONE, World
 from .measure import Measured, measure
 
 __all__ = ["SUSPECT", "Check", "Curve", "Scrutiny", "scrutinize", "sign_test", "suspect"]
@@ -76,6 +77,7 @@ def scrutinize(
     batch_size: int = 128,
     seed: int = 0,
     progress: bool = False,
+    world: World = ALONE,
 ) -> Scrutiny:
     """Attacks the first ``limit`` images in other ways, and compares. With RA that of ``attack`` with one start:
 
@@ -92,6 +94,9 @@ def scrutinize(
 
     "Higher", "rises" and "stronger" mean: by more than a point, and by more than chance would have it, image by image
     (one-sided sign test at 5 %, which takes five images that differ at least).
+
+    Args:
+        world: processes that share the work, as :func:`advmoe.evaluation.evaluate`'s.
 
     Raises:
         ValueError: if the attack is no PGD.
@@ -111,7 +116,7 @@ def scrutinize(
     attacks["square"] = AutoAttack(base.epsilon, base.norm, attacks=("square",), queries=_QUERIES)
     routers = [router for router in routers_of(model).values() if router.num_experts > 1]
     routed = bool(routers) and all(router.options.top_k == 1 for router in routers)
-    found = measure(model, split, attacks, batch_size, limit, seed, progress)
+    found = measure(model, split, attacks, batch_size, limit, seed, progress, world=world)
     ras = {name: outcome.ra for name, outcome in found.evaluation.attacks.items()}
     curve = Curve(base.describe(), found.evaluation.images, tuple(epsilons), tuple(ras[f"radius {e}"] for e in epsilons))
     names = [f"radius {epsilon}" for epsilon in epsilons]
@@ -125,7 +130,8 @@ def scrutinize(
     checks = _asked(found, checks)
     if routed:
         attacks = {"base": base, "soft": dataclasses.replace(base, against="soft")}
-        found = measure(model, split, attacks, batch_size, min(len(split), _MORE * limit), seed, progress)
+        more = min(len(split), _MORE * limit)
+        found = measure(model, split, attacks, batch_size, more, seed, progress, world=world)
         checks += _asked(found, [_not_beyond(found, "surrogate", "base", "soft", _SURROGATE)])
     else:
         layers = any(isinstance(m, RoutedConv2d | RoutedLinear) for m in model.modules())

@@ -20,6 +20,7 @@ from ..attacks import PGD, Attack, AutoAttack, NonFiniteGradientError
 from ..data import Split, batches_in_order, stream_generator
 from ..models import record_routing
 from ..modes import undisturbed
+from ..world import ALONE, World
 
 __all__ = ["AttackOutcome", "Evaluation", "Measured", "chosen_experts", "evaluate", "measure", "scores_of", "wilson"]
 
@@ -107,6 +108,7 @@ def evaluate(
     workers: int | None = None,
     limits: Mapping[str, int] | None = None,
     state: Path | None = None,
+    world: World = ALONE,
 ) -> Evaluation:
     """Accuracy in eval mode on the clean images and under each attack on the model's prediction; modes are restored.
 
@@ -121,13 +123,17 @@ def evaluate(
         workers: processes that decode images ahead; the split's own choice by default.
         limits: for some attacks fewer images than ``limit``, at least 1.
         state: a folder for what AutoAttack goes on from if it is interrupted; none by default.
+        world: processes that share the work, each with the whole model and all images. What is attacked together in one
+            process is in several too, from the same random starts: the outcome is the same, in all of them, but of a
+            model that draws something.
 
     Raises:
         ValueError: if there are no images, ``limit`` or ``batch_size`` is below 1, or the model has no score for a
             class that an image is of.
         NonFiniteGradientError: if scores or an attack's gradient are NaN or infinite.
+        ProcessLost: if another process has ended.
     """
-    return measure(model, split, attacks, batch_size, limit, seed, progress, workers, limits, state).evaluation
+    return measure(model, split, attacks, batch_size, limit, seed, progress, workers, limits, state, world).evaluation
 
 
 def measure(
@@ -141,6 +147,7 @@ def measure(
     workers: int | None = None,
     limits: Mapping[str, int] | None = None,
     state: Path | None = None,
+    world: World = ALONE,
 ) -> Measured:
     """As :func:`evaluate`, with the outcome for each image."""
     if not isinstance(attacks, Mapping):
@@ -158,59 +165,58 @@ def measure(
         if images_of_it < 1:
             raise ValueError(f"limits: expected at least 1 for {name}, got {images_of_it}")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    tallies = {name: _Tally() for name in attacks}
-    kept: list[Tensor] = []  # images that AutoAttack wants, which takes them all at once
-    wanted = max((counts[name] for name, attack in attacks.items() if isinstance(attack, AutoAttack)), default=0)
-    labels, right = [], []
-    used: dict[str, Tensor] = {}
-    classes, drawing = 0, False
-    starts = range(0, total, batch_size)
-    batches = zip(starts, batches_in_order(split, batch_size, workers, device.type == "cuda"), strict=True)
+    pinned = device.type == "cuda"
+    share = _Share(total, counts)
+    places, mine = torch.arange(total), split
+    if world.size > 1:  # whole chunks, in turn
+        places = places[places // (_CHUNK * batch_size) % world.size == world.rank]
+        mine = split.select(places)
+    starts = places[::batch_size].tolist()
+    batches = zip(starts, batches_in_order(mine, batch_size, workers, pinned), strict=True)
     hidden = None if progress else True
     with undisturbed(model), record_routing(model) as routings:
-        chunk = _Chunk(model, routings, 0)
+        chunk = _Chunk(model, routings)
         for start, batch in tqdm(batches, "evaluate", len(starts), unit="batch", disable=hidden, leave=False):
             x, y = (each.to(device, non_blocking=True) for each in batch)
             scores = scores_of(model, x, y)
-            if start == 0:
-                classes = scores.shape[1]
-                drawing = not torch.equal(scores, scores_of(model, x, y))
+            if start == starts[0]:
+                share.classes = scores.shape[1]
+                share.drawing = not torch.equal(scores, scores_of(model, x, y))
                 for name, attack in attacks.items():
                     if isinstance(attack, AutoAttack):  # not only behind hours of others
-                        attack.require(classes)
-                        attack.refuse_stale(_state_file(state, name), model, seed, batch_size)
+                        attack.require(share.classes)
+                        attack.refuse_stale(_state_file(state, name), model, seed, batch_size, world)
             good = scores.argmax(1) == y
-            labels.append(y)
-            right.append(good)
+            share.right[start : start + len(x)] = good.cpu()
             clean = {name: chosen_experts(r, len(x)) for name, r in routings.items()}
             for name, routing in routings.items():
-                count = torch.bincount(routing.expert.reshape(-1), minlength=routing.num_experts)
-                used[name] = used[name] + count if name in used else count
-            if start < wanted:
-                kept.append(x[: wanted - start])
-            chunk.add(x, y, good, clean)
+                count = torch.bincount(routing.expert.reshape(-1), minlength=routing.num_experts).cpu()
+                share.used[name] = share.used[name] + count if name in share.used else count
+            chunk.add(start, x, y, good, clean)
             if len(chunk) == _CHUNK or start == starts[-1]:
                 for name, attack in attacks.items():
                     if isinstance(attack, PGD) and counts[name] > chunk.start:
-                        attack = dataclasses.replace(attack, retire=attack.retire and not drawing)
+                        attack = dataclasses.replace(attack, retire=attack.retire and not share.drawing)
                         generator = stream_generator(seed, "evaluate", name, chunk.start)
-                        tallies[name].add(chunk, attack, counts[name] - chunk.start, batch_size, generator)
-                chunk = _Chunk(model, routings, start + len(x))
-    all_labels, all_right = torch.cat(labels), torch.cat(right)
+                        share.tallies[name].add(chunk, attack, counts[name] - chunk.start, batch_size, generator)
+                chunk = _Chunk(model, routings)
+    share = _Share.of_all(world.each(share))
+    all_labels, classes = split.labels[:total].cpu(), share.classes
     outcomes = {}
     for name, attack in attacks.items():
-        tally, n = tallies[name], counts[name]
-        if isinstance(attack, AutoAttack):
+        tally, n = share.tallies[name], counts[name]
+        if isinstance(attack, AutoAttack):  # which takes its images all at once
             file = _state_file(state, name)
-            images = torch.cat(kept)[:n]
-            tally.found = attack.run(model, images, all_labels[:n], seed, batch_size, file, progress)
-            tally.robust = [tally.found.robust]
-        outcomes[name] = tally.outcome(attack, all_labels[:n], classes, drawing)
-    correct = int(all_right.sum())
-    usage = {name: (count.double() / count.sum()).tolist() for name, count in used.items()}
-    by_class = _by_class(all_right, all_labels, classes)
+            parts = batches_in_order(split.first(n), batch_size, workers, pinned)
+            images, labels = (torch.cat(each).to(device) for each in zip(*parts, strict=True))
+            tally.found = attack.run(model, images, labels, seed, batch_size, file, progress, world)
+            tally.robust = tally.found.robust.cpu()
+        outcomes[name] = tally.outcome(attack, all_labels[:n], classes, share.drawing)
+    correct = int(share.right.sum())
+    usage = {name: (count.double() / count.sum()).tolist() for name, count in share.used.items()}
+    by_class = _by_class(share.right, all_labels, classes)
     evaluation = Evaluation(total, correct / total, wilson(correct, total), by_class, outcomes, usage)
-    return Measured(all_labels, all_right, {name: torch.cat(t.robust) for name, t in tallies.items()}, evaluation)
+    return Measured(all_labels, share.right, {name: tally.robust for name, tally in share.tallies.items()}, evaluation)
 
 
 def scores_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -254,15 +260,17 @@ class _Chunk:
     """Some batches that are attacked together: those of their images that are left after one start make full batches for
     the next."""
 
-    def __init__(self, model: nn.Module, routings: Mapping[str, Routing], start: int) -> None:
-        self.model, self.routings, self.start = model, routings, start  # routings: of the model's last forward
+    def __init__(self, model: nn.Module, routings: Mapping[str, Routing]) -> None:
+        self.model, self.routings = model, routings  # routings: of the model's last forward
+        self.start = 0  # the first image's place
         self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
         self._clean: dict[str, list[Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self._batches)
 
-    def add(self, images: Tensor, labels: Tensor, right: Tensor, clean: dict[str, Tensor]) -> None:
+    def add(self, start: int, images: Tensor, labels: Tensor, right: Tensor, clean: dict[str, Tensor]) -> None:
+        self.start = self.start if self._batches else start
         self._batches.append((images, labels, right))
         for name, chosen in clean.items():
             self._clean.setdefault(name, []).append(chosen)
@@ -289,17 +297,17 @@ class _Chunk:
 
 
 class _Tally:
-    """What is counted of one attack over the chunks."""
+    """What is counted of one attack over the chunks of its first ``images`` images."""
 
-    def __init__(self) -> None:
-        self.robust: list[Tensor] = []
+    def __init__(self, images: int) -> None:
+        self.robust = torch.zeros(images, dtype=torch.bool)
         self.found: Any = None  # of AutoAttack
         self.flipped = self.zero = self.attacked = 0
         self.layers: dict[str, int] = {}
 
     def add(self, chunk: _Chunk, attack: PGD, limit: int, batch_size: int, generator: torch.Generator) -> None:
         robust, flips, zero = chunk.attacked(attack, limit, batch_size, generator)
-        self.robust.append(robust)
+        self.robust[chunk.start : chunk.start + len(robust)] = robust.cpu()
         self.attacked += len(zero)
         self.zero += int(zero.sum())
         for name, flip in flips.items():
@@ -307,9 +315,17 @@ class _Tally:
         if flips:
             self.flipped += int(torch.stack(list(flips.values())).any(0).sum())
 
+    def include(self, other: _Tally) -> None:
+        self.robust |= other.robust
+        self.attacked += other.attacked
+        self.zero += other.zero
+        self.flipped += other.flipped
+        for name, flips in other.layers.items():
+            self.layers[name] = self.layers.get(name, 0) + flips
+
     def outcome(self, attack: Attack, labels: Tensor, classes: int, drawing: bool) -> AttackOutcome:
-        robust, total = torch.cat(self.robust), len(labels)
-        count, attacked = int(robust.sum()), max(1, self.attacked)
+        total = len(labels)
+        count, attacked = int(self.robust.sum()), max(1, self.attacked)
         own = self.found is not None
         warnings = list(self.found.warnings) if own else []
         if drawing and (attack.version != "rand" if isinstance(attack, AutoAttack) else attack.eot == 1):
@@ -319,10 +335,33 @@ class _Tally:
             total,
             count / total,
             wilson(count, total),
-            _by_class(robust, labels, classes),
+            _by_class(self.robust, labels, classes),
             self.flipped / attacked if self.layers else None,
             {name: flips / attacked for name, flips in self.layers.items()},
             None if own else self.zero / attacked,
             self.found.stages() if own else {},
             warnings,
         )
+
+
+class _Share:
+    """What one process has found of the ``images`` images; False and nothing where others are at work."""
+
+    def __init__(self, images: int, counts: Mapping[str, int]) -> None:
+        self.classes, self.drawing = 0, False
+        self.right = torch.zeros(images, dtype=torch.bool)
+        self.used: dict[str, Tensor] = {}
+        self.tallies = {name: _Tally(count) for name, count in counts.items()}
+
+    @staticmethod
+    def of_all(shares: list[_Share]) -> _Share:
+        first, *others = shares
+        for other in others:
+            first.classes = max(first.classes, other.classes)
+            first.drawing |= other.drawing
+            first.right |= other.right
+            for name, count in other.used.items():
+                first.used[name] = first.used[name] + count if name in first.used else count
+            for name, tally in other.tallies.items():
+                first.tallies[name].include(tally)
+        return first

@@ -31,7 +31,7 @@ from ..routers import FixedRouter, NonFiniteRouterError, RouterOptions, routers_
 from ..sparse import masked_convolutions
 from . import tensorboard
 from .methods import Batch, Method, NonFiniteLossError, StepResult, build_method
-from .parallel import ALONE, ProcessLost, World, lost, resume_command
+from .parallel import ALONE, ProcessLost, World, lost, restarted, resume_command
 from .runs import Run, RunError, build_model, load_checkpoint, load_model
 from .watch import COLLAPSED, RouterWatch
 
@@ -509,7 +509,8 @@ def train(config: RunConfig, folder: str | Path, quiet: bool = False, world: Wor
     Args:
         world: the processes that train together (:func:`advmoe.training.parallel.joined`).
 
-    A fault before the first checkpoint leaves no run there, only its log; after Ctrl-C it can be resumed.
+    A fault before the first checkpoint leaves no run there, only its log; after Ctrl-C it can be resumed. Where torchrun
+    has restarted the processes (``--max-restarts``), a run of these very settings in the folder is gone on with.
 
     Raises:
         ValueError: for settings or data that do not fit (RunError, DataError among them).
@@ -520,6 +521,10 @@ def train(config: RunConfig, folder: str | Path, quiet: bool = False, world: Wor
     data = load_data(config, world)
     config = resolve(config, data)
     run = Run(folder)
+    if restarted() and world.told(run.config_path.exists()):
+        if run.config() != config:  # not what this command has begun
+            raise RunError(f"{run.folder} holds a run of other settings; choose another --out")
+        return resume(folder, quiet, world=world)
     trainer = Trainer(config, run, data, quiet, world)
     if world.first:
         run.create(config)
@@ -586,12 +591,8 @@ def _without_sources(config: RunConfig) -> RunConfig:
 def load_data(config: RunConfig, world: World = ALONE) -> DataSet:
     """The data set that a run is trained on; the first process reads it first, and may leave something for the others."""
     d = config.data
-    if not world.first:
-        world.told()
-    data = load(d.name, d.folder, d.train_limit, d.test_limit, d.validation, config.seed)
-    if world.first:
-        world.told()
-    return data
+    with world.leading():
+        return load(d.name, d.folder, d.train_limit, d.test_limit, d.validation, config.seed)
 
 
 @contextmanager

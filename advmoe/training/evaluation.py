@@ -21,6 +21,7 @@ from ..evaluation import Evaluation, Scrutiny, evaluate, scrutinize, suspect
 from ..models import DualModel
 from ..profiling import Latency, Profile, measure_latency, profile
 from ..sparse import compact, masked_convolutions
+from ..world import ALONE, World
 from .engine import device_of
 from .runs import RunError, load_model
 
@@ -187,6 +188,7 @@ def evaluate_run(
     checks: int = 0,
     latency: Sequence[int] = (),
     state: Path | None = None,
+    world: World = ALONE,
 ) -> EvaluatedRun:
     """Evaluates a run folder, a checkpoint or ``module:function`` on the test images.
 
@@ -200,13 +202,15 @@ def evaluate_run(
             on the prediction of most steps, or PGD-50 if there is none of ten or more; 0: not at all.
         latency: batch sizes to time a forward with.
         state: a folder for the file that AutoAttack leaves while it is at work, and goes on from; a run's own by default.
+        world: processes that share the work (:func:`advmoe.evaluation.evaluate`); the first alone times forwards.
 
     Raises:
         ValueError: if there is no such run, data or attack (RunError, DataError among them).
         NonFiniteGradientError: as :func:`advmoe.evaluation.evaluate`.
     """
     radius_given = epsilon is not None
-    opened = open_source(source, checkpoint, data, data_dir, test_limit, epsilon)
+    with world.leading():
+        opened = open_source(source, checkpoint, data, data_dir, test_limit, epsilon)
     model, images, epsilon = opened.model.to(device_of(device)), opened.data, opened.epsilon
     chosen = {attack: from_name(attack, epsilon) for attack in attacks}
     shorter = (
@@ -220,18 +224,20 @@ def evaluate_run(
         raise ValueError("epsilon: expected one with attacks in L2; the run's and the data's are of L-infinity")
     torch.manual_seed(seed)
     result = evaluate(
-        model, test, chosen, batch_size, seed=seed, progress=progress, limits=shorter, state=state or opened.folder
-    )
+        model, test, chosen, batch_size, seed=seed, progress=progress, limits=shorter, state=state or opened.folder,
+        world=world,
+    )  # fmt: skip
     scrutiny = None
     if checks:
         norm = next(iter(norms), "linf")
         plain = [a for a in chosen.values() if isinstance(a, PGD) and a.against == "prediction" and a.steps >= 10]
         base = max(plain, key=lambda a: a.steps, default=PGD(epsilon, epsilon / 4, 50, norm=norm))
-        scrutiny = scrutinize(model, test, base, checks, batch_size, seed, progress)
+        scrutiny = scrutinize(model, test, base, checks, batch_size, seed, progress, world)
     # a sparse network costs what is left of it
     whole = compact(model, images.image_size) if masked_convolutions(model) else model
     cost = profile(whole, images.image_size)
-    times = [measure_latency([whole], images.image_size, size, repeats=20)[0] for size in latency]
+    timed = latency if world.first else ()
+    times = [measure_latency([whole], images.image_size, size, repeats=20)[0] for size in timed]
     record = {
         "checkpoint": opened.checkpoint,
         "data": images.name,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steps of a method by one process, or by several that share each batch: ``python parallel_steps.py CASE OUT``."""
+"""Steps of a method by one process, or by several that share each batch: ``python parallel_steps.py OUT``."""
 
 from __future__ import annotations
 
@@ -100,24 +100,24 @@ def network(case: Case) -> nn.Module:
     return model.to(case.dtype)
 
 
-def shared_batch(case: Case, step: int, level: int, world: World) -> Batch:
-    """This process's part; the first half of the images is bright, the second dark."""
+def shared_batch(case: Case, step: int, level: int, world: World, count: int = BATCH) -> Batch:
+    """This process's part of so many images; the first half of them is bright, the second dark."""
     generator = stream_generator("images", step, level)
-    images = torch.rand(BATCH, 3, 8, 8, generator=generator, dtype=torch.float64)
+    images = torch.rand(count, 3, 8, 8, generator=generator, dtype=torch.float64)
     if case.bright:
-        images[: BATCH // 2] = 0.7 + 0.3 * images[: BATCH // 2]
-        images[BATCH // 2 :] *= 0.3
-    labels = torch.randint(0, 10, (BATCH,), generator=generator)
-    part = world.part(BATCH, case.accumulate)
+        images[: count // 2] = 0.7 + 0.3 * images[: count // 2]
+        images[count // 2 :] *= 0.3
+    labels = torch.randint(0, 10, (count,), generator=generator)
+    part = world.part(count, case.accumulate)
     attack: Any = stream_generator("attack", step, level)
     if world.size > 1:
-        share = BATCH // world.size
-        attack = SharedGenerator(attack, world.rank * share, BATCH)
+        share = count // world.size
+        attack = SharedGenerator(attack, world.rank * share, count)
     return Batch(images[part].to(case.dtype), labels[part], attack)
 
 
-def run(name: str, world: World) -> dict[str, Any]:
-    """The state after all steps, and the losses of the last, as this process has them."""
+def run(name: str, world: World, steps: int = STEPS, count: int = BATCH) -> dict[str, Any]:
+    """The state after so many steps of two epochs, and the losses of the last, as this process has them."""
     case = CASES[name]
     model = network(case)
     world.prepare(model)
@@ -126,14 +126,15 @@ def run(name: str, world: World) -> dict[str, Any]:
     attack = PGD(0.15, 0.15, 1) if case.method.name in ONE_STEP else ATTACK
     method = build_method(model, case.method, optim, attack, routing, world)
     losses: dict[str, float] = {}
-    for step in range(STEPS):
-        epoch = step // (STEPS // 2)
+    for step in range(steps):
+        epoch = step // (steps // 2)
         method.enter_epoch(epoch)
-        if step % (STEPS // 2) == 0:
+        if step % (steps // 2) == 0:
             method.begin_epoch(epoch)
         model.train()
         method.position = step
-        losses = method.step([shared_batch(case, step, k, world) for k in range(method.batches_per_step)]).losses
+        batches = [shared_batch(case, step, k, world, count) for k in range(method.batches_per_step)]
+        losses = method.step(batches).losses
     method.settle()
     # a method's own state is that of all processes
     kept = {name: value for name, value in method.state_dict().items() if value is not None}
