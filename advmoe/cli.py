@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``advmoe`` command. Exit codes: 0 done, 1 fault, 2 usage or input, 3 interrupted and resumable, 130 interrupted."""
+"""The ``advmoe`` command. Exit codes: 0 done, 1 fault, 2 usage or input, 3 interrupted and resumable, 130 interrupted;
+docs/training.md says more of them."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import os
 import statistics
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +37,11 @@ from .config import (
     OptimConfig,
     RoutingConfig,
     RunConfig,
-    write_text,
 )
 from .data import download, list_data
 from .evaluation import SUSPECT
 from .export import FORMATS, export
+from .files import write_text
 from .models import MODEL_OPTIONS, list_models, router_parameters
 from .models.base import KINDS, LAYOUTS, ROUTE_PER, STEMS, default_router
 from .models.network_moe import MIXES
@@ -50,7 +52,7 @@ from .routers import NonFiniteRouterError, list_routers, routers_of
 from .tables import percent, table
 from .training import Interrupted, NonFiniteLossError, Run, StepError, resume, train
 from .training.evaluation import EvaluatedRun, evaluate_dual, evaluate_run, write_record
-from .training.parallel import ProcessLost, joined, resume_command
+from .training.parallel import ProcessLost, joined, resume_command, sigterm_interrupts
 from .training.runs import build_model
 
 __all__ = ["main"]
@@ -68,6 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     options.given = [a.split("=")[0] for a in arguments if a.startswith("--")]  # also where a default was given
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # several have a way of their own, in `joined`
+    with sigterm_interrupts(several=False) if alone else nullcontext():
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         code: int = options.run(options) or DONE
         sys.stdout.flush()  # a closed pipe shows here at the latest

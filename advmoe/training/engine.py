@@ -25,6 +25,7 @@ from ..attacks import PGD, NonFiniteGradientError, SharedGenerator, from_name
 from ..config import ONE_STEP, ModelConfig, RunConfig
 from ..data import Batches, BatchStream, DataSet, load, stream_generator
 from ..evaluation.measure import Evaluation, evaluate
+from ..files import WriteError
 from ..models import router_parameters, upcycle
 from ..models.base import PLACED, ROUTED, WHOLE
 from ..routers import FixedRouter, NonFiniteRouterError, RouterOptions, routers_of
@@ -159,11 +160,12 @@ class Trainer:
         """Trains to the last epoch and returns the metrics of all epochs.
 
         Raises:
-            Interrupted: after Ctrl-C. The state is saved after the step that it fell in; a second one, or one during a
-                validation, leaves the checkpoint before.
+            Interrupted: after Ctrl-C or SIGTERM. The state is saved after the step that it fell in; a second Ctrl-C, or one
+                during a validation, leaves the checkpoint before.
             NonFiniteLossError, NonFiniteGradientError, NonFiniteRouterError: if a loss, the gradient of an attack or a
                 router's scores are not finite; the message names the epoch and the step.
             StepError: if a step could not be made otherwise.
+            WriteError: if a file could not be written; the checkpoint before is as it was.
             ProcessLost: if another process of the run has ended.
         """
         try:
@@ -178,6 +180,10 @@ class Trainer:
         except KeyboardInterrupt as error:
             if self.run.checkpoint().exists():
                 raise Interrupted(self.run.folder) from error
+            raise
+        except WriteError as error:
+            again = f"then go on with: {resume_command(self.run.folder)}" if self.run.checkpoint().exists() else "then begin anew"
+            error.then = f"{again}; {self._checkpointed()}"
             raise
         except RuntimeError as error:
             if self.world.size > 1 and not isinstance(error, (*_NON_FINITE, StepError)) and lost(error):
@@ -205,7 +211,7 @@ class Trainer:
         bar = tqdm(
             total=self.steps_per_epoch, initial=self.step, desc=label, disable=True if self.quiet else None, leave=False
         )
-        with bar, _ctrl_c(self.world.size > 1) as interrupted:
+        with bar, _ctrl_c(several=self.world.size > 1) as interrupted:
             while self.step < self.steps_per_epoch:
                 start = time.perf_counter()
                 self._set_rates()
@@ -219,10 +225,15 @@ class Trainer:
                     f"{self._speed():.0f} images/s",
                     refresh=False,
                 )
-                if self.world.any(interrupted(), self.device):
-                    self._require_finite_weights(f"step {self.step}")
-                    self.save()
-                    raise Interrupted(self.run.folder)
+                self._stop_if(interrupted())
+        self._stop_if(interrupted())  # between the last step and the end of its noting
+
+    def _stop_if(self, interrupted: bool) -> None:
+        """Saves and leaves, if any process has been interrupted; all of them must ask."""
+        if self.world.any(interrupted, self.device):
+            self._require_finite_weights(f"step {self.step}")
+            self.save()
+            raise Interrupted(self.run.folder)
 
     def _batch(self, batches: BatchStream) -> Batch:
         order = batches.order
@@ -512,8 +523,9 @@ def train(config: RunConfig, folder: str | Path, quiet: bool = False, world: Wor
     A fault before the first checkpoint leaves no run there, only its log; after Ctrl-C it can be resumed.
 
     Raises:
-        ValueError: for settings or data that do not fit (RunError, DataError among them).
-        Interrupted, StepError, NonFiniteLossError and its kin: see :meth:`Trainer.fit`.
+        ValueError: for settings or data that do not fit, and for a folder that holds a run, is in use or cannot be written
+            (RunError, DataError among them).
+        Interrupted, StepError, WriteError, NonFiniteLossError and its kin: see :meth:`Trainer.fit`.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -521,20 +533,26 @@ def train(config: RunConfig, folder: str | Path, quiet: bool = False, world: Wor
     config = resolve(config, data)
     run = Run(folder)
     trainer = Trainer(config, run, data, quiet, world)
-    if world.first:
-        run.create(config)
-    world.told()
-    with _logged(run, world):
-        for note in _doubts(config, trainer.model):
-            logger.warning(note)
+    with _alone_in(run, world, new=True):
+        if world.first:
+            run.create(config)
+        world.told()
         try:
-            trainer.fit()
+            with _logged(run, world):
+                for note in _doubts(config, trainer.model):
+                    logger.warning(note)
+                trainer.fit()
         except Exception:
             if world.first and not run.checkpoint().exists():  # no run yet: other settings may try the same folder
                 with suppress(OSError):
                     run.config_path.unlink()
             raise
     return run
+
+
+def _alone_in(run: Run, world: World, new: bool = False) -> AbstractContextManager[None]:
+    """Of several processes the first holds the folder for all."""
+    return run.locked(new) if world.first else nullcontext()
 
 
 def _logged(run: Run, world: World) -> AbstractContextManager[Any]:
@@ -550,9 +568,21 @@ def resume(folder: str | Path, quiet: bool = False, data_dir: str | None = None,
         world: the processes that train together; as many as the run had, if it is to end with the same weights.
 
     Raises:
-        RunError: if there is no run. Otherwise as :func:`train`.
+        RunError: if there is no run, or if another process trains it. Otherwise as :func:`train`.
     """
     run = Run(folder)
+    run.config()  # a folder without it is none to hold
+    try:
+        with _alone_in(run, world):
+            _continue(run, quiet, data_dir, world)
+    except KeyboardInterrupt as error:  # before the first step
+        if run.checkpoint().exists():
+            raise Interrupted(run.folder) from error
+        raise
+    return run
+
+
+def _continue(run: Run, quiet: bool, data_dir: str | None, world: World) -> None:
     config = run.config()
     if data_dir is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, folder=data_dir))
@@ -576,7 +606,6 @@ def resume(folder: str | Path, quiet: bool = False, data_dir: str | None = None,
             logger.info("%s has all of its %d epochs: nothing is trained", run.folder, config.epochs)
     with _logged(run, world):
         trainer.fit()
-    return run
 
 
 def _without_sources(config: RunConfig) -> RunConfig:
@@ -595,11 +624,12 @@ def load_data(config: RunConfig, world: World = ALONE) -> DataSet:
 
 
 @contextmanager
-def _ctrl_c(end: bool = False) -> Iterator[Any]:
-    """Lets a step finish: the first Ctrl-C is noted and asked for, the second raises as ever.
+def _ctrl_c(several: bool = False) -> Iterator[Any]:
+    """Lets a step finish: the first Ctrl-C, or SIGTERM, which schedulers send, is noted and asked for; a second Ctrl-C
+    raises as ever.
 
     Args:
-        end: take SIGTERM, by which torchrun ends its processes, for a first Ctrl-C too.
+        several: processes that torchrun ends by SIGTERM when one is lost: behind an error it is ignored.
 
     Where the process was started to ignore it, as a shell script's background jobs are, it goes on doing so.
     """
@@ -611,7 +641,7 @@ def _ctrl_c(end: bool = False) -> Iterator[Any]:
             raise KeyboardInterrupt
         seen = True
 
-    signals = [n for n in (signal.SIGINT, signal.SIGTERM)[: 2 if end else 1] if signal.getsignal(n) is not signal.SIG_IGN]
+    signals = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
     try:
         before = {number: signal.signal(number, note) for number in signals}
     except ValueError:  # not in the main thread: whoever runs us handles signals
@@ -619,7 +649,7 @@ def _ctrl_c(end: bool = False) -> Iterator[Any]:
     try:
         yield lambda: seen
     except BaseException:
-        if signal.SIGTERM in before:  # there is something to be said, and torchrun may send it at any time
+        if several and signal.SIGTERM in before:  # there is something to be said, and torchrun may send it at any time
             before[signal.SIGTERM] = signal.SIG_IGN
         raise
     finally:

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from moe_kernels.collectives import all_reduce
 from moe_kernels.sync import synchronize_batch_norms
 
-__all__ = ["ALONE", "ProcessLost", "Reduced", "World", "joined", "lost", "resume_command"]
+__all__ = ["ALONE", "ProcessLost", "Reduced", "World", "joined", "lost", "resume_command", "sigterm_interrupts"]
 
 # what gloo and nccl say when another process is gone
 _LOST = re.compile(r"gloo|nccl|connection (closed|reset)|timed out|broken pipe|remote process|socket", re.IGNORECASE)
@@ -141,7 +141,7 @@ def joined(device: str = "auto") -> Iterator[World]:
     if dist.get_rank():  # the first reports for all
         logger.setLevel(logging.ERROR)
     try:
-        with _sigterm_interrupts():
+        with sigterm_interrupts():
             yield World(dist.get_rank(), dist.get_world_size(), dist.new_group(timeout=_PATIENCE))
     finally:
         logger.setLevel(level)
@@ -150,9 +150,13 @@ def joined(device: str = "auto") -> Iterator[World]:
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Takes SIGTERM, by which torchrun ends its processes when one is lost, for a Ctrl-C. Behind an error it is ignored:
-    the process ends by itself, and says why first."""
+def sigterm_interrupts(several: bool = True) -> Iterator[None]:
+    """Takes SIGTERM, by which schedulers end a process, for a Ctrl-C.
+
+    Args:
+        several: torchrun ends its processes so when one is lost. Behind an error it is ignored: the process ends by
+            itself, and says why first.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -169,7 +173,7 @@ def _sigterm_interrupts() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if several else before)
         raise
     signal.signal(signal.SIGTERM, before)
 
