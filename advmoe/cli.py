@@ -22,7 +22,7 @@ from moe_kernels import BackendUnavailable, FusedModel, __version__, fuse
 from moe_kernels.routing import GATES
 
 from . import demo
-from .attacks import NAMES, NonFiniteGradientError
+from .attacks import NAMES
 from .config import (
     ALIASES,
     METHODS,
@@ -48,11 +48,13 @@ from .models.network_moe import MIXES
 from .objectives import BALANCE_LOSSES
 from .profiling import backbone_costs, measure_latency, profile
 from .recipes import SCALES, SweepOptions, reproduce
-from .routers import NonFiniteRouterError, list_routers, routers_of
+from .routers import list_routers, routers_of
 from .tables import percent, table
-from .training import Interrupted, NonFiniteLossError, Run, StepError, resume, train
+from .training import Interrupted, Run, StepError, resume, train
 from .training.evaluation import EvaluatedRun, evaluate_dual, evaluate_run, write_record
+from .training.faults import NON_FINITE
 from .training.parallel import ProcessLost, joined, resume_command, sigterm_interrupts
+from .training.replay import replay
 from .training.runs import build_model
 
 __all__ = ["main"]
@@ -61,7 +63,7 @@ DONE, FAULT, USAGE, RESUMABLE, INTERRUPTED = 0, 1, 2, 3, 130
 
 _KIND_OF = {"rt-er": "network_moe", "jtdmoe": "dual_moe"}  # the one kind that a method is for
 
-_FAULTS = (ProcessLost, StepError, NonFiniteLossError, NonFiniteGradientError, NonFiniteRouterError, BackendUnavailable)
+_FAULTS = (ProcessLost, StepError, *NON_FINITE, BackendUnavailable)  # and OSError, WriteError among it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -268,6 +270,13 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--threads", type=_positive, help="CPU threads; torch's own choice by default")
     g.add_argument("--validation-attack", default=r.validation_attack, help="the attack of each epoch's validation")
     p.set_defaults(run=_train)
+
+    p = commands.add_parser(
+        "replay", help="make the step again that stopped a run by a number that is not finite: 0 reproduced, 1 not", **common
+    )
+    p.add_argument("source", type=Path, metavar="RUN", help="the run folder, which has a fault.pt")
+    p.add_argument("--data-dir", help="the folder that holds the data, if it has moved")
+    p.set_defaults(run=_replay)
 
     p = commands.add_parser("evaluate", help="SA and RA on the test set, and whether RA can be believed", **common)
     p.add_argument("source", metavar="RUN", help="a run folder, a checkpoint in one, or module:function")
@@ -591,6 +600,24 @@ def _train(o: argparse.Namespace) -> None:
             run = train(config, o.out, world=world)
     if world.first:
         print(f"done: {run.folder} (config.yaml, metrics.jsonl, best.pt, last.pt); next: advmoe evaluate {run.folder}")
+
+
+def _replay(o: argparse.Namespace) -> int:
+    done = replay(o.source, o.data_dir)
+    fault, now = done.fault, done.now
+    state = fault["state"]
+    print(f"epoch {state['epoch'] + 1}, step {state['step'] + 1}, on images")
+    for indices in now.indices:
+        print(f"  {', '.join(map(str, indices.tolist()))}")
+    print(f"then: {fault['message']}\n  first not finite: {fault['where'] or 'not looked for'}")
+    print(f"now: {now.error or 'the step went through'}\n  first not finite: {now.where or 'nothing'}")
+    if now.trail:
+        print("  before it:", *now.trail, sep="\n    ")
+    if done.reproduced:
+        print("reproduced")
+        return DONE
+    print("not reproduced:", *done.differences, sep="\n  ")
+    return FAULT
 
 
 def _evaluate(o: argparse.Namespace) -> None:

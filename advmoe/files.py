@@ -40,14 +40,17 @@ class WriteError(OSError):
         return "; ".join(each for each in (f"{self.filename} cannot be written: {self.strerror}", advice, self.then) if each)
 
 
-def write_whole(path: Path, write: Callable[[Any], None]) -> None:
+def write_whole(path: Path, write: Callable[[Any], None], suffix: str = ".tmp") -> None:
     """Lets ``write`` fill a file, whole or not at all: under a temporary name, which becomes ``path`` once the content is
     on the disk, and is gone if something fails. Then the folder is synchronised too, or the machine might forget the name.
+
+    Args:
+        suffix: of the temporary name.
 
     Raises:
         WriteError: if that fails.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + suffix)
     try:
         with temporary.open("wb") as file:
             noting = _Noting(file)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from moe_kernels.backends import choose
 
-from ..attacks import PGD, NonFiniteGradientError, SharedGenerator, from_name
+from ..attacks import PGD, SharedGenerator, from_name
 from ..config import ONE_STEP, ModelConfig, RunConfig
 from ..data import Batches, BatchStream, DataSet, load, stream_generator
 from ..evaluation.measure import Evaluation, evaluate
@@ -30,16 +30,16 @@ from ..models import router_parameters, upcycle
 from ..models.base import PLACED, ROUTED, WHOLE
 from ..routers import FixedRouter, NonFiniteRouterError, RouterOptions, routers_of
 from ..sparse import masked_convolutions
-from . import tensorboard
-from .methods import Batch, Method, NonFiniteLossError, StepResult, build_method
+from . import faults, tensorboard
+from .faults import NON_FINITE
+from .methods import Batch, Method, StepResult, build_method
 from .parallel import ALONE, ProcessLost, World, lost, resume_command
 from .runs import Run, RunError, build_model, load_checkpoint, load_model
 from .watch import COLLAPSED, RouterWatch
 
-__all__ = ["Interrupted", "StepError", "Trainer", "resume", "train"]
+__all__ = ["Interrupted", "StepError", "Trainer", "load_data", "resume", "train", "without_sources"]
 
 logger = logging.getLogger("advmoe")
-_NON_FINITE = (NonFiniteLossError, NonFiniteGradientError, NonFiniteRouterError)
 
 
 class StepError(RuntimeError):
@@ -112,6 +112,7 @@ class Trainer:
         self.seconds = 0.0  # spent training in this epoch
         self.best = -1.0
         self.board: tensorboard.Board | None = None  # while :meth:`fit` writes one
+        self.before = faults.StateBefore()
 
     # --- state ----------------------------------------------------------------------------------------------------------
 
@@ -186,7 +187,7 @@ class Trainer:
             error.then = f"{again}; {self._checkpointed()}"
             raise
         except RuntimeError as error:
-            if self.world.size > 1 and not isinstance(error, (*_NON_FINITE, StepError)) and lost(error):
+            if self.world.size > 1 and not isinstance(error, (*NON_FINITE, StepError)) and lost(error):
                 first = str(error).strip().splitlines()[0]
                 raise ProcessLost(
                     f"another of the {self.world.size} processes has ended ({first}); {self._checkpointed()}; go on "
@@ -214,6 +215,7 @@ class Trainer:
         with bar, _ctrl_c(several=self.world.size > 1) as interrupted:
             while self.step < self.steps_per_epoch:
                 start = time.perf_counter()
+                self.before.take(self)
                 self._set_rates()
                 result = self._step([self._batch(b) for b in self.batches])
                 self.step += 1
@@ -285,8 +287,8 @@ class Trainer:
             compiled = self.config.optim.compile
             with nullcontext() if compiled else self.watch.watching(self.method.position):
                 return self.method.step(batches)
-        except _NON_FINITE as error:
-            raise self._named(self._cause(error, batches), f"step {self.step + 1}") from error
+        except NON_FINITE as error:
+            raise self._failed(self._cause(error, batches), f"step {self.step + 1}") from error
         except ValueError as error:  # one sample for an expert with a BatchNorm of its own, say
             here = f"epoch {self.epoch + 1}, step {self.step + 1}"
             raise StepError(f"{here}: {error}; {self._checkpointed()}") from error
@@ -306,14 +308,19 @@ class Trainer:
 
     def _require_finite_weights(self, where: str) -> None:
         """The last step's weights have met no loss yet; a checkpoint of ruined ones would fail at every resume."""
-        with torch.no_grad():
-            largest = torch.nn.utils.get_total_norm(list(self.model.parameters()), math.inf).item()
-        if not math.isfinite(largest):
-            raise self._named(NonFiniteLossError(f"a weight is {largest} after the last step"), where)
+        try:
+            faults.require_finite_state(self.model, self.method.optimizers)
+        except NON_FINITE as error:
+            raise self._failed(error, where) from None
 
-    def _named(self, error: RuntimeError, where: str) -> RuntimeError:
-        help = "A lower --lr usually helps"
-        return type(error)(f"epoch {self.epoch + 1}, {where}: {error}; {self._checkpointed()}. {help}")
+    def _failed(self, error: RuntimeError, where: str) -> RuntimeError:
+        """The error named, the step kept for replay. The trainer is before that step, or in it, afterwards."""
+        named = self._named(error, where, ". A lower --lr usually helps")
+        kept = faults.keep(self, self.before.state(), error)
+        return type(error)(f"{named}. {kept}")
+
+    def _named(self, error: RuntimeError, where: str, help: str) -> RuntimeError:
+        return type(error)(f"epoch {self.epoch + 1}, {where}: {error}; {self._checkpointed()}{help}")
 
     def _checkpointed(self) -> str:
         path = self.run.checkpoint()
@@ -397,8 +404,8 @@ class Trainer:
                 return evaluate(
                     self.model, self.data.validation, attacks, c.batch_size, seed=c.seed, workers=c.data.workers
                 )
-        except _NON_FINITE as error:
-            raise self._named(error, "validation") from error
+        except NON_FINITE as error:
+            raise self._named(error, "validation", ". A lower --lr usually helps") from error
 
 
 def _compile(model: nn.Module) -> None:
@@ -593,7 +600,7 @@ def _continue(run: Run, quiet: bool, data_dir: str | None, world: World) -> None
         torch.set_num_threads(config.threads)
     begun = run.checkpoint().exists()
     # a checkpoint holds the weights; those that the run began with may be gone by now
-    trainer = Trainer(_without_sources(config) if begun else config, run, data, quiet, world)
+    trainer = Trainer(without_sources(config) if begun else config, run, data, quiet, world)
     if begun:
         state = load_checkpoint(run.checkpoint())
         try:
@@ -608,7 +615,7 @@ def _continue(run: Run, quiet: bool, data_dir: str | None, world: World) -> None
         trainer.fit()
 
 
-def _without_sources(config: RunConfig) -> RunConfig:
+def without_sources(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, init=None, standard_run=None, robust_run=None)
 
 

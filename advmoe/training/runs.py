@@ -87,9 +87,10 @@ class Run:
                 raise RunError(f"{self.folder} is in use by {error.strerror}; {rest}") from error
             except OSError as error:
                 raise RunError(str(WriteError(self.folder, error, "or choose another --out" if new else ""))) from error
-            written = (self.config_path, self.metrics_path, self.fault_path, *map(self.checkpoint, ("last", "best")))
-            for path in written:  # by a process that was killed meanwhile
-                path.with_name(path.name + ".tmp").unlink(missing_ok=True)
+            written = (self.config_path, self.metrics_path, self.checkpoint(), self.checkpoint("best"))
+            left = [path.with_name(path.name + ".tmp") for path in written]
+            for path in (*left, *self.folder.glob("fault.pt.*.tmp")):  # by a process that was killed meanwhile
+                path.unlink(missing_ok=True)
             yield
 
     def config(self) -> RunConfig:
@@ -104,6 +105,14 @@ class Run:
             WriteError: if that fails.
         """
         write_whole(self.checkpoint(name), lambda file: torch.save({"format": FORMAT, **state}, file))
+
+    def save_fault(self, fault: dict[str, Any], rank: int = 0) -> None:
+        """Writes what a step that failed is made again from; each of several processes may.
+
+        Raises:
+            WriteError: if that fails.
+        """
+        write_whole(self.fault_path, lambda file: torch.save({"format": FORMAT, **fault}, file), f".{rank}.tmp")
 
     def metrics(self) -> list[dict[str, Any]]:
         if not self.metrics_path.exists():
