@@ -272,7 +272,9 @@ def _parser() -> argparse.ArgumentParser:
     p.set_defaults(run=_train)
 
     p = commands.add_parser(
-        "replay", help="make the step again that stopped a run by a number that is not finite: 0 reproduced, 1 not", **common
+        "replay",
+        help="make the step again that stopped a run by a number that is not finite: 0 reproduced, 1 not",
+        **common,
     )
     p.add_argument("source", type=Path, metavar="RUN", help="the run folder, which has a fault.pt")
     p.add_argument("--data-dir", help="the folder that holds the data, if it has moved")

@@ -37,7 +37,9 @@ class WriteError(OSError):
 
     def __str__(self) -> str:
         advice = _ADVICE.get(self.errno or 0, "")
-        return "; ".join(each for each in (f"{self.filename} cannot be written: {self.strerror}", advice, self.then) if each)
+        return "; ".join(
+            each for each in (f"{self.filename} cannot be written: {self.strerror}", advice, self.then) if each
+        )
 
 
 def write_whole(path: Path, write: Callable[[Any], None], suffix: str = ".tmp") -> None:

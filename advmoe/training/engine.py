@@ -183,7 +183,11 @@ class Trainer:
                 raise Interrupted(self.run.folder) from error
             raise
         except WriteError as error:
-            again = f"then go on with: {resume_command(self.run.folder)}" if self.run.checkpoint().exists() else "then begin anew"
+            again = (
+                f"then go on with: {resume_command(self.run.folder)}"
+                if self.run.checkpoint().exists()
+                else "then begin anew"
+            )
             error.then = f"{again}; {self._checkpointed()}"
             raise
         except RuntimeError as error:

@@ -120,7 +120,9 @@ class Probe:
         if self.first is not None:
             return
         floats = [t.detach() for t in _tensors(values) if t.is_floating_point() and t.numel()]
-        largest = max((float(t.abs().amax()) for t in floats), default=0.0, key=lambda v: math.inf if math.isnan(v) else v)
+        largest = max(
+            (float(t.abs().amax()) for t in floats), default=0.0, key=lambda v: math.inf if math.isnan(v) else v
+        )
         if math.isfinite(largest):
             self.trail.append(f"{what}: largest {largest:.4g}")
             return
@@ -223,32 +225,51 @@ class Attempt:
 
 
 def attempt(trainer: Trainer, state: dict[str, Any]) -> Attempt:
-    """Puts the trainer back before the step and makes it, with a look at each layer."""
+    """Puts the trainer back before the step and makes it, as the run did, bit for bit; where it fails then once more, with
+    a look at each layer: kernels that compute several layers at once stand back for that, and round in another way."""
+    error, batches = _made(trainer, state)
+    seen = Attempt(error, None, [], _indices(trainer, state), [_digest(b) for b in batches])
+    if error is None:
+        return seen
+    probe = Probe(trainer.model)
+    again, _ = _made(trainer, state, probe)
+    optimizers = trainer.method.optimizers
+    if probe.first is None and again is None:
+        probe.first = "nothing, where layers are looked at one by one"
+    elif probe.first is None:
+        ruined = next(
+            (n for n, t in _state_tensors(trainer.model, optimizers) if not bool(torch.isfinite(t).all())), None
+        )
+        probe.first = "the loss, of scores that are finite" if ruined is None else f"{ruined}, after the step"
+    return dataclasses.replace(seen, where=probe.first, trail=list(probe.trail))
+
+
+def _made(trainer: Trainer, state: dict[str, Any], probe: Probe | None = None) -> tuple[RuntimeError | None, list[Batch]]:
+    """The step from this state: what it ended with, None where all was finite, and its batches."""
     trainer.load_state_dict(_copied(state, None))  # an optimizer goes on in the tensors that it is given
     trainer.model.train()
     trainer.method.enter_epoch(trainer.epoch)
     trainer._set_rates()
-    indices = _indices(trainer, state)
     batches = [trainer._batch(b) for b in trainer.batches]
-    probe = Probe(trainer.model)
     optimizers = trainer.method.optimizers
-    for name, value in _state_tensors(trainer.model, optimizers):
-        probe.look(f"{name}, before the step", value)
-    for b in batches:
-        probe.look("the images", b.images)
-    probe.trail.clear()
-    error: RuntimeError | None = None
+    if probe is not None:
+        for name, value in _state_tensors(trainer.model, optimizers):
+            probe.look(f"{name}, before the step", value)
+        for b in batches:
+            probe.look("the images", b.images)
+        probe.trail.clear()
     # of a compiled model hooks see the layers where its forwards are made eagerly
-    with torch.compiler.set_stance("force_eager"), probe.watching():
+    watched = ExitStack()
+    if probe is not None:
+        watched.enter_context(torch.compiler.set_stance("force_eager"))
+        watched.enter_context(probe.watching())
+    with watched:
         try:
             trainer.method.step(batches)
             require_finite_state(trainer.model, optimizers)
-        except NON_FINITE as found:
-            error = found
-    if error is not None and probe.first is None:
-        ruined = next((n for n, t in _state_tensors(trainer.model, optimizers) if not bool(torch.isfinite(t).all())), None)
-        probe.first = "the loss, of scores that are finite" if ruined is None else f"{ruined}, after the step"
-    return Attempt(error, probe.first, list(probe.trail), indices, [_digest(b) for b in batches])
+        except NON_FINITE as error:
+            return error, batches
+    return None, batches
 
 
 def keep(trainer: Trainer, state: dict[str, Any] | None, error: RuntimeError) -> str:

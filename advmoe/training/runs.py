@@ -158,11 +158,11 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
-        if isinstance(error, OSError) and not self._failed:
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._failed:
             self._failed = True
             print(f"advmoe: {WriteError(Path(self.baseFilename), error)}", file=sys.stderr)
-        elif not self._failed:  # a stream that has failed may say anything
-            super().handleError(record)
 
 
 def build_model(config: ModelConfig) -> nn.Module:

@@ -74,9 +74,7 @@ def same(before: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> boo
     return all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
 
 
-def interrupt_at(
-    step: int, method: type[Method], monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGINT
-) -> None:
+def interrupt_at(step: int, method: type[Method], monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGINT) -> None:
     """Ctrl-C, or another signal, in the middle of that step of the process."""
     original = method.step
     count = 0

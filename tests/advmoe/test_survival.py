@@ -104,7 +104,10 @@ def test_files_are_on_the_disk_before_what_depends_on_them(tmp_path: Path, monke
     def whole(name: str) -> list[str]:
         return [f"write {name}.tmp", "fsync", f"rename {name}", "fsync"]  # the file's, and the folder's
 
-    validation, line = ["validation", "validated"], ["fsync", "fsync"]  # the line's, and of the folder that got a new file
+    validation, line = (
+        ["validation", "validated"],
+        ["fsync", "fsync"],
+    )  # the line's, and of the folder that got a new file
     last = whole("last.pt")
     assert made == [*whole("config.yaml"), *last, *validation, *whole("best.pt"), *line, *last]
 
@@ -207,7 +210,9 @@ def test_a_real_full_device(tmp_path: Path) -> None:
         (lambda: write_text(tmp_path / "a", "b"), "a"),
     ):
         (tmp_path / f"{name}.tmp").symlink_to("/dev/full")
-        with pytest.raises(WriteError, match=f"{name} cannot be written: No space left on device; make room on that disk"):
+        with pytest.raises(
+            WriteError, match=f"{name} cannot be written: No space left on device; make room on that disk"
+        ):
             write()
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
     assert torch.load(tmp_path / "last.pt", weights_only=True)["value"] == 1
@@ -230,7 +235,7 @@ def test_a_log_that_cannot_be_written_is_said_once(tmp_path: Path, capsys: pytes
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")
     (tmp_path / "log.txt").symlink_to("/dev/full")
-    logger = logging.getLogger("advmoe.test")
+    logger = logging.Logger("alone")
     with Run(tmp_path).log(logger):
         logger.error("one")
         logger.error("two")
@@ -396,7 +401,9 @@ def test_worker_processes_outlive_a_sigterm_of_all() -> None:
 # --- two in one folder ---
 
 
-def test_a_run_in_use_is_refused_and_sigterm_ends_it_resumably(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_in_use_is_refused_and_sigterm_ends_it_resumably(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     words = ["--method", "standard", "--kind", "s_dense", "--width", "4", "--train-limit", "64", "--batch-size", "32",
                 "--epochs", "100000", "--validation-attack", "pgd1", "--out", str(run)]  # fmt: skip
@@ -485,4 +492,3 @@ def test_a_run_ended_by_an_error_is_free(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(KeyError):
             train(config(), tmp_path / "run", quiet=True)
     assert len(train(dataclasses.replace(config(), epochs=1), tmp_path / "run", quiet=True).metrics()) == 1
-
