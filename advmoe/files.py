@@ -44,7 +44,7 @@ class WriteError(OSError):
 
 def write_whole(path: Path, write: Callable[[Any], None], suffix: str = ".tmp") -> None:
     """Lets ``write`` fill a file, whole or not at all: under a temporary name, which becomes ``path`` once the content is
-    on the disk, and is gone if something fails. Then the folder is synchronised too, or the machine might forget the name.
+    on the disk, and is gone if something fails. Then the folder is synchronised too, or its new name might be lost.
 
     Args:
         suffix: of the temporary name.

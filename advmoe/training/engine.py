@@ -161,8 +161,8 @@ class Trainer:
         """Trains to the last epoch and returns the metrics of all epochs.
 
         Raises:
-            Interrupted: after Ctrl-C or SIGTERM. The state is saved after the step that it fell in; a second Ctrl-C, or one
-                during a validation, leaves the checkpoint before.
+            Interrupted: after Ctrl-C or SIGTERM. The state is saved after the step that it fell in; a second Ctrl-C, or
+                one during a validation, leaves the checkpoint before.
             NonFiniteLossError, NonFiniteGradientError, NonFiniteRouterError: if a loss, the gradient of an attack or a
                 router's scores are not finite; the message names the epoch and the step.
             StepError: if a step could not be made otherwise.
@@ -534,8 +534,8 @@ def train(config: RunConfig, folder: str | Path, quiet: bool = False, world: Wor
     A fault before the first checkpoint leaves no run there, only its log; after Ctrl-C it can be resumed.
 
     Raises:
-        ValueError: for settings or data that do not fit, and for a folder that holds a run, is in use or cannot be written
-            (RunError, DataError among them).
+        ValueError: for settings or data that do not fit, and for a folder that holds a run, is in use or cannot be
+            written (RunError, DataError among them).
         Interrupted, StepError, WriteError, NonFiniteLossError and its kin: see :meth:`Trainer.fit`.
     """
     if config.threads is not None:

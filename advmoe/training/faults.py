@@ -32,7 +32,7 @@ _TRAIL = 6  # layers before the first that is not finite
 
 class StateBefore:
     """Copies of what a step changes, taken before it into the same memory each time: models, optimizers, what the method
-    keeps and torch's generators. A step that fails may have moved some of it: AdvMoE's routers, statistics of BatchNorms."""
+    keeps and torch's generators. One that fails may have moved some of it: AdvMoE's routers, BatchNorm's statistics."""
 
     def __init__(self) -> None:
         self._copies: dict[str, Any] = {}
@@ -81,7 +81,7 @@ def _copied(value: Any, into: Any) -> Any:
     return value
 
 
-# --- which number is the first --------------------------------------------------------------------------------------------
+# --- which number is the first ---
 
 
 @dataclass
@@ -202,7 +202,7 @@ def require_finite_state(model: nn.Module, optimizers: dict[str, torch.optim.Opt
     raise NonFiniteLossError(f"a weight is {entry} after the last step, or what goes with it: {name}")
 
 
-# --- the step once more -----------------------------------------------------------------------------------------------------
+# --- the step once more ---
 
 
 @dataclass
@@ -225,7 +225,7 @@ class Attempt:
 
 
 def attempt(trainer: Trainer, state: dict[str, Any]) -> Attempt:
-    """Puts the trainer back before the step and makes it, as the run did, bit for bit; where it fails then once more, with
+    """Puts the trainer back before the step and makes it as the run did, bit for bit; where it fails, then once more with
     a look at each layer: kernels that compute several layers at once stand back for that, and round in another way."""
     error, batches = _made(trainer, state)
     seen = Attempt(error, None, [], _indices(trainer, state), [_digest(b) for b in batches])
@@ -273,8 +273,8 @@ def _made(trainer: Trainer, state: dict[str, Any], probe: Probe | None = None) -
 
 
 def keep(trainer: Trainer, state: dict[str, Any] | None, error: RuntimeError) -> str:
-    """Keeps the step that failed in the run's folder, and says where its first value is that is not finite, for the error's
-    message.
+    """Keeps the step that failed in the run's folder, and says where its first value is that is not finite: a part of the
+    error's message.
 
     Args:
         state: before the step.

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A program: runs that are killed and resumed, over and over, against an unbroken one.
 
-killed_runs.py FOLDER KILLS SEED NUMBER…    so often at random moments; in the middle of these operations on files, or "each"
+killed_runs.py FOLDER KILLS SEED NUMBER…
+
+So often at random moments; then in the middle of these operations on files, or of "each".
 
 Each run is a process of its own, forked from this one, in which torch has computed nothing yet.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -23,9 +26,7 @@ from typing import Any
 from file_operations import at_operation
 from small_runs import SMALL, assert_same_run, small_architecture, tiny
 
-import torch._dynamo  # what every run would load anew
 from advmoe.config import ModelConfig
-from advmoe.data import load
 from advmoe.training import Run, resume, train
 
 CONFIG = tiny(model=ModelConfig(SMALL, width=4), epochs=2, threads=1, validation_attack="pgd1")
@@ -107,7 +108,8 @@ def die() -> None:
 
 def main(folder: Path, kills: str, seed: str, *numbers: str) -> None:
     with small_architecture():
-        load("digits")
+        for name in ("torch._dynamo", "sklearn.datasets"):  # what every run would load anew
+            importlib.import_module(name)
         begin = time.monotonic()
         assert ended(started(folder / "unbroken"))
         seconds = time.monotonic() - begin

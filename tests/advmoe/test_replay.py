@@ -174,7 +174,7 @@ def test_a_later_fault_keeps_the_checkpoint_and_a_new_run_drops_the_step(
         train(config("at", model=plain), run.folder, quiet=True)
     assert load_checkpoint(run.checkpoint())["epoch"] == 1
     assert replay(run.folder).reproduced
-    with pytest.raises(NonFiniteLossError, match="^epoch 2, step 2: "):  # resumed it is there again
+    with pytest.raises(NonFiniteLossError, match=r"^epoch 2, step 2: "):  # resumed it is there again
         resume(run.folder, quiet=True)
     run.config_path.unlink()
     monkeypatch.setattr(engine, "build_model", build_model)
