@@ -65,6 +65,8 @@ class Run:
             self.fault_path.unlink(missing_ok=True)  # of a run that has failed here
             config.save(self.config_path)  # first of all: a folder without it is no run
         except OSError as error:
+            with contextlib.suppress(OSError):  # it may be there, where only the folder could not be synchronised
+                self.config_path.unlink(missing_ok=True)
             raise RunError(f"{self.folder} cannot be written: {error.strerror}; choose another --out") from error
 
     @contextlib.contextmanager

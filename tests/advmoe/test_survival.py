@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import errno
+import io
 import json
 import logging
 import multiprocessing
@@ -176,8 +177,8 @@ def fails_at(number: int, unbroken: Run, folder: Path) -> str | None:
     return said
 
 
-# config.yaml; the first checkpoint's beginning, its renaming; best.pt, a line of metrics, the next checkpoint
-@pytest.mark.parametrize("number", [1, 5, 7, 11, 15, 17])
+# config.yaml, and its folder; the first checkpoint's beginning, its renaming; best.pt, a line of metrics, the next checkpoint
+@pytest.mark.parametrize("number", [1, 4, 5, 7, 11, 15, 17])
 def test_a_disk_that_is_full_in_the_middle(tmp_path: Path, unbroken: Run, number: int) -> None:
     assert fails_at(number, unbroken, tmp_path / "run") is not None
 
@@ -219,6 +220,24 @@ def test_a_real_full_device(tmp_path: Path) -> None:
     (tmp_path / "lines").symlink_to("/dev/full")
     with pytest.raises(WriteError, match="lines cannot be written: No space"):
         add_line(tmp_path / "lines", "{}")
+
+
+def test_what_ends_a_write_is_not_hidden_by_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.save closes its archive then, and complains of that."""
+
+    class Interrupted(io.FileIO):
+        count = 0
+
+        def write(self, data: Any) -> int:
+            self.count += 1
+            if self.count == 3:
+                raise KeyboardInterrupt
+            return super().write(data) or 0
+
+    monkeypatch.setattr(Path, "open", lambda self, mode: Interrupted(self, mode))
+    with pytest.raises(KeyboardInterrupt):
+        Run(tmp_path).save({"value": torch.zeros(10)})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -445,8 +464,9 @@ def test_a_lock_is_not_held_on_by_a_killed_process_s_children(tmp_path: Path) ->
         with locks.locked(tmp_path / "lock"):
             os.kill(child, 0)  # it is still there
     finally:
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
+        for pid in (holder, child):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         os.close(reading)
         os.close(writing)
 
