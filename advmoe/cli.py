@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``advmoe`` command. Exit codes: 0 done, 1 fault, 2 usage or input, 3 interrupted and resumable, 130 interrupted."""
+"""The ``advmoe`` command. Exit codes: 0 done, 1 fault, 2 usage or input, 3 interrupted and resumable, 130 interrupted;
+docs/training.md says more of them."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import os
 import statistics
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from moe_kernels import BackendUnavailable, FusedModel, __version__, fuse
 from moe_kernels.routing import GATES
 
 from . import demo
-from .attacks import NAMES, NonFiniteGradientError
+from .attacks import NAMES
 from .config import (
     ALIASES,
     METHODS,
@@ -35,22 +37,24 @@ from .config import (
     OptimConfig,
     RoutingConfig,
     RunConfig,
-    write_text,
 )
 from .data import download, list_data
 from .evaluation import SUSPECT
 from .export import FORMATS, export
+from .files import write_text
 from .models import MODEL_OPTIONS, list_models, router_parameters
 from .models.base import KINDS, LAYOUTS, ROUTE_PER, STEMS, default_router
 from .models.network_moe import MIXES
 from .objectives import BALANCE_LOSSES
 from .profiling import backbone_costs, measure_latency, profile
 from .recipes import SCALES, SweepOptions, reproduce
-from .routers import NonFiniteRouterError, list_routers, routers_of
+from .routers import list_routers, routers_of
 from .tables import percent, table
-from .training import Interrupted, NonFiniteLossError, Run, StepError, resume, train
+from .training import Interrupted, Run, StepError, resume, train
 from .training.evaluation import EvaluatedRun, evaluate_dual, evaluate_run, write_record
-from .training.parallel import ProcessLost, joined, resume_command
+from .training.faults import NON_FINITE
+from .training.parallel import ProcessLost, joined, resume_command, sigterm_interrupts
+from .training.replay import replay
 from .training.runs import build_model
 
 __all__ = ["main"]
@@ -59,7 +63,7 @@ DONE, FAULT, USAGE, RESUMABLE, INTERRUPTED = 0, 1, 2, 3, 130
 
 _KIND_OF = {"rt-er": "network_moe", "jtdmoe": "dual_moe"}  # the one kind that a method is for
 
-_FAULTS = (ProcessLost, StepError, NonFiniteLossError, NonFiniteGradientError, NonFiniteRouterError, BackendUnavailable)
+_FAULTS = (ProcessLost, StepError, *NON_FINITE, BackendUnavailable)  # and OSError, WriteError among it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,6 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     options.given = [a.split("=")[0] for a in arguments if a.startswith("--")]  # also where a default was given
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # several have a way of their own, in `joined`
+    with sigterm_interrupts(several=False) if alone else nullcontext():
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         code: int = options.run(options) or DONE
         sys.stdout.flush()  # a closed pipe shows here at the latest
@@ -261,6 +271,15 @@ def _parser() -> argparse.ArgumentParser:
     g.add_argument("--threads", type=_positive, help="CPU threads; torch's own choice by default")
     g.add_argument("--validation-attack", default=r.validation_attack, help="the attack of each epoch's validation")
     p.set_defaults(run=_train)
+
+    p = commands.add_parser(
+        "replay",
+        help="make the step again that stopped a run by a number that is not finite: 0 reproduced, 1 not",
+        **common,
+    )
+    p.add_argument("source", type=Path, metavar="RUN", help="the run folder, which has a fault.pt")
+    p.add_argument("--data-dir", help="the folder that holds the data, if it has moved")
+    p.set_defaults(run=_replay)
 
     p = commands.add_parser("evaluate", help="SA and RA on the test set, and whether RA can be believed", **common)
     p.add_argument("source", metavar="RUN", help="a run folder, a checkpoint in one, or module:function")
@@ -583,6 +602,24 @@ def _train(o: argparse.Namespace) -> None:
             run = train(config, o.out, world=world)
     if world.first:
         print(f"done: {run.folder} (config.yaml, metrics.jsonl, best.pt, last.pt); next: advmoe evaluate {run.folder}")
+
+
+def _replay(o: argparse.Namespace) -> int:
+    done = replay(o.source, o.data_dir)
+    fault, now = done.fault, done.now
+    state = fault["state"]
+    print(f"epoch {state['epoch'] + 1}, step {state['step'] + 1}, on images")
+    for indices in now.indices:
+        print(f"  {', '.join(map(str, indices.tolist()))}")
+    print(f"then: {fault['message']}\n  first not finite: {fault['where'] or 'not looked for'}")
+    print(f"now: {now.error or 'the step went through'}\n  first not finite: {now.where or 'nothing'}")
+    if now.trail:
+        print("  before it:", *now.trail, sep="\n    ")
+    if done.reproduced:
+        print("reproduced")
+        return DONE
+    print("not reproduced:", *done.differences, sep="\n  ")
+    return FAULT
 
 
 def _evaluate(o: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from .files import write_text
 from .models.base import default_gate, default_router, read_gate
 from .objectives import BALANCE_LOSSES
 from .registry import unknown_name
@@ -349,13 +350,6 @@ class RunConfig:
         except yaml.YAMLError as error:
             raise ValueError(f"{path}: not YAML: {error}") from error
         return read_room(cls, values, str(path))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole, or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _require(room: object, names: tuple[str, ...], below: float = math.inf) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -142,7 +143,7 @@ def _each(function: Callable[[Any], Any], requests: Iterable[Any], workers: int,
         num_workers=workers,
         prefetch_factor=_AHEAD if workers else None,
         pin_memory=pin,
-        worker_init_fn=_leave_ctrl_c,
+        worker_init_fn=_leave_signals,
         generator=torch.Generator(),  # of seeds for its processes, which need none; torch's own is the run's
         multiprocessing_context="fork" if workers else None,  # the function need not be pickled
     )
@@ -152,6 +153,12 @@ def _each(function: Callable[[Any], Any], requests: Iterable[Any], workers: int,
         yield made
 
 
-def _leave_ctrl_c(worker: int) -> None:
-    """The process that trains decides what Ctrl-C ends."""
+def _leave_signals(worker: int) -> None:
+    """The process that trains decides what Ctrl-C ends, and SIGTERM, which a scheduler sends to all of them. A second one
+    ends the worker: so the process that trains does, where it does not end otherwise."""
+
+    def first(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, first)

@@ -116,7 +116,8 @@ class Sweep:
             if self.record(plan, seed) is not None:
                 return Outcome(plan, seed, "skipped")
             self._trained(self.catalog.plan(plan.run, self.scale), seed)
-            self._evaluate(plan, seed)
+            with Run(self.folder(plan.source, seed)).locked(new=True):  # another sweep might be at it
+                self._evaluate(plan, seed)
         except self.faults as error:
             return Outcome(plan, seed, "failed", error)
         return Outcome(plan, seed, "done")

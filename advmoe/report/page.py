@@ -27,9 +27,10 @@ from moe_kernels import __version__
 
 from ..analysis import Finding, style
 from ..attacks import PGD, from_name
-from ..config import RunConfig, write_text
+from ..config import RunConfig
 from ..data import load
 from ..evaluation import SUSPECT
+from ..files import write_text
 from ..models.base import PLACED, ROUTED, WHOLE
 from ..recipes import Catalog
 from ..recipes.sweep import differences, plain

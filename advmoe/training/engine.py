@@ -21,24 +21,25 @@ from tqdm import tqdm
 
 from moe_kernels.backends import choose
 
-from ..attacks import PGD, NonFiniteGradientError, SharedGenerator, from_name
+from ..attacks import PGD, SharedGenerator, from_name
 from ..config import ONE_STEP, ModelConfig, RunConfig
 from ..data import Batches, BatchStream, DataSet, load, stream_generator
 from ..evaluation.measure import Evaluation, evaluate
+from ..files import WriteError
 from ..models import router_parameters, upcycle
 from ..models.base import PLACED, ROUTED, WHOLE
 from ..routers import FixedRouter, NonFiniteRouterError, RouterOptions, routers_of
 from ..sparse import masked_convolutions
-from . import tensorboard
-from .methods import Batch, Method, NonFiniteLossError, StepResult, build_method
+from . import faults, tensorboard
+from .faults import NON_FINITE
+from .methods import Batch, Method, StepResult, build_method
 from .parallel import ALONE, ProcessLost, World, lost, restarted, resume_command
 from .runs import Run, RunError, build_model, load_checkpoint, load_model
 from .watch import COLLAPSED, RouterWatch
 
-__all__ = ["Interrupted", "StepError", "Trainer", "resume", "train"]
+__all__ = ["Interrupted", "StepError", "Trainer", "load_data", "resume", "train", "without_sources"]
 
 logger = logging.getLogger("advmoe")
-_NON_FINITE = (NonFiniteLossError, NonFiniteGradientError, NonFiniteRouterError)
 
 
 class StepError(RuntimeError):
@@ -111,6 +112,7 @@ class Trainer:
         self.seconds = 0.0  # spent training in this epoch
         self.best = -1.0
         self.board: tensorboard.Board | None = None  # while :meth:`fit` writes one
+        self.before = faults.StateBefore()
 
     # --- state ----------------------------------------------------------------------------------------------------------
 
@@ -159,11 +161,12 @@ class Trainer:
         """Trains to the last epoch and returns the metrics of all epochs.
 
         Raises:
-            Interrupted: after Ctrl-C. The state is saved after the step that it fell in; a second one, or one during a
-                validation, leaves the checkpoint before.
+            Interrupted: after Ctrl-C or SIGTERM. The state is saved after the step that it fell in; a second Ctrl-C, or
+                one during a validation, leaves the checkpoint before.
             NonFiniteLossError, NonFiniteGradientError, NonFiniteRouterError: if a loss, the gradient of an attack or a
                 router's scores are not finite; the message names the epoch and the step.
             StepError: if a step could not be made otherwise.
+            WriteError: if a file could not be written; the checkpoint before is as it was.
             ProcessLost: if another process of the run has ended.
         """
         try:
@@ -179,8 +182,16 @@ class Trainer:
             if self.run.checkpoint().exists():
                 raise Interrupted(self.run.folder) from error
             raise
+        except WriteError as error:
+            again = (
+                f"then go on with: {resume_command(self.run.folder)}"
+                if self.run.checkpoint().exists()
+                else "then begin anew"
+            )
+            error.then = f"{again}; {self._checkpointed()}"
+            raise
         except RuntimeError as error:
-            if self.world.size > 1 and not isinstance(error, (*_NON_FINITE, StepError)) and lost(error):
+            if self.world.size > 1 and not isinstance(error, (*NON_FINITE, StepError)) and lost(error):
                 first = str(error).strip().splitlines()[0]
                 raise ProcessLost(
                     f"another of the {self.world.size} processes has ended ({first}); {self._checkpointed()}; go on "
@@ -205,9 +216,10 @@ class Trainer:
         bar = tqdm(
             total=self.steps_per_epoch, initial=self.step, desc=label, disable=True if self.quiet else None, leave=False
         )
-        with bar, _ctrl_c(self.world.size > 1) as interrupted:
+        with bar, _ctrl_c(several=self.world.size > 1) as interrupted:
             while self.step < self.steps_per_epoch:
                 start = time.perf_counter()
+                self.before.take(self)
                 self._set_rates()
                 result = self._step([self._batch(b) for b in self.batches])
                 self.step += 1
@@ -219,10 +231,15 @@ class Trainer:
                     f"{self._speed():.0f} images/s",
                     refresh=False,
                 )
-                if self.world.any(interrupted(), self.device):
-                    self._require_finite_weights(f"step {self.step}")
-                    self.save()
-                    raise Interrupted(self.run.folder)
+                self._stop_if(interrupted())
+        self._stop_if(interrupted())  # between the last step and the end of its noting
+
+    def _stop_if(self, interrupted: bool) -> None:
+        """Saves and leaves, if any process has been interrupted; all of them must ask."""
+        if self.world.any(interrupted, self.device):
+            self._require_finite_weights(f"step {self.step}")
+            self.save()
+            raise Interrupted(self.run.folder)
 
     def _batch(self, batches: BatchStream) -> Batch:
         order = batches.order
@@ -274,8 +291,8 @@ class Trainer:
             compiled = self.config.optim.compile
             with nullcontext() if compiled else self.watch.watching(self.method.position):
                 return self.method.step(batches)
-        except _NON_FINITE as error:
-            raise self._named(self._cause(error, batches), f"step {self.step + 1}") from error
+        except NON_FINITE as error:
+            raise self._failed(self._cause(error, batches), f"step {self.step + 1}") from error
         except ValueError as error:  # one sample for an expert with a BatchNorm of its own, say
             here = f"epoch {self.epoch + 1}, step {self.step + 1}"
             raise StepError(f"{here}: {error}; {self._checkpointed()}") from error
@@ -295,14 +312,19 @@ class Trainer:
 
     def _require_finite_weights(self, where: str) -> None:
         """The last step's weights have met no loss yet; a checkpoint of ruined ones would fail at every resume."""
-        with torch.no_grad():
-            largest = torch.nn.utils.get_total_norm(list(self.model.parameters()), math.inf).item()
-        if not math.isfinite(largest):
-            raise self._named(NonFiniteLossError(f"a weight is {largest} after the last step"), where)
+        try:
+            faults.require_finite_state(self.model, self.method.optimizers)
+        except NON_FINITE as error:
+            raise self._failed(error, where) from None
 
-    def _named(self, error: RuntimeError, where: str) -> RuntimeError:
-        help = "A lower --lr usually helps"
-        return type(error)(f"epoch {self.epoch + 1}, {where}: {error}; {self._checkpointed()}. {help}")
+    def _failed(self, error: RuntimeError, where: str) -> RuntimeError:
+        """The error named, the step kept for replay. The trainer is before that step, or in it, afterwards."""
+        named = self._named(error, where, ". A lower --lr usually helps")
+        kept = faults.keep(self, self.before.state(), error)
+        return type(error)(f"{named}. {kept}")
+
+    def _named(self, error: RuntimeError, where: str, help: str) -> RuntimeError:
+        return type(error)(f"epoch {self.epoch + 1}, {where}: {error}; {self._checkpointed()}{help}")
 
     def _checkpointed(self) -> str:
         path = self.run.checkpoint()
@@ -386,8 +408,8 @@ class Trainer:
                 return evaluate(
                     self.model, self.data.validation, attacks, c.batch_size, seed=c.seed, workers=c.data.workers
                 )
-        except _NON_FINITE as error:
-            raise self._named(error, "validation") from error
+        except NON_FINITE as error:
+            raise self._named(error, "validation", ". A lower --lr usually helps") from error
 
 
 def _compile(model: nn.Module) -> None:
@@ -513,8 +535,9 @@ def train(config: RunConfig, folder: str | Path, quiet: bool = False, world: Wor
     has restarted the processes (``--max-restarts``), a run of these very settings in the folder is gone on with.
 
     Raises:
-        ValueError: for settings or data that do not fit (RunError, DataError among them).
-        Interrupted, StepError, NonFiniteLossError and its kin: see :meth:`Trainer.fit`.
+        ValueError: for settings or data that do not fit, and for a folder that holds a run, is in use or cannot be
+            written (RunError, DataError among them).
+        Interrupted, StepError, WriteError, NonFiniteLossError and its kin: see :meth:`Trainer.fit`.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -526,20 +549,26 @@ def train(config: RunConfig, folder: str | Path, quiet: bool = False, world: Wor
             raise RunError(f"{run.folder} holds a run of other settings; choose another --out")
         return resume(folder, quiet, world=world)
     trainer = Trainer(config, run, data, quiet, world)
-    if world.first:
-        run.create(config)
-    world.told()
-    with _logged(run, world):
-        for note in _doubts(config, trainer.model):
-            logger.warning(note)
+    with _alone_in(run, world, new=True):
+        if world.first:
+            run.create(config)
+        world.told()
         try:
-            trainer.fit()
+            with _logged(run, world):
+                for note in _doubts(config, trainer.model):
+                    logger.warning(note)
+                trainer.fit()
         except Exception:
             if world.first and not run.checkpoint().exists():  # no run yet: other settings may try the same folder
                 with suppress(OSError):
                     run.config_path.unlink()
             raise
     return run
+
+
+def _alone_in(run: Run, world: World, new: bool = False) -> AbstractContextManager[None]:
+    """Of several processes the first holds the folder for all."""
+    return run.locked(new) if world.first else nullcontext()
 
 
 def _logged(run: Run, world: World) -> AbstractContextManager[Any]:
@@ -555,9 +584,21 @@ def resume(folder: str | Path, quiet: bool = False, data_dir: str | None = None,
         world: the processes that train together; as many as the run had, if it is to end with the same weights.
 
     Raises:
-        RunError: if there is no run. Otherwise as :func:`train`.
+        RunError: if there is no run, or if another process trains it. Otherwise as :func:`train`.
     """
     run = Run(folder)
+    run.config()  # a folder without it is none to hold
+    try:
+        with _alone_in(run, world):
+            _continue(run, quiet, data_dir, world)
+    except KeyboardInterrupt as error:  # before the first step
+        if run.checkpoint().exists():
+            raise Interrupted(run.folder) from error
+        raise
+    return run
+
+
+def _continue(run: Run, quiet: bool, data_dir: str | None, world: World) -> None:
     config = run.config()
     if data_dir is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, folder=data_dir))
@@ -568,7 +609,7 @@ def resume(folder: str | Path, quiet: bool = False, data_dir: str | None = None,
         torch.set_num_threads(config.threads)
     begun = run.checkpoint().exists()
     # a checkpoint holds the weights; those that the run began with may be gone by now
-    trainer = Trainer(_without_sources(config) if begun else config, run, data, quiet, world)
+    trainer = Trainer(without_sources(config) if begun else config, run, data, quiet, world)
     if begun:
         state = load_checkpoint(run.checkpoint())
         try:
@@ -581,10 +622,9 @@ def resume(folder: str | Path, quiet: bool = False, data_dir: str | None = None,
             logger.info("%s has all of its %d epochs: nothing is trained", run.folder, config.epochs)
     with _logged(run, world):
         trainer.fit()
-    return run
 
 
-def _without_sources(config: RunConfig) -> RunConfig:
+def without_sources(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, init=None, standard_run=None, robust_run=None)
 
 
@@ -596,11 +636,12 @@ def load_data(config: RunConfig, world: World = ALONE) -> DataSet:
 
 
 @contextmanager
-def _ctrl_c(end: bool = False) -> Iterator[Any]:
-    """Lets a step finish: the first Ctrl-C is noted and asked for, the second raises as ever.
+def _ctrl_c(several: bool = False) -> Iterator[Any]:
+    """Lets a step finish: the first Ctrl-C, or SIGTERM, which schedulers send, is noted and asked for; a second Ctrl-C
+    raises as ever.
 
     Args:
-        end: take SIGTERM, by which torchrun ends its processes, for a first Ctrl-C too.
+        several: processes that torchrun ends by SIGTERM when one is lost: behind an error it is ignored.
 
     Where the process was started to ignore it, as a shell script's background jobs are, it goes on doing so.
     """
@@ -612,7 +653,7 @@ def _ctrl_c(end: bool = False) -> Iterator[Any]:
             raise KeyboardInterrupt
         seen = True
 
-    signals = [n for n in (signal.SIGINT, signal.SIGTERM)[: 2 if end else 1] if signal.getsignal(n) is not signal.SIG_IGN]
+    signals = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
     try:
         before = {number: signal.signal(number, note) for number in signals}
     except ValueError:  # not in the main thread: whoever runs us handles signals
@@ -620,7 +661,7 @@ def _ctrl_c(end: bool = False) -> Iterator[Any]:
     try:
         yield lambda: seen
     except BaseException:
-        if signal.SIGTERM in before:  # there is something to be said, and torchrun may send it at any time
+        if several and signal.SIGTERM in before:  # there is something to be said, and torchrun may send it at any time
             before[signal.SIGTERM] = signal.SIG_IGN
         raise
     finally:

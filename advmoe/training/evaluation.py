@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from ..attacks import PGD, AutoAttack, from_name
-from ..config import RunConfig, write_text
+from ..config import RunConfig
 from ..data import DataSet, load
 from ..evaluation import Evaluation, Scrutiny, evaluate, scrutinize, suspect
+from ..files import write_text
 from ..models import DualModel
 from ..profiling import Latency, Profile, measure_latency, profile
 from ..sparse import compact, masked_convolutions

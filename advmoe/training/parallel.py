@@ -20,7 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..world import ALONE, ProcessLost, World, lost
 
-__all__ = ["ALONE", "ProcessLost", "Reduced", "World", "joined", "lost", "restarted", "resume_command"]
+__all__ = [
+    "ALONE", "ProcessLost", "Reduced", "World", "joined", "lost", "restarted", "resume_command", "sigterm_interrupts",
+]  # fmt: skip
 
 # The others wait while the first validates or downloads. That a process is gone shows at once: its connections close, and
 # torchrun ends the rest.
@@ -52,7 +54,7 @@ def joined(device: str = "auto") -> Iterator[World]:
     if dist.get_rank():  # the first reports for all
         logger.setLevel(logging.ERROR)
     try:
-        with _sigterm_interrupts():
+        with sigterm_interrupts():
             yield World(dist.get_rank(), dist.get_world_size(), dist.new_group(timeout=_PATIENCE))
     finally:
         logger.setLevel(level)
@@ -61,9 +63,13 @@ def joined(device: str = "auto") -> Iterator[World]:
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Takes SIGTERM, by which torchrun ends its processes when one is lost, for a Ctrl-C. Behind an error it is ignored:
-    the process ends by itself, and says why first."""
+def sigterm_interrupts(several: bool = True) -> Iterator[None]:
+    """Takes SIGTERM, by which schedulers end a process, for a Ctrl-C.
+
+    Args:
+        several: torchrun ends its processes so when one is lost. Behind an error it is ignored: the process ends by
+            itself, and says why first.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -80,7 +86,7 @@ def _sigterm_interrupts() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if several else before)
         raise
     signal.signal(signal.SIGTERM, before)
 

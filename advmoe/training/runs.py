@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run is a folder: config.yaml, metrics.jsonl, last.pt, best.pt, log.txt."""
+"""A run is a folder: config.yaml, metrics.jsonl, last.pt, best.pt, log.txt; while it is trained also a file lock."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import contextlib
 import inspect
 import json
 import logging
-import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..config import ModelConfig, RunConfig, write_text
+from ..config import ModelConfig, RunConfig
+from ..files import WriteError, add_line, write_text, write_whole
 from ..models import MODEL_OPTIONS, create_model
 from ..registry import imported
+from .locks import locked
 
 __all__ = ["Run", "RunError", "build_model", "load_checkpoint", "load_model"]
 
@@ -28,7 +31,8 @@ class RunError(ValueError):
 
 
 class Run:
-    """The folder of one run. Files are written whole under a temporary name and then renamed."""
+    """The folder of one run. Files are written whole under a temporary name and then renamed, and are on the disk before
+    what depends on them is written."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -40,6 +44,10 @@ class Run:
     @property
     def metrics_path(self) -> Path:
         return self.folder / "metrics.jsonl"
+
+    @property
+    def fault_path(self) -> Path:
+        return self.folder / "fault.pt"
 
     def checkpoint(self, name: str = "last") -> Path:
         return self.folder / f"{name}.pt"
@@ -54,9 +62,38 @@ class Run:
             if self.config_path.exists():
                 raise RunError(f"{self.folder} holds a run already; choose another --out, or continue it with --resume")
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.fault_path.unlink(missing_ok=True)  # of a run that has failed here
             config.save(self.config_path)  # first of all: a folder without it is no run
         except OSError as error:
+            with contextlib.suppress(OSError):  # it may be there, where only the folder could not be synchronised
+                self.config_path.unlink(missing_ok=True)
             raise RunError(f"{self.folder} cannot be written: {error.strerror}; choose another --out") from error
+
+    @contextlib.contextmanager
+    def locked(self, new: bool = False) -> Iterator[None]:
+        """Keeps other processes from training here meanwhile, also on other machines where their file system has locks.
+
+        Args:
+            new: makes the folder, if it is not there.
+
+        Raises:
+            RunError: if one does, or if nothing can be written here.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                if new:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.folder / "lock"))
+            except BlockingIOError as error:
+                rest = "wait for its end, or choose another --out" if new else "wait for its end"
+                raise RunError(f"{self.folder} is in use by {error.strerror}; {rest}") from error
+            except OSError as error:
+                raise RunError(str(WriteError(self.folder, error, "or choose another --out" if new else ""))) from error
+            written = (self.config_path, self.metrics_path, self.checkpoint(), self.checkpoint("best"))
+            left = [path.with_name(path.name + ".tmp") for path in written]
+            for path in (*left, *self.folder.glob("fault.pt.*.tmp")):  # by a process that was killed meanwhile
+                path.unlink(missing_ok=True)
+            yield
 
     def config(self) -> RunConfig:
         if not self.config_path.is_file():
@@ -64,23 +101,29 @@ class Run:
         return RunConfig.load(self.config_path)
 
     def save(self, state: dict[str, Any], name: str = "last") -> None:
-        """Writes a checkpoint: whole, or not at all."""
-        path = self.checkpoint(name)
-        temporary = path.with_suffix(".pt.tmp")
-        with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        """Writes a checkpoint: whole, or not at all.
+
+        Raises:
+            WriteError: if that fails.
+        """
+        write_whole(self.checkpoint(name), lambda file: torch.save({"format": FORMAT, **state}, file))
+
+    def save_fault(self, fault: dict[str, Any], rank: int = 0) -> None:
+        """Writes what a step that failed is made again from; each of several processes may.
+
+        Raises:
+            WriteError: if that fails.
+        """
+        write_whole(self.fault_path, lambda file: torch.save({"format": FORMAT, **fault}, file), f".{rank}.tmp")
 
     def metrics(self) -> list[dict[str, Any]]:
         if not self.metrics_path.exists():
             return []
-        return [json.loads(line) for line in self.metrics_path.read_text().splitlines() if line.strip()]
+        whole, _, _ = self.metrics_path.read_text().rpartition("\n")  # a line without its end was torn
+        return [json.loads(line) for line in whole.splitlines() if line.strip()]
 
     def add_metrics(self, line: dict[str, Any]) -> None:
-        with self.metrics_path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        add_line(self.metrics_path, json.dumps(line))
 
     def cut_metrics(self, epochs: int) -> None:
         """Keeps the first epochs' lines: what a checkpoint knows of."""
@@ -91,7 +134,11 @@ class Run:
     @contextlib.contextmanager
     def log(self, logger: logging.Logger) -> Any:
         """Copies the logger's messages to log.txt meanwhile, also where nobody has configured logging."""
-        handler = logging.FileHandler(self.folder / "log.txt")
+        path = self.folder / "log.txt"
+        try:
+            handler = _LogFile(path)
+        except OSError as error:
+            raise WriteError(path, error) from error
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
         level = logger.level
@@ -102,7 +149,22 @@ class Run:
         finally:
             logger.setLevel(level)
             logger.removeHandler(handler)
-            handler.close()
+            with contextlib.suppress(OSError):  # said already
+                handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    """Says once where it cannot be written, and lets the run go on."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._failed:
+            self._failed = True
+            print(f"advmoe: {WriteError(Path(self.baseFilename), error)}", file=sys.stderr)
 
 
 def build_model(config: ModelConfig) -> nn.Module:

@@ -74,8 +74,8 @@ def same(before: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> boo
     return all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
 
 
-def interrupt_at(step: int, method: type[Method], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in the middle of that step of the process."""
+def interrupt_at(step: int, method: type[Method], monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGINT) -> None:
+    """Ctrl-C, or another signal, in the middle of that step of the process."""
     original = method.step
     count = 0
 
@@ -83,7 +83,7 @@ def interrupt_at(step: int, method: type[Method], monkeypatch: pytest.MonkeyPatc
         nonlocal count
         count += 1
         if count == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return original(self, batches)
 
     monkeypatch.setattr(method, "step", interrupted)

@@ -18,7 +18,7 @@ import torch
 
 from advmoe.training import Run
 from advmoe.training.engine import _ctrl_c
-from advmoe.training.parallel import ALONE, World, _sigterm_interrupts, lost, resume_command
+from advmoe.training.parallel import ALONE, World, lost, resume_command, sigterm_interrupts
 
 HERE = Path(__file__).parent
 
@@ -72,14 +72,14 @@ def test_sigterm_is_an_interruption_and_no_matter_behind_an_error(monkeypatch: p
     """torchrun sends it to what is left when a process is lost, at any time."""
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with pytest.raises(KeyboardInterrupt), _sigterm_interrupts():
+        with pytest.raises(KeyboardInterrupt), sigterm_interrupts():
             os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # while it is said: nothing comes of it
         signal.signal(signal.SIGTERM, before)
-        with _sigterm_interrupts():
+        with sigterm_interrupts():
             pass
         assert signal.getsignal(signal.SIGTERM) == before
-        with _sigterm_interrupts(), pytest.raises(ValueError), _ctrl_c(end=True) as interrupted:
+        with sigterm_interrupts(), pytest.raises(ValueError), _ctrl_c(several=True) as interrupted:
             os.kill(os.getpid(), signal.SIGTERM)
             assert interrupted()  # a step ends first
             raise ValueError

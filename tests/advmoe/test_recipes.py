@@ -26,7 +26,7 @@ from advmoe.models import create_model, router_parameters
 from advmoe.profiling import profile
 from advmoe.recipes import SCALES, Catalog, catalog, results, sweep
 from advmoe.sparse import masked_convolutions
-from advmoe.training import AT, AdvMoE, Standard, build_method, load_checkpoint, load_model
+from advmoe.training import AT, AdvMoE, Run, Standard, build_method, load_checkpoint, load_model
 from advmoe.training.methods import Batch, Method, StepResult
 from advmoe.training.runs import build_model
 
@@ -441,6 +441,22 @@ def test_a_sweep_is_interrupted_resumed_and_skipped(
     place = tmp_path / "out" / "cpu" / "fig2/cifar10/resnet18/at_s_dense/eps2/seed0"
     assert json.loads((place / "evaluation.json").read_text())["epsilon"] == 2 / 255
     assert [p.name for p in place.iterdir()] == ["evaluation.json"]
+
+
+def test_a_recipe_in_use_is_left_to_its_process(
+    reproduce: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = f"{ROW}/at_s_dense"
+    run = Run(tmp_path / "out" / "cpu" / name / "seed0")
+    with run.locked(new=True):  # while it is trained
+        assert reproduce(name) == 2
+    assert f"failed: {run.folder} is in use by process {os.getpid()} on " in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep.Sweep, "_evaluate", lambda *_: None)
+        assert reproduce(name) == 0
+    with run.locked():  # while it is evaluated
+        assert reproduce(name) == 2
+    assert "is in use by process" in capsys.readouterr().err
 
 
 def test_several_seeds(reproduce: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
