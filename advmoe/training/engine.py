@@ -64,6 +64,9 @@ class Trainer:
         self.data = data
         self.quiet = quiet or not world.first
         self.world = world
+        if config.batch_size > len(data.train):  # before a table of them is made
+            count = len(data.train)
+            raise ValueError(f"batch_size: expected at most the {count} training images, got {config.batch_size}")
         part = world.part(config.batch_size, config.optim.accumulate)
         if config.optim.compile and world.size > 1:
             raise ValueError(f"compile: for one process, got {world.size}")

@@ -118,7 +118,7 @@ def require_own_code(config: ModelConfig | RunConfig, where: str | Path) -> None
         RunError: if it may not.
     """
     model = config.model if isinstance(config, RunConfig) else config
-    named = [name for name in (model.router, model.gate) if name and name.partition(":")[0] not in sys.modules]
+    named = [model.router] if model.router and model.router.partition(":")[0] not in sys.modules else []
     if isinstance(config, RunConfig):  # functions, which are called too
         sources = (config.init, config.standard_run, config.robust_run)
         named += [source for source in sources if source and not Path(source).exists()]
