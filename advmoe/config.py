@@ -28,7 +28,7 @@ OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("cosine", "cyclic", "polynomial")
 ROBUST_EXPERTS = ("second", "another", "all")
 _LARGEST = 1 << 20  # bytes of a file
-_MOST = 1024  # threads or processes
+_MOST = 1024  # threads, processes or experts
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class ModelConfig:
     dual_on: str = "logits"
 
     def __post_init__(self) -> None:
+        if self.num_experts > _MOST:
+            raise ValueError(f"num_experts: expected at most {_MOST}, got {self.num_experts}")
         for name, asked in zip(("router", "gate"), read_gate(self.kind, self.router, self.gate), strict=True):
             object.__setattr__(self, name, asked)
         for name, value in (("router", default_router(self.kind)), ("gate", default_gate(self.top_k))):

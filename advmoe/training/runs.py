@@ -133,8 +133,21 @@ def require_own_code(config: ModelConfig | RunConfig, where: str | Path) -> None
 
 
 def build_model(config: ModelConfig) -> nn.Module:
-    """The model of a resolved config."""
+    """The model of a resolved config.
+
+    Raises:
+        ValueError: for settings that do not fit each other.
+        RunError: if there is no memory for it.
+    """
     options = {name: getattr(config, name) for name in MODEL_OPTIONS.get(config.kind, ())}
+    try:
+        return _create(config, options)
+    except (RuntimeError, MemoryError, OverflowError) as error:  # sizes; one that torch cannot say is any of them
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunError(f"model: there is no memory for one of these settings ({first[:200]})") from error
+
+
+def _create(config: ModelConfig, options: dict[str, Any]) -> nn.Module:
     return create_model(
         config.arch,
         config.kind,
