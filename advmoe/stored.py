@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,9 +34,9 @@ def read_stored(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises nearly anything
         # torch's text is long, and advises to load the file without this check
-        _, _, reason = str(error).rpartition("WeightsUnpickler error: ")
-        first = next((line.strip() for line in reason.splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"it is damaged, or holds more than tensors and plain values ({first[:200]})") from error
+        named = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
+        what = f"it names {named[1][:200]}" if named else type(error).__name__
+        raise ValueError(f"it is damaged, or holds more than tensors and plain values ({what})") from error
 
 
 def require_version(found: object, expected: int, what: str) -> None:

@@ -110,14 +110,17 @@ class _ArrayUnpickler(pickle._Unpickler):  # in Python: the one in C makes a tab
             raise pickle.UnpicklingError(f"it wants {module}.{name}, which no batch of images needs")
         return self._NAMES[module, name]
 
+    def load_dict(self) -> None:
+        items = self.pop_mark()  # type: ignore[attr-defined]
+        self.stack.append(_with({}, items))
+
     def load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
-        _set(self.stack[-1], key, value)
+        _with(self.stack[-1], [key, value])
 
     def load_setitems(self) -> None:
         items = self.pop_mark()  # type: ignore[attr-defined]
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            _set(self.stack[-1], key, value)
+        _with(self.stack[-1], items)
 
     def load_reduce(self) -> None:
         arguments, function = self.stack.pop(), self.stack[-1]
@@ -135,6 +138,7 @@ class _ArrayUnpickler(pickle._Unpickler):  # in Python: the one in C makes a tab
         {code: pickle._Unpickler.dispatch[code] for name in _OPCODES.split() for code in getattr(pickle, name)}
     )
     dispatch |= {
+        pickle.DICT[0]: load_dict,
         pickle.SETITEM[0]: load_setitem,
         pickle.SETITEMS[0]: load_setitems,
         pickle.REDUCE[0]: load_reduce,
@@ -142,10 +146,14 @@ class _ArrayUnpickler(pickle._Unpickler):  # in Python: the one in C makes a tab
     }
 
 
-def _set(mapping: object, key: object, value: object) -> None:
-    if not isinstance(mapping, dict) or not isinstance(key, (bytes, str)):  # the hash of a deep tuple ends the process
+def _with(mapping: object, items: list[Any]) -> dict[Any, Any]:
+    """The mapping, with these keys and values in turn."""
+    keys, values = items[::2], items[1::2]
+    # names alone: the hash of a deep tuple ends the process
+    if not isinstance(mapping, dict) or not all(isinstance(key, (bytes, str)) for key in keys):
         raise pickle.UnpicklingError("it sets an item of what is no mapping of names")
-    mapping[key] = value
+    mapping.update(zip(keys, values, strict=True))
+    return mapping
 
 
 def _made(function: object, arguments: object) -> object:
