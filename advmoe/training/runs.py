@@ -78,9 +78,22 @@ class Run:
         temporary.replace(path)
 
     def metrics(self) -> list[dict[str, Any]]:
+        """
+        Raises:
+            RunError: if a line is no mapping.
+        """
         if not self.metrics_path.exists():
             return []
-        return [json.loads(line) for line in self.metrics_path.read_text().splitlines() if line.strip()]
+        lines = [line for line in self.metrics_path.read_text(errors="replace").splitlines() if line.strip()]
+        found = []
+        for number, line in enumerate(lines, 1):
+            try:
+                found.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise RunError(f"{self.metrics_path}, line {number}: cannot be read: {error}") from error
+            if not isinstance(found[-1], dict):
+                raise RunError(f"{self.metrics_path}, line {number}: expected a mapping, got {shown(found[-1])}")
+        return found
 
     def add_metrics(self, line: dict[str, Any]) -> None:
         with self.metrics_path.open("a") as file:

@@ -527,6 +527,13 @@ def test_a_config_imports_code_only_where_it_may(
     del sys.modules["strange"]
 
 
+@pytest.mark.parametrize("line", [b"[" * 100_000, b"[1]", b"x", b"\xff", b"NaN"])
+def test_hostile_metrics_are_refused(run: Run, line: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    run.metrics_path.write_bytes(line)
+    for words in (("analyze", run.folder, "--only", "training"), ("report", run.folder)):
+        assert "metrics.jsonl, line 1: " in refused(capsys, *words)
+
+
 scalars = st.one_of(
     st.none(), st.booleans(), st.integers(), st.integers(-3, 300), st.floats(), st.text(max_size=8),
     st.sampled_from(["advmoe", "at", "moe", "dense", "light", "1e-3", "none", "kl", "cyclic", "adam"]),
@@ -682,6 +689,16 @@ def test_a_near_name_is_named(given: list[str], message: str, capsys: pytest.Cap
         cli.main(given)
     err = capsys.readouterr().err
     assert done.value.code == 2 and message in err and len(err.splitlines()) == 1
+
+
+def test_the_exit_codes_are_the_documented_ones() -> None:
+    """What each is given for is tested in test_cli.py."""
+    page = (ROOT / "docs" / "training.md").read_text().partition("## Exit codes")[2].partition("## ")[0]
+    rows = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| ")]
+    codes = {int(code): what.strip() for code, what in rows if code.strip().isdecimal()}
+    assert list(codes) == [cli.DONE, cli.FAULT, cli.USAGE, cli.RESUMABLE, cli.INTERRUPTED] == [0, 1, 2, 3, 130]
+    said = cli._parser().epilog or ""
+    assert all(f" {code} " in said for code in codes)
 
 
 # --- pickles of CIFAR ---
