@@ -33,12 +33,12 @@ from small_runs import tiny, write_cifar10
 
 from advmoe import cli
 from advmoe.attacks import autoattack
-from advmoe.config import RunConfig
+from advmoe.config import RunConfig, read_room
 from advmoe.data import DataError, FileSplit, load
 from advmoe.data.download import Archive
 from advmoe.export import export, load_exported
 from advmoe.stored import load_optimizer
-from advmoe.training import Run, RunError, load_model, resume, train
+from advmoe.training import Run, RunError, Trainer, load_model, resume, train
 from advmoe.training.runs import load_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -588,6 +588,70 @@ def test_any_yaml_is_a_config_or_one_line(tmp_path: Path, tree: Any) -> None:
 @given(rooms | trees)
 def test_any_yaml_is_a_config_or_one_line_many(tmp_path: Path, tree: Any) -> None:
     _any_tree(tmp_path, tree)
+
+
+def _values(hint: str) -> list[Any]:
+    """Of the right type, and mostly nonsense."""
+    if "tuple" in hint:
+        return [
+            None,
+            [],
+            [0],
+            [1, 2],
+            [0.5] * 3,
+            [0.0] * 3,
+            [-1.0] * 3,
+            [float("nan")] * 3,
+            ["x"],
+            ["*"],
+            ["["],
+            [1] * 50,
+        ]
+    values: list[Any] = [None]
+    if "int" in hint:
+        values += [0, -1, 1, 3, 10**9]
+    if "float" in hint:
+        values += [0.0, -1.0, 1e-300, 1e300, float("nan"), float("inf"), 1.5]
+    if "str" in hint:
+        values += ["", "x", "a:b", "../x", "\0", "é", "10", "nan"]
+    return values + [True, False] * ("bool" in hint)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("method", "kind"), [("advmoe", "moe"), ("at", "block_moe"), ("free-at", "dense")])
+def test_any_value_of_a_setting_is_taken_or_refused_before_the_first_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, kind: str
+) -> None:
+    class Begun(Exception):
+        pass
+
+    def begun(self: Trainer) -> None:
+        raise Begun
+
+    monkeypatch.setattr(Trainer, "_train_epoch", begun)
+    base = json.loads(json.dumps(dataclasses.asdict(tiny(method, kind))))
+    base["routing"]["share_epochs"] = None
+    if kind == "block_moe":
+        base["model"]["moe_at"] = ["layer4.1"]
+    count = 0
+    for room, holder in [
+        ("", RunConfig()),
+        *((f.name, getattr(RunConfig(), f.name)) for f in dataclasses.fields(RunConfig)),
+    ]:
+        if not dataclasses.is_dataclass(holder):
+            continue
+        for f in dataclasses.fields(holder):
+            for value in _values(str(f.type)):
+                config = json.loads(json.dumps(base))
+                (config[room] if room else config)[f.name] = value
+                count += 1
+                try:
+                    train(read_room(RunConfig, config, "it"), tmp_path / f"{count}", quiet=True)
+                except Begun:
+                    continue
+                except ValueError as error:
+                    assert "\n" not in str(error), (f.name, value)
+    assert count > 500
 
 
 YAML_BITS = st.sampled_from(
