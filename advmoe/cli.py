@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -48,6 +49,7 @@ from .models.network_moe import MIXES
 from .objectives import BALANCE_LOSSES
 from .profiling import backbone_costs, measure_latency, profile
 from .recipes import SCALES, SweepOptions, reproduce
+from .registry import shown, unknown_name
 from .routers import list_routers, routers_of
 from .tables import percent, table
 from .training import Interrupted, Run, StepError, resume, train
@@ -69,7 +71,9 @@ _FAULTS = (ProcessLost, StepError, *NON_FINITE, BackendUnavailable)  # and OSErr
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parser().parse_args(arguments)
+    options, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        options.parser.refuse(unknown)
     options.given = [a.split("=")[0] for a in arguments if a.startswith("--")]  # also where a default was given
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # several have a way of their own, in `joined`
@@ -92,7 +96,7 @@ def _run(options: argparse.Namespace) -> int:
             print(f"interrupted{again}", file=sys.stderr)
         return INTERRUPTED
     except ValueError as error:  # RunError and DataError are such
-        print(f"advmoe: {error}", file=sys.stderr)
+        print(f"advmoe: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE
     except BrokenPipeError:  # whoever read the output, `head` say, has enough; what is left cannot be flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -100,6 +104,26 @@ def _run(options: argparse.Namespace) -> int:
     except (*_FAULTS, OSError) as error:
         print(f"advmoe: {error}", file=sys.stderr)
         return FAULT
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong; the usage of some commands fills a page."""
+
+    def error(self, message: str) -> NoReturn:
+        line = " ".join(message.split())
+        self.exit(USAGE, f"{self.prog}: {line[:1000]} (see {self.prog} --help)\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            _, _, message = str(unknown_name("", value, action.choices)).partition(": ")
+            raise argparse.ArgumentError(action, message)
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Arguments that nothing takes."""
+        options = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        first = next((each for each in unknown if each.startswith("-")), unknown[0]).split("=")[0]
+        near = difflib.get_close_matches(first[:100], options, n=1) if first.startswith("-") else []
+        self.error(f"unknown argument {shown(first)}" + (f"; did you mean {near[0]}?" if near else ""))
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -111,7 +135,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="advmoe",
         description="Adversarially robust mixture-of-experts CNNs.",
         allow_abbrev=False,
@@ -395,6 +419,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--ratios", type=float, nargs="+", default=[0.2, 0.5, 0.8], help="of --table")
     p.add_argument("--image-sizes", type=int, nargs="+", default=[32], help="of --table")
     p.set_defaults(run=_profile)
+    for p in commands.choices.values():
+        p.set_defaults(parser=p)
     return parser
 
 

@@ -17,7 +17,7 @@ import yaml
 from .files import write_text
 from .models.base import default_gate, default_router, read_gate
 from .objectives import BALANCE_LOSSES
-from .registry import unknown_name
+from .registry import shown, unknown_name
 
 __all__ = ["AttackConfig", "DataConfig", "MethodConfig", "ModelConfig", "OptimConfig", "RoutingConfig", "RunConfig"]
 
@@ -28,6 +28,8 @@ PRECISIONS = ("float32", "bfloat16")
 OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("cosine", "cyclic", "polynomial")
 ROBUST_EXPERTS = ("second", "another", "all")
+_LARGEST = 1 << 20  # bytes of a file
+_MOST = 1024  # threads, processes or experts
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class ModelConfig:
     dual_on: str = "logits"
 
     def __post_init__(self) -> None:
+        if self.num_experts > _MOST:
+            raise ValueError(f"num_experts: expected at most {_MOST}, got {self.num_experts}")
         for name, asked in zip(("router", "gate"), read_gate(self.kind, self.router, self.gate), strict=True):
             object.__setattr__(self, name, asked)
         for name, value in (("router", default_router(self.kind)), ("gate", default_gate(self.top_k))):
@@ -92,6 +96,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers: expected at least 0, got {self.workers}")
+        if self.workers is not None and self.workers > _MOST:
+            raise ValueError(f"workers: expected at most {_MOST}, got {self.workers}")
         _require(self, ("shift", "cutout"))
         if not 0 <= self.color_jitter <= 0.5:  # hues are a circle: half of it is all of them
             raise ValueError(f"color_jitter: expected a number from 0 to 0.5, got {self.color_jitter}")
@@ -308,6 +314,8 @@ class RunConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+        if self.threads is not None and self.threads > _MOST:
+            raise ValueError(f"threads: expected at most {_MOST}, got {self.threads}")
         if self.batch_size % self.optim.accumulate:
             raise ValueError(
                 f"accumulate: expected a divisor of the batch size {self.batch_size}, got {self.optim.accumulate}"
@@ -343,13 +351,41 @@ class RunConfig:
         """Reads a ``config.yaml``.
 
         Raises:
-            ValueError: if it is not YAML, has a key that no setting has, or a value of another type.
+            ValueError: if it is not YAML, has a key that no setting has, or a value of another type; in one line.
         """
-        try:
-            values = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path}: not YAML: {error}") from error
-        return read_room(cls, values, str(path))
+        return read_room(cls, read_yaml(path), str(path))
+
+
+class _OneOfEach(yaml.SafeLoader):
+    """Plain values alone, and no key twice: the last one would win unseen."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise ValueError(f"the key {shown(key.value)} is there twice")
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """The plain values of a file.
+
+    Raises:
+        ValueError: if it is not YAML, or names anything else.
+    """
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise ValueError(f"expected at most {_LARGEST} bytes")
+        return yaml.load(path.read_text(), _OneOfEach)
+    except RecursionError as error:
+        raise ValueError(f"{path}: not YAML: it is too deep") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # PyYAML raises nearly anything for a tag whose value does not fit
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not YAML: {reason[:300] or type(error).__name__}") from error
 
 
 def _require(room: object, names: tuple[str, ...], below: float = math.inf) -> None:
@@ -405,10 +441,12 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     does not read as a number, become floats; a list becomes a tuple."""
     for kind in typing.get_args(hint) if isinstance(hint, UnionType) else (hint,):
         if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, OverflowError):
                 return float(value)
         elif typing.get_origin(kind) is tuple and isinstance(value, list):
             return tuple(_typed(typing.get_args(kind)[0], each, where) for each in value)
+        elif kind is int and type(value) is int and abs(value) >> 63:
+            raise ValueError(f"{where}: expected a number of at most 63 bits, got {shown(value)}")
         elif isinstance(kind, type) and type(value) is kind:
             return value
-    raise ValueError(f"{where}: expected {hint.__name__ if isinstance(hint, type) else hint}, got {value!r}")
+    raise ValueError(f"{where}: expected {hint.__name__ if isinstance(hint, type) else hint}, got {shown(value)}")

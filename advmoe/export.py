@@ -18,12 +18,13 @@ from .config import ModelConfig, read_room
 from .deployment import export_program, package_program, write_onnx
 from .registry import unknown_name
 from .sparse import compact, masked_convolutions, update_alive
-from .training.runs import RunError, build_model, load_model
+from .stored import load_weights, require_version
+from .training.runs import RunError, build_model, load_model, require_own_code
 
 __all__ = ["FORMATS", "export", "load_exported"]
 
 FORMATS = {"safetensors": ".safetensors", "torch_export": ".pt2", "aotinductor": ".pt2", "onnx": ".onnx"}
-FORMAT = "advmoe-1"  # of the safetensors file
+FORMAT = 1  # of the safetensors file
 _MASK = "mask:"  # prefix of the masks that a sparse network was made smaller by
 
 
@@ -74,7 +75,9 @@ def export(source: str | Path, path: str | Path, checkpoint: str = "best", forma
 def _write_tensors(model: nn.Module, masks: dict[str, Any], config: ModelConfig, path: Path) -> None:
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in {**model.state_dict(), **masks}.items()}
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"format": FORMAT, "model": json.dumps(dataclasses.asdict(config))})
+    save_file(
+        tensors, temporary, metadata={"format": f"advmoe-{FORMAT}", "model": json.dumps(dataclasses.asdict(config))}
+    )
     temporary.replace(path)
 
 
@@ -90,16 +93,24 @@ def load_exported(path: str | Path) -> tuple[nn.Module, ModelConfig]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path} cannot be read as an exported model: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise RunError(f"{path}: expected a file of advmoe export, format {FORMAT}, got {metadata.get('format')}")
-    config = read_room(ModelConfig, json.loads(metadata["model"]), str(path))
+    name, _, version = metadata.get("format", "").partition("-")
+    if name != "advmoe" or not version.isdecimal():
+        raise RunError(
+            f"{path}: expected a file of advmoe export, format advmoe-{FORMAT}, got {metadata.get('format')!r}"
+        )
+    try:
+        require_version(int(version), FORMAT, str(path))
+        config = read_room(ModelConfig, json.loads(metadata.get("model", "")), str(path))
+        require_own_code(config, path)
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path}: its settings cannot be read: {error}") from error
     model: nn.Module = build_model(config)
     masks = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_MASK)}
     try:
         if masks:
             model = _without_removed(model, masks, config.image_size or 32)
-        model.load_state_dict(tensors)
-    except (KeyError, RuntimeError) as error:
+        load_weights(model, tensors)
+    except (KeyError, RuntimeError, ValueError) as error:
         raise RunError(f"{path} does not fit the model of its own settings: {error}") from error
     return model.eval(), config
 

@@ -6,21 +6,33 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import reprlib
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Registry", "imported", "unknown_name"]
+__all__ = ["Registry", "imported", "shown", "unknown_name"]
 
 T = TypeVar("T")
+
+
+def shown(value: object) -> str:
+    """A value in a message: cut, however long or deep it is."""
+    cut = reprlib.Repr()
+    cut.maxstring = cut.maxother = 100
+    cut.maxlevel = 3
+    try:
+        return cut.repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return f"a large {type(value).__name__}"
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> ValueError:
     """A ValueError that lists what there is, nearest first."""
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name[:100], known, n=3, cutoff=0.5) if isinstance(name, str) else []
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return ValueError(f"{kind}: expected one of {', '.join(known)}, got {name!r}{hint}")
+    return ValueError(f"{kind}: expected one of {', '.join(known)}, got {shown(name)}{hint}")
 
 
 def imported(name: str) -> Any:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ..modes import undisturbed
 from ..registry import unknown_name
+from ..stored import read_stored
 from ..world import ALONE, World
 from .balls import Ball, require_batch
 from .pgd import NonFiniteGradientError
@@ -321,10 +322,13 @@ def _save(path: Path, key: list[str], done: tuple[int, int], fell_to: Tensor, fo
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: saved[name] for name in ("key", "done", "fell_to", "found")}
-    except Exception as error:
+        saved = read_stored(path)
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}; remove it to attack anew") from error
+    names = ("key", "done", "fell_to", "found")
+    if not isinstance(saved, dict) or any(name not in saved for name in names):
+        raise ValueError(f"{path} cannot be read: it is no state of AutoAttack; remove it to attack anew")
+    return {name: saved[name] for name in names}
 
 
 def _resume(path: Path, key: list[str], fell_to: Tensor, found: Tensor) -> tuple[int, int]:
@@ -332,7 +336,13 @@ def _resume(path: Path, key: list[str], fell_to: Tensor, found: Tensor) -> tuple
     saved = _read(path)
     if saved["key"] != key:
         raise ValueError(_STALE.format(path))
-    fell_to.copy_(saved["fell_to"])
-    found[fell_to >= 0] = saved["found"].to(found)
-    index, number = saved["done"]
-    return index, number
+    fallen, images, done = saved["fell_to"], saved["found"], saved["done"]
+    fits = isinstance(fallen, Tensor) and fallen.dtype == fell_to.dtype and fallen.shape == fell_to.shape
+    wanted = (int((fallen >= 0).sum()), *found.shape[1:]) if fits else None
+    fits = fits and isinstance(images, Tensor) and tuple(images.shape) == wanted and images.dtype == found.dtype
+    place = isinstance(done, (list, tuple)) and len(done) == 2 and all(type(each) is int for each in done)
+    if not fits or not place:
+        raise ValueError(f"{path} cannot be read: it does not fit its own images; remove it to attack anew")
+    fell_to.copy_(fallen)
+    found[fell_to >= 0] = images.to(found.device)
+    return done[0], done[1]

@@ -82,4 +82,7 @@ class Batches:
         return {"epoch": self.epoch, "index": self.index}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.index = state["epoch"], state["index"]
+        place = state["epoch"], state["index"]
+        if not all(type(each) is int and each >= 0 for each in place) or place[1] >= len(self):
+            raise ValueError(f"batches: expected an epoch and a batch of its {len(self)}, got {place}")
+        self.epoch, self.index = place

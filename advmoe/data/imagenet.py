@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import zipfile
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..registry import shown
 from .download import ARCHIVES, missing
 from .files import FileSplit
 from .loader import decoded
@@ -39,6 +42,7 @@ def _tiny_imagenet(folder: Path | None) -> Source:
         raise missing(name)
     root = _tiny_root(folder)
     wnids = sorted(_lines(root / "wnids.txt"))
+    _require_names(name, root / "wnids.txt", wnids)
     if not wnids or len(set(wnids)) < len(wnids):
         raise DataError(f"{name}: {root / 'wnids.txt'} names {'no class' if not wnids else 'a class twice'}")
     number = {wnid: i for i, wnid in enumerate(wnids)}
@@ -50,6 +54,7 @@ def _tiny_imagenet(folder: Path | None) -> Source:
         wnid = rest.partition("\t")[0]
         if wnid not in number:
             raise DataError(f"{name}: {annotations}: expected a file and a class of wnids.txt in each line, got {line!r}")
+        _require_names(name, annotations, [file])
         files.append(f"val/images/{file}")
         labels.append(number[wnid])
     absent = [file for file in files if not (root / file).is_file()]
@@ -101,6 +106,15 @@ def _tiny_root(folder: Path) -> Path:
     raise missing("tiny_imagenet", f"{folder} has no wnids.txt and train, nor has a {own} in it")
 
 
+def _require_names(name: str, path: Path, names: list[str]) -> None:
+    """That what a text file names are files or folders beside each other, and none elsewhere."""
+    for each in names:
+        if each in ("", ".", "..") or set(each) & set("/\\\0"):
+            raise DataError(
+                f"{name}: {path}: expected names without a folder, got {shown(each)}; unpack the archive again"
+            )
+
+
 def _lines(path: Path) -> list[str]:
     try:
         return [line for line in path.read_text().splitlines() if line.strip()]
@@ -114,7 +128,7 @@ def _split(name: str, root: Path, folders: list[tuple[str, int]], size: int, res
     labels: list[int] = []
     for folder, number in folders:
         try:
-            found = sorted(e.name for e in os.scandir(root / folder) if e.name.lower().endswith(_IMAGES))
+            found = sorted(e.name for e in os.scandir(root / folder) if e.name.lower().endswith(_IMAGES) and e.is_file())
         except OSError as error:
             raise DataError(
                 f"{name}: {root / folder} cannot be read ({error.strerror}); unpack the archive again"
@@ -135,9 +149,9 @@ def _remembered(root: Path, *splits: FileSplit) -> list[Tensor]:
         try:
             with np.load(cache) as content:
                 if str(content["fingerprint"]) == mark:
-                    return [torch.from_numpy(content[f"images{i}"]) for i in range(len(splits))]
+                    return [_images(content, f"images{i}", split) for i, split in enumerate(splits)]
             logger.info("%s is of other files and is made anew", cache)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
             logger.warning("%s cannot be read (%s) and is made anew", cache, error)
     images = [decoded(split).permute(0, 3, 1, 2).contiguous() for split in splits]
     temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
@@ -152,6 +166,17 @@ def _remembered(root: Path, *splits: FileSplit) -> list[Tensor]:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
     return images
+
+
+def _images(content: Any, name: str, split: FileSplit) -> Tensor:
+    """Of a cache, if they are as many and as large as the split's; looked at before they are read."""
+    shape = (len(split), 3, split.size, split.size)
+    if content.zip.getinfo(f"{name}.npy").file_size > math.prod(shape) + 1024:
+        raise ValueError(f"{name} is larger than its images")
+    array = content[name]
+    if array.shape != shape or array.dtype != np.uint8:
+        raise ValueError(f"{name}: expected uint8 {shape}, got {array.dtype} {array.shape}")
+    return torch.from_numpy(array)
 
 
 def _fingerprint(root: Path, splits: tuple[FileSplit, ...]) -> str:

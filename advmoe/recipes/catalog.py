@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..attacks import from_name
-from ..config import RunConfig, read_room
+from ..config import RunConfig, read_room, read_yaml
 from ..registry import unknown_name
 
 __all__ = ["SCALES", "Catalog", "EvaluationSettings", "Plan", "Recipe"]
@@ -343,10 +341,7 @@ class Catalog:
 
 
 def _yaml(path: Path) -> dict:
-    try:
-        values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path.name}: not YAML: {error}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path.name}: expected a mapping, got {type(values).__name__}")
     return _numbers(values)

@@ -30,11 +30,12 @@ from ..models import router_parameters, upcycle
 from ..models.base import PLACED, ROUTED, WHOLE
 from ..routers import FixedRouter, NonFiniteRouterError, RouterOptions, routers_of
 from ..sparse import masked_convolutions
+from ..stored import load_optimizer, load_weights
 from . import faults, tensorboard
 from .faults import NON_FINITE
 from .methods import Batch, Method, StepResult, build_method
 from .parallel import ALONE, ProcessLost, World, lost, restarted, resume_command
-from .runs import Run, RunError, build_model, load_checkpoint, load_model
+from .runs import Run, RunError, build_model, load_checkpoint, load_model, require_own_code
 from .watch import COLLAPSED, RouterWatch
 
 __all__ = ["Interrupted", "StepError", "Trainer", "load_data", "resume", "train", "without_sources"]
@@ -64,6 +65,9 @@ class Trainer:
         self.data = data
         self.quiet = quiet or not world.first
         self.world = world
+        if config.batch_size > len(data.train):  # before a table of them is made
+            count = len(data.train)
+            raise ValueError(f"batch_size: expected at most the {count} training images, got {config.batch_size}")
         part = world.part(config.batch_size, config.optim.accumulate)
         if config.optim.compile and world.size > 1:
             raise ValueError(f"compile: for one process, got {world.size}")
@@ -133,12 +137,14 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        missing = [
+            key for key in ("model", "optimizers", "batches", "torch_rng", "epoch", "step", "sums") if key not in state
+        ]
+        if missing:
+            raise ValueError(f"there is no {missing[0]}")
+        load_weights(self.model, state["model"])
         for name, optimizer in self.method.optimizers.items():
-            rates = [group["base_lr"] for group in optimizer.param_groups]
-            optimizer.load_state_dict(state["optimizers"][name])
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["base_lr"] = rate  # the config's, as all settings
+            load_optimizer(optimizer, state["optimizers"].get(name))
         for batches, position in zip(self.batches, state["batches"], strict=True):
             batches.load_state_dict(position)
         self.method.load_state_dict(state.get("method", {}))  # older checkpoints have none, of methods that keep nothing
@@ -146,6 +152,8 @@ class Trainer:
         if self.device.type == "cuda" and state["device_rng"] is not None:
             torch.cuda.set_rng_state(state["device_rng"], self.device)
         self.epoch, self.step = state["epoch"], state["step"]
+        if self.step > self.steps_per_epoch:
+            raise ValueError(f"step: expected at most the {self.steps_per_epoch} of an epoch, got {self.step}")
         self.seconds, self.best = state["seconds"], state["best"]
         self.sums = {name: value / self.world.size for name, value in state["sums"].items()}  # those of all processes
 
@@ -608,6 +616,7 @@ def _continue(run: Run, quiet: bool, data_dir: str | None, world: World) -> None
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     begun = run.checkpoint().exists()
+    require_own_code(without_sources(config) if begun else config, run.config_path)
     # a checkpoint holds the weights; those that the run began with may be gone by now
     trainer = Trainer(without_sources(config) if begun else config, run, data, quiet, world)
     if begun:

@@ -13,7 +13,7 @@ import torch
 from ..config import RunConfig, read_room
 from .engine import Trainer, load_data, without_sources
 from .faults import Attempt, attempt
-from .runs import Run, RunError, load_checkpoint
+from .runs import Run, RunError, load_checkpoint, require_own_code
 
 __all__ = ["Replay", "replay"]
 
@@ -51,6 +51,7 @@ def replay(folder: str | Path, data_dir: str | None = None) -> Replay:
         raise RunError(f"{run.fault_path} has no {error}") from error
     if data_dir is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, folder=data_dir))
+    require_own_code(without_sources(config), run.fault_path)
     torch.set_num_threads(threads)
     trainer = Trainer(without_sources(config), run, load_data(config), quiet=True)
     try:

@@ -7,8 +7,10 @@ import contextlib
 import inspect
 import json
 import logging
+import math
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from torch import nn
 from ..config import ModelConfig, RunConfig
 from ..files import WriteError, add_line, write_text, write_whole
 from ..models import MODEL_OPTIONS, create_model
-from ..registry import imported
+from ..registry import imported, shown
+from ..stored import load_weights, read_stored, require_version
 from .locks import locked
 
 __all__ = ["Run", "RunError", "build_model", "load_checkpoint", "load_model"]
@@ -117,10 +120,23 @@ class Run:
         write_whole(self.fault_path, lambda file: torch.save({"format": FORMAT, **fault}, file), f".{rank}.tmp")
 
     def metrics(self) -> list[dict[str, Any]]:
+        """
+        Raises:
+            RunError: if a line is no mapping.
+        """
         if not self.metrics_path.exists():
             return []
-        whole, _, _ = self.metrics_path.read_text().rpartition("\n")  # a line without its end was torn
-        return [json.loads(line) for line in whole.splitlines() if line.strip()]
+        whole, _, _ = self.metrics_path.read_text(errors="replace").rpartition("\n")  # a line without its end was torn
+        lines = [line for line in whole.splitlines() if line.strip()]
+        found = []
+        for number, line in enumerate(lines, 1):
+            try:
+                found.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise RunError(f"{self.metrics_path}, line {number}: cannot be read: {error}") from error
+            if not isinstance(found[-1], dict):
+                raise RunError(f"{self.metrics_path}, line {number}: expected a mapping, got {shown(found[-1])}")
+        return found
 
     def add_metrics(self, line: dict[str, Any]) -> None:
         add_line(self.metrics_path, json.dumps(line))
@@ -167,9 +183,45 @@ class _LogFile(logging.FileHandler):
             print(f"advmoe: {WriteError(Path(self.baseFilename), error)}", file=sys.stderr)
 
 
+def require_own_code(config: ModelConfig | RunConfig, where: str | Path) -> None:
+    """That what a file names as ``module:name`` may be imported. A run folder of someone else's is data: a module's own
+    code would run, and be looked for in the working folder too. So the environment's ADVMOE_IMPORT has to name the module
+    (several with commas between them), unless it is a router's and has been imported already.
+
+    Raises:
+        RunError: if it may not.
+    """
+    model = config.model if isinstance(config, RunConfig) else config
+    named = [model.router] if model.router and model.router.partition(":")[0] not in sys.modules else []
+    if isinstance(config, RunConfig):  # functions, which are called too
+        sources = (config.init, config.standard_run, config.robust_run)
+        named += [source for source in sources if source and not Path(source).exists()]
+    allowed = os.environ.get("ADVMOE_IMPORT", "").split(",")
+    for name in named:
+        module, colon, _ = name.partition(":")
+        if colon and module not in allowed:
+            raise RunError(
+                f"{where}: names code, {name}, which is imported for a file only if you trust it: set "
+                f"ADVMOE_IMPORT={module} in the environment"
+            )
+
+
 def build_model(config: ModelConfig) -> nn.Module:
-    """The model of a resolved config."""
+    """The model of a resolved config.
+
+    Raises:
+        ValueError: for settings that do not fit each other.
+        RunError: if there is no memory for it.
+    """
     options = {name: getattr(config, name) for name in MODEL_OPTIONS.get(config.kind, ())}
+    try:
+        return _create(config, options)
+    except (RuntimeError, MemoryError, OverflowError) as error:  # sizes; one that torch cannot say is any of them
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunError(f"model: there is no memory for one of these settings ({first[:200]})") from error
+
+
+def _create(config: ModelConfig, options: dict[str, Any]) -> nn.Module:
     return create_model(
         config.arch,
         config.kind,
@@ -186,7 +238,7 @@ def build_model(config: ModelConfig) -> nn.Module:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, read with ``weights_only=True``.
+    """A checkpoint's content, read with ``weights_only=True``; what is in it is of the right kinds.
 
     Raises:
         RunError: if it is missing, damaged or of another format.
@@ -194,18 +246,52 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RunError(f"{path}: there is no such checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+        state = read_stored(path)
+    except ValueError as error:
         raise RunError(f"{path} cannot be read as a checkpoint: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, dict) else None
-        raise RunError(f"{path}: expected a checkpoint of format {FORMAT}, got {found}")
+    if not isinstance(state, dict) or "format" not in state:
+        raise RunError(f"{path}: expected a checkpoint of format {FORMAT}, got none")
+    try:
+        require_version(state["format"], FORMAT, str(path))
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    for name, (what, fits) in _KINDS.items():
+        if name in state and not fits(state[name]):
+            raise RunError(f"{path}: {name}: expected {what}, got {shown(state[name])}")
     return state
+
+
+def _finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _generator(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.uint8
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "model": ("a mapping of weights", lambda v: isinstance(v, Mapping)),
+    "optimizers": ("a mapping", lambda v: isinstance(v, dict)),
+    "batches": ("a list", lambda v: isinstance(v, list)),
+    "torch_rng": ("a generator's state", _generator),
+    "device_rng": ("a generator's state or none", lambda v: v is None or _generator(v)),
+    "epoch": ("a whole number of at least 0", _count),
+    "step": ("a whole number of at least 0", _count),
+    "sums": ("a mapping of numbers", lambda v: isinstance(v, dict) and all(type(x) in (int, float) for x in v.values())),
+    "seconds": ("a finite number", _finite),
+    "best": ("a finite number", _finite),
+    "method": ("a mapping", lambda v: isinstance(v, dict)),
+}
 
 
 def load_model(source: str | Path, checkpoint: str = "best") -> tuple[nn.Module, RunConfig | None]:
     """A model in eval mode from a run folder, a checkpoint file, or ``module:function`` returning an nn.Module (then
-    without config). ``module`` is imported, as that of a run's router ``module:Class`` is, from the working folder too.
+    without config). ``module`` is imported, from the working folder too; a router ``module:Class`` of a run's config only
+    where :func:`require_own_code` lets it.
 
     Raises:
         RunError: if there is nothing of the kind.
@@ -236,11 +322,12 @@ def load_model(source: str | Path, checkpoint: str = "best") -> tuple[nn.Module,
             f"{source}: expected a run folder, a checkpoint file or module:function, such as {path.stem}:model"
         )
     config = Run(path.parent).config()
+    require_own_code(config.model, path.parent / "config.yaml")
     model = build_model(config.model)
     state = load_checkpoint(path)
     try:
-        model.load_state_dict(state["model"])
-    except (KeyError, RuntimeError) as error:
+        load_weights(model, state.get("model"))
+    except ValueError as error:
         raise RunError(f"{path} does not fit the model of {path.parent / 'config.yaml'}: {error}") from error
     model.eval()
     return model, config

@@ -66,12 +66,12 @@ def _offer(
     served: dict[str, bytes | int],
     content: bytes | int,
     file: str,
-    md5: str | None = None,
+    sha256: str | None = None,
 ) -> None:
     served[f"/{file}"] = content
-    right = hashlib.md5(content).hexdigest() if isinstance(content, bytes) else ""
+    right = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else ""
     url = f"http://127.0.0.1:{served['port']}/{file}"
-    archive = Archive("the CIFAR-10 python version", url, "cifar-10-batches-py", md5 or right, ("test_batch",))
+    archive = Archive("the CIFAR-10 python version", url, "cifar-10-batches-py", sha256 or right, ("test_batch",))
     monkeypatch.setitem(ARCHIVES, "cifar10", archive)
 
 
@@ -95,18 +95,17 @@ def test_fetched_checked_and_unpacked(
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("checksum", r"has the MD5 checksum [0-9a-f]{32}, expected 0+; try again"),
+        ("checksum", r"has the SHA-256 checksum [0-9a-f]{64}, expected 0+; try again"),
         (
             "404",
             r"cannot be fetched \(.*Not Found\); without a network, get the CIFAR-10 python version elsewhere, unpack",
         ),
-        ("short", r"has the MD5 checksum|cannot be fetched"),
+        ("short", r"has the SHA-256 checksum|cannot be fetched"),
         ("refused", r"cannot be fetched \(.*refused\); without a network"),
-        ("no archive", r"cannot be unpacked \(ReadError"),
+        ("no archive", r"cannot be unpacked \(BadGzipFile"),
         ("folder", r"has no folder cifar-10-batches-py"),
-        ("outside", r"cannot be unpacked \(OutsideDestinationError"),
+        ("outside", r"cannot be unpacked \(ValueError: .*escaped. would lie outside"),
         ("disk full", r"target cannot be written: No space left"),
-        ("old Python", r"this Python cannot unpack http.*cifar.tar.gz safely"),
     ],
 )
 def test_nothing_is_left_of_a_fault(
@@ -125,7 +124,7 @@ def test_nothing_is_left_of_a_fault(
         content = _packed(folder, ".tar.gz")
     name = "short.tar.gz" if fault == "short" else "cifar.tar.gz"
     answer = 404 if fault == "404" else content
-    _offer(monkeypatch, served, answer, name, {"checksum": "0" * 32}.get(fault))
+    _offer(monkeypatch, served, answer, name, {"checksum": "0" * 64}.get(fault))
     if fault == "refused":
         nowhere = Archive("the CIFAR-10 python version", "http://127.0.0.1:1/a", "a", "", ("test_batch",))
         monkeypatch.setitem(ARCHIVES, "cifar10", nowhere)
@@ -136,8 +135,6 @@ def test_nothing_is_left_of_a_fault(
             return opened(Path("/dev/full") if path.suffix == ".gz" else path, *mode)
 
         monkeypatch.setattr(Path, "open", full)
-    if fault == "old Python":
-        monkeypatch.delattr(tarfile, "data_filter")
     target = tmp_path / "target"
     with pytest.raises(DataError, match=message):
         download("cifar10", target)

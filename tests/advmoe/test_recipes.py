@@ -340,7 +340,7 @@ def test_nothing_is_trained_or_evaluated_twice(recipes: Catalog) -> None:
         (
             "fig3.yaml",
             "m1_standard_moe: s",
-            "router_only: router_only\n      m1: s",
+            "early: router_only\n      m1: s",
             r"fig3.yaml: fig3/\S*/m1/r0.8 must come",
         ),
         ("fig7.yaml", "rows:", "rows: [", r"fig7.yaml: not YAML"),

@@ -567,7 +567,7 @@ def test_a_batch_norm_without_channels_raises() -> None:
 
 
 def test_memory_that_cannot_be_had_is_a_memory_error() -> None:
-    """Beside the output there is room, for the packed weights of all experts there is none; and afterwards all is well."""
+    """There is room for the output, for the packed weights of all experts there is none; afterwards all is well."""
     code = """
 import resource
 import torch

@@ -116,6 +116,9 @@ class FreeAT(_OneStep):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         world, delta = self.reduced.world, state.get("delta")
         if delta is not None:
+            whole = isinstance(delta, Tensor) and delta.dim() == 4 and delta.dtype == torch.float32
+            if not whole or delta.nbytes > delta.untyped_storage().nbytes():  # one number, a million times over
+                raise ValueError("delta: expected a perturbation, float32 [B, C, H, W]")
             delta = delta if world.size == 1 else delta[world.part(len(delta), self.optim.accumulate)]
             delta = delta.to(next(self.model.parameters()).device, copy=True)
         self.delta = delta
