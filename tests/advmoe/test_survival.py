@@ -177,7 +177,7 @@ def fails_at(number: int, unbroken: Run, folder: Path) -> str | None:
     return said
 
 
-# config.yaml, its folder; the first checkpoint's beginning, its renaming; best.pt, a line of metrics, the next checkpoint
+# config.yaml, its folder; the first checkpoint: its beginning, its renaming; best.pt, a line of metrics, the next one
 @pytest.mark.parametrize("number", [1, 4, 5, 7, 11, 15, 17])
 def test_a_disk_that_is_full_in_the_middle(tmp_path: Path, unbroken: Run, number: int) -> None:
     assert fails_at(number, unbroken, tmp_path / "run") is not None

@@ -529,7 +529,7 @@ def test_a_config_imports_code_only_where_it_may(
 
 @pytest.mark.parametrize("line", [b"[" * 100_000, b"[1]", b"x", b"\xff", b"NaN"])
 def test_hostile_metrics_are_refused(run: Run, line: bytes, capsys: pytest.CaptureFixture[str]) -> None:
-    run.metrics_path.write_bytes(line)
+    run.metrics_path.write_bytes(line + b"\n")
     for words in (("analyze", run.folder, "--only", "training"), ("report", run.folder)):
         assert "metrics.jsonl, line 1: " in refused(capsys, *words)
 
