@@ -10,7 +10,7 @@ export MOE_KERNELS_CUDA ?= 0
 export MOE_KERNELS_SIMULATOR ?= 1
 CHOICE := $(MOE_KERNELS_CUDA) $(MOE_KERNELS_CUDA_ARCHS) $(MOE_KERNELS_SIMULATOR)
 
-.PHONY: demo test lint nightly aot cuda bench gpu sanitize sanitize-threads sanitize-gpu table gate examples install clean FORCE
+.PHONY: demo test test-matrix lint nightly aot cuda bench gpu sanitize sanitize-threads sanitize-gpu table gate examples install clean FORCE
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,22 @@ test: install
 # More examples for each property too.
 nightly: install
 	MOE_KERNELS_HYPOTHESIS=nightly $(BIN)/python -m pytest -m "nightly or not nightly"
+
+# The tests with the oldest and the newest versions that are supported, for each Python that is here, in environments of
+# their own. torch 2.11 may come with its CUDA libraries, gigabytes of them.
+MATRIX_PYTHONS ?= python3.11 python3.12
+MATRIX_ENDS ?= "torch==2.11.0 triton==3.6.0 numpy==1.26.4" "torch==2.13.0 triton==3.9.0 numpy>=2"
+MATRIX_TESTS ?= tests/moe_kernels tests/advmoe
+test-matrix:
+	@number=0; for python in $(MATRIX_PYTHONS); do \
+	    command -v $$python > /dev/null || { echo "$$python is not here: left out"; continue; }; \
+	    for end in $(MATRIX_ENDS); do \
+	        number=$$((number + 1)); venv=build/matrix/$$number; echo "== $$python, $$end"; \
+	        $$python -m venv --clear $$venv && $$venv/bin/pip install --quiet $$end && \
+	        $$venv/bin/pip install --quiet --editable '.[test]' && \
+	        $$venv/bin/python -m pytest -m "not nightly" $(MATRIX_TESTS) || exit 1; \
+	    done; \
+	done; [ $$number -gt 0 ]
 
 lint: install
 	$(BIN)/ruff check .
