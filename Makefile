@@ -48,7 +48,7 @@ test-matrix:
 	    for end in $(MATRIX_ENDS); do \
 	        number=$$((number + 1)); venv=build/matrix/$$number; echo "== $$python, $$end"; \
 	        $$python -m venv --clear $$venv && $$venv/bin/pip install --quiet $$end && \
-	        $$venv/bin/pip install --quiet --editable '.[test]' && \
+	        $$venv/bin/pip install --quiet $$end --editable '.[dev]' && \
 	        $$venv/bin/python -m pytest -m "not nightly" $(MATRIX_TESTS) || exit 1; \
 	    done; \
 	done; [ $$number -gt 0 ]

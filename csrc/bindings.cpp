@@ -18,7 +18,7 @@
 #include "cpu/conv2d.h"
 #include "cpu/dispatch.h"
 #ifdef MOE_WITH_FUZZ
-#include "fuzz/conv2d.h"
+#include "fuzz/fuzz.h"
 #endif
 
 #ifndef MOE_BUILD_INFO
@@ -128,6 +128,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("pack", &pack, unlocked);
 #ifdef MOE_WITH_FUZZ
     m.def("fuzz_conv2d", &moe::fuzz::conv2d, unlocked);
+    m.def("fuzz_features", &moe::fuzz::features, unlocked);
+    m.def("fuzz_program", &moe::fuzz::program, unlocked);
 #endif
     moe::bind_program(m);
     moe::bind_features(m);

@@ -1,17 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// features(): the kernels of cpu/features.h, by raw pointers; shapes and dtypes have been checked by the caller.
+// features(): the kernels of cpu/features.h, by raw pointers.
 #include "bindings_features.h"
 
 #include <pybind11/stl.h>
 
 #include <array>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "cpu/dispatch.h"
+#include "cpu/feature_maps.h"
 
 namespace moe {
 
@@ -34,12 +33,6 @@ void features(int kernel, int dtype, int threads, bool relu, const std::array<in
     cpu::FeatureJob job{};
     job.samples = sizes[0], job.pixels = sizes[1], job.channels = sizes[2], job.total = sizes[3];
     job.side = {reinterpret_cast<const int64_t*>(expert), count, starts.empty() ? nullptr : starts.data()};
-    for (int64_t v = 0; v < job.samples && job.side.expert != nullptr; ++v) {
-        if (job.side.expert[v] < 0 || job.side.expert[v] >= count) {
-            throw std::invalid_argument("expert: index " + std::to_string(job.side.expert[v]) + " of sample " +
-                                        std::to_string(v) + " is outside 0 .. " + std::to_string(count - 1));
-        }
-    }
     const void** const inputs[] = {&job.x,     &job.grad,       &job.residual,   &job.scale,      &job.mean,
                                    &job.shift, &job.grad_scale, &job.kept_shift, &job.pooled_grad};
     for (int i = 0; i < 9; ++i) *inputs[i] = reinterpret_cast<const void*>(p[i]);
@@ -47,8 +40,8 @@ void features(int kernel, int dtype, int threads, bool relu, const std::array<in
     for (int i = 0; i < 4; ++i) *outputs[i] = reinterpret_cast<void*>(p[9 + i]);
     job.relu = relu;
     job.threads = threads;
-    const auto result = cpu::kernels().features(static_cast<DType>(dtype), static_cast<cpu::FeatureKernel>(kernel), job);
-    if (result == cpu::Result::out_of_memory) throw std::bad_alloc();
+    const std::string error = cpu::features(static_cast<DType>(dtype), static_cast<cpu::FeatureKernel>(kernel), job);
+    if (!error.empty()) throw std::invalid_argument(error);
 }
 
 }  // namespace

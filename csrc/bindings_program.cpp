@@ -29,9 +29,10 @@ using cpu::ProgramPrologue;
 
 using Pointer = std::uintptr_t;
 using PlaceTuple = std::array<int64_t, 6>;  // offset, channel, height, width, channels, pixel stride
-using PrologueTuple = std::tuple<Pointer, Pointer, int64_t, int64_t, bool>;  // scale, shift, expert, channels, relu
-using SideTuple = std::tuple<int64_t, int64_t, std::vector<int64_t>>;        // expert, count, starts
-using ExternalTuple = std::tuple<Pointer, std::array<int64_t, 4>>;           // data, strides
+// scale, shift, expert, channels, rows, relu
+using PrologueTuple = std::tuple<Pointer, Pointer, int64_t, int64_t, int64_t, bool>;
+using SideTuple = std::tuple<int64_t, int64_t, std::vector<int64_t>>;  // expert, count, starts
+using ExternalTuple = std::tuple<Pointer, std::array<int64_t, 4>>;     // data, strides
 
 using LateTuple = std::tuple<int64_t, int64_t, int64_t, std::vector<std::array<int64_t, 2>>>;  // as cpu::Late
 
@@ -40,7 +41,7 @@ const void* in(Pointer p) { return reinterpret_cast<const void*>(p); }
 Place place(const PlaceTuple& t) { return {t[0], t[1], t[2], t[3], t[4], t[5]}; }
 
 ProgramPrologue prologue(const PrologueTuple& t) {
-    return {in(std::get<0>(t)), in(std::get<1>(t)), std::get<2>(t), std::get<3>(t), std::get<4>(t)};
+    return {in(std::get<0>(t)), in(std::get<1>(t)), std::get<2>(t), std::get<3>(t), std::get<4>(t), std::get<5>(t)};
 }
 
 void conv(Program& program, const PlaceTuple& src, const PlaceTuple& dst, const PlaceTuple& residual,

@@ -7,6 +7,8 @@ namespace {
 
 int64_t at_least_one(int64_t n) { return n > 0 ? n : 1; }
 
+}  // namespace
+
 std::string check_experts(const Side& side, int64_t samples, const char* name) {
     if (side.expert == nullptr) return {};
     for (int64_t v = 0; v < samples; ++v) {
@@ -17,8 +19,6 @@ std::string check_experts(const Side& side, int64_t samples, const char* name) {
     }
     return {};
 }
-
-}  // namespace
 
 int64_t pair_count(const Slices& slices) { return at_least_one(slices.out.count) * at_least_one(slices.in.count); }
 

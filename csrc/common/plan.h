@@ -25,6 +25,9 @@ struct Plan {
 int64_t pair_count(const Slices& slices);
 int64_t start_of(const Side& side, int64_t index, int64_t width);
 
+// Returns an empty string, or which sample's expert is outside the side's slices.
+std::string check_experts(const Side& side, int64_t samples, const char* name);
+
 // Returns an empty string, or what is wrong with the routing (an index out of range).
 std::string make_plan(const Conv2dShape& shape, const Slices& slices, Plan& plan);
 

@@ -2,12 +2,12 @@
 #include "cpu/conv2d.h"
 
 #include <cstdint>
-#include <initializer_list>
 #include <new>
 #include <string>
 #include <vector>
 
 #include "common/plan.h"
+#include "cpu/checks.h"
 #include "cpu/dispatch.h"
 #include "cpu/passes.h"
 
@@ -44,55 +44,12 @@ Algorithm choose_algorithm(DType dtype, int64_t red, const Passes& passes) {
 
 namespace {
 
-// A call's tensors are addressable in bytes, positions in images stay far from overflowing, and lists of taps and passes
-// are short.
-constexpr int64_t kMaxBytes = int64_t(1) << 60, kMaxSize = int64_t(1) << 31, kMaxTaps = 1 << 20, kMaxPanel = 64;
-
-bool addressable(std::initializer_list<int64_t> sizes) {
-    int64_t bytes = 8;
-    for (int64_t size : sizes) {
-        if (__builtin_mul_overflow(bytes, size > 1 ? size : 1, &bytes) || bytes > kMaxBytes) return false;
-    }
-    return true;
-}
-
-int64_t acc_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
-int64_t size_of(DType dtype) { return dtype == DType::float32 ? 4 : dtype == DType::float64 ? 8 : 2; }
+constexpr int64_t kMaxTaps = 1 << 20;  // lists of taps and passes are short
+constexpr int64_t kMaxPanel = 64;      // output channels that panels are padded to, at most
 
 int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dil) {
     const int64_t room = size + 2 * pad - dil * (kernel - 1) - 1;
     return room < 0 ? 0 : room / stride + 1;
-}
-
-std::string check_side(const Side& side, int64_t width, int64_t total, const char* name) {
-    if (width > total || (side.count == 0 && width != total))
-        return std::string(name) + ": " + std::to_string(total) + " channels for slices of " + std::to_string(width);
-    if (side.count > 0 && side.starts == nullptr && side.count > total / width)
-        return std::string(name) + ": " + std::to_string(side.count) + " slices of " + std::to_string(width) +
-               " are more than " + std::to_string(total) + " channels";
-    for (int64_t i = 0; side.starts != nullptr && i < side.count; ++i) {
-        if (side.starts[i] < 0 || side.starts[i] > total - width)
-            return std::string(name) + ": slice " + std::to_string(i) + " of " + std::to_string(width) +
-                   " channels from " + std::to_string(side.starts[i]) + " on is outside 0 .. " +
-                   std::to_string(total - 1);
-    }
-    return {};
-}
-
-struct Span {
-    const void* data;
-    int64_t numel;
-};
-
-// Tasks write in any order: what one writes another must not read.
-std::string check_apart(DType dtype, Span output, std::initializer_list<Span> inputs) {
-    const auto begin = [](const Span& span) { return reinterpret_cast<uintptr_t>(span.data); };
-    const auto end = [&](const Span& span) { return begin(span) + uintptr_t(span.numel * size_of(dtype)); };
-    for (const Span& input : inputs) {
-        if (input.data != nullptr && begin(input) < end(output) && begin(output) < end(input))
-            return "output: overlaps what it is computed from";
-    }
-    return {};
 }
 
 int64_t weight_numel(const Call& call) {
@@ -236,10 +193,11 @@ std::string run(Direction direction, const Call& call, const void* src, const vo
     const Conv2dShape& s = call.shape;
     const bool forward = direction == Direction::forward;
     const int64_t images = s.V / (forward ? s.k : 1) * s.H * s.W * s.C, features = s.V * s.P * s.Q * s.K;
-    error = check_apart(call.dtype, {dst, forward ? features : images},
-                        {{src, forward ? images : features},
-                         {given.data == nullptr ? weight : nullptr, weight_numel(call)},
-                         {epilogue.residual, features}});
+    const int64_t size = size_of(call.dtype);
+    error = check_apart({dst, (forward ? features : images) * size},
+                        {{src, (forward ? images : features) * size},
+                         {given.data == nullptr ? weight : nullptr, weight_numel(call) * size},
+                         {epilogue.residual, features * size}});
     if (!error.empty()) return error;
     Plan plan;
     error = make_plan(call.shape, call.slices, plan);
@@ -313,8 +271,7 @@ std::string check(const Call& call) {
     if (!addressable({s.V, s.H, s.W, s.C}) || !addressable({s.V, s.P, s.Q, s.K}) ||
         !addressable({pairs_of[0], pairs_of[1], s.C, s.K, kMaxPanel, taps}))
         return "shape: images, features or weights of more than 2^60 bytes";
-    if (call.threads < 1) return "threads must be at least 1";
-    return {};
+    return check_threads(call.threads);
 }
 
 Algorithm algorithm(Direction direction, const Call& call) {
@@ -354,8 +311,9 @@ std::string conv2d_grad_weight(const Call& call, const void* grad, const void* x
     const bool by_channel = strides[1] == taps && strides[2] == s.S && strides[3] == 1;
     const bool by_tap = strides[1] == 1 && strides[2] == s.S * w.total_in && strides[3] == w.total_in;
     if (strides[0] != w.total_in * taps || !(by_channel || by_tap)) return "grad_weight: must be dense, or channels_last";
-    error = check_apart(call.dtype, {grad_weight, weight_numel(call)},
-                        {{grad, s.V * s.P * s.Q * s.K}, {x, s.V / s.k * s.H * s.W * s.C}});
+    const int64_t size = size_of(call.dtype);
+    error = check_apart({grad_weight, weight_numel(call) * size},
+                        {{grad, s.V * s.P * s.Q * s.K * size}, {x, s.V / s.k * s.H * s.W * s.C * size}});
     if (!error.empty()) return error;
     Plan plan;
     error = make_plan(s, call.slices, plan);

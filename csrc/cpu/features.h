@@ -219,9 +219,10 @@ Result feature_map(const FeatureJob& job) {
         return map_unit<T, A>(job, cut, v, unit, parts == nullptr ? nullptr : parts + u * C);
     });
     if (result != Result::ok || pooled == nullptr) return result;
-    const A share = A(1) / A(larger(1, job.pixels));
+    const A share = A(1) / A(job.pixels);
     for (int64_t v = 0; v < job.samples; ++v) {
         A* of_sample = pooled + v * C;
+        for (int64_t c = 0; c < C && job.pixels == 0; ++c) of_sample[c] = A(0);  // and times infinity: NaN, as torch's
         for (int64_t unit = 0; unit < cut.each && parts != pooled; ++unit) {
             const A* part = parts + (v * cut.each + unit) * C;
             for (int64_t c = 0; c < C; ++c) of_sample[c] = unit == 0 ? part[c] : of_sample[c] + part[c];

@@ -154,10 +154,11 @@ void softmax(const LayerJob& job) {
     for (int64_t s = 0; s < job.samples; ++s) {
         const A* from = sample_of<A>(job.src, s);
         A* to = sample_of<A>(job.dst, s);
-        A most = from[0], sum = 0;
+        A most = from[0];
+        double sum = 0;  // of many small ones float32 loses a share
         for (int64_t c = 1; c < count; ++c) most = larger_of(most, from[c]);
-        for (int64_t c = 0; c < count; ++c) sum += to[c] = std::exp(from[c] - most);
-        for (int64_t c = 0; c < count; ++c) to[c] /= sum;
+        for (int64_t c = 0; c < count; ++c) sum += double(to[c] = std::exp(from[c] - most));
+        for (int64_t c = 0; c < count; ++c) to[c] /= A(sum);
     }
 }
 

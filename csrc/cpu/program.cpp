@@ -6,10 +6,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <stdexcept>
 #include <utility>
 
 #include "common/plan.h"
+#include "cpu/checks.h"
 #include "cpu/dispatch.h"
+#include "cpu/program_checks.h"
 
 namespace moe::cpu {
 
@@ -32,7 +35,16 @@ struct Program::Part {
 
 namespace {
 
-int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
+void require(const std::string& error) {
+    if (!error.empty()) throw std::invalid_argument(error);
+}
+
+// Rows of a prologue that samples ask for.
+std::string check_rows(const ProgramPrologue& p, const int64_t* expert, int64_t samples) {
+    if (p.scale == nullptr && p.shift == nullptr) return {};
+    return check_experts({expert, p.rows, nullptr}, samples, "routing");
+}
+
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -73,33 +85,55 @@ void move(const External& outside, int64_t begin, int64_t count, const Place& pl
 Program::Memory::~Memory() { std::free(data); }
 
 Program::Program(DType dtype, int64_t sample_bytes, int64_t chunk, Late late)
-    : dtype_(dtype), sample_bytes_(sample_bytes), chunk_(chunk), late_(std::move(late)) {}
+    : dtype_(dtype), sample_bytes_(sample_bytes), chunk_(chunk), late_(std::move(late)) {
+    if (dtype != DType::float32 && dtype != DType::float64) require("dtype: expected float32 or float64");
+    if (sample_bytes < 0 || sample_bytes > kMaxBytes || chunk < 1)
+        require("memory: expected bytes, and samples of a chunk");
+    require(check(late_, {dtype_, sample_bytes_}));
+}
+
+// Bytes of a sample that the next step may use. Late steps run in the memory of early ones too, where samples are few.
+int64_t Program::room() const {
+    const bool late = late_.first >= 0 && int64_t(steps_.size()) >= late_.first;
+    return late ? smaller(sample_bytes_, late_.sample_bytes) : sample_bytes_;
+}
 
 void Program::load(int64_t input, Place dst) {
+    require(check(dst, {dtype_, room()}, "dst"));
+    if (input < 0) require("input: expected a number from 0 on");
     Step step{Step::Kind::load};
     step.external = input, step.place = dst;
     steps_.push_back(step);
 }
 
 void Program::store(int64_t output, Place src, ProgramPrologue prologue) {
+    const Room room{dtype_, this->room()};
+    require(check(src, room, "src"));
+    require(check(prologue, src, room));
+    if (output < 0) require("output: expected a number from 0 on");
     Step step{Step::Kind::store};
     step.external = output, step.place = src, step.prologue = prologue;
     steps_.push_back(step);
 }
 
 void Program::load_index(int64_t input, int64_t dst) {
+    require(check_index(dst, {dtype_, room()}, "dst"));
+    if (input < 0) require("input: expected a number from 0 on");
     Step step{Step::Kind::load_index};
     step.external = input, step.index = dst;
     steps_.push_back(step);
 }
 
 void Program::store_index(int64_t output, int64_t src) {
+    require(check_index(src, {dtype_, room()}, "src"));
+    if (output < 0) require("output: expected a number from 0 on");
     Step step{Step::Kind::store_index};
     step.external = output, step.index = src;
     steps_.push_back(step);
 }
 
 void Program::conv(ProgramConv conv) {
+    require(check(conv, {dtype_, room()}));
     Step step{Step::Kind::conv};
     step.which = convs_.size();
     Conv made;
@@ -110,10 +144,42 @@ void Program::conv(ProgramConv conv) {
 }
 
 void Program::layer(ProgramLayer layer) {
+    require(check(layer, {dtype_, room()}));
     Step step{Step::Kind::layer};
     step.which = layers_.size();
     layers_.push_back(std::move(layer));
     steps_.push_back(step);
+}
+
+std::string Program::check_run(int64_t samples, int threads) const {
+    if (samples < 0) return "samples: expected a number from 0 on, got " + std::to_string(samples);
+    const std::string error = check_threads(threads);
+    if (error.empty() &&
+        (!addressable({samples, threads, sample_bytes_}) || !addressable({samples, threads, late_.sample_bytes})))
+        return "samples: more than 2^60 bytes";
+    return error;
+}
+
+// What lies behind the pointers is the caller's word.
+std::string Program::check_tensors(int64_t samples, const std::vector<External>& inputs,
+                                   const std::vector<External>& outputs) const {
+    for (const Step& step : steps_) {
+        const bool loads = step.kind == Step::Kind::load || step.kind == Step::Kind::load_index;
+        if (!loads && step.kind != Step::Kind::store && step.kind != Step::Kind::store_index) continue;
+        const std::vector<External>& given = loads ? inputs : outputs;
+        const std::string name = (loads ? "input " : "output ") + std::to_string(step.external);
+        if (step.external >= int64_t(given.size())) return name + ": missing";
+        const External& tensor = given[size_t(step.external)];
+        const Place& p = step.place;
+        const bool index = step.kind == Step::Kind::load_index || step.kind == Step::Kind::store_index;
+        const int64_t sizes[] = {samples, index ? 1 : p.channels, p.height, p.width};
+        if (tensor.data == nullptr) return name + ": missing";
+        for (int i = 0; i < 4; ++i) {
+            if (tensor.strides[i] < 0 || !addressable({sizes[i], tensor.strides[i]}))
+                return name + ": strides of more than 2^60 bytes, or negative";
+        }
+    }
+    return {};
 }
 
 // A run's parts, each taken through the network by itself; what of a part goes through the early steps at a time; and the
@@ -126,7 +192,7 @@ struct Program::Cut {
 // between layers; otherwise all threads work on each layer. No bit depends on it.
 Program::Cut Program::cut(int64_t samples, int threads) const {
     Cut cut{samples, samples, 0, 0};
-    if (threads == 1 || samples >= 4 * threads) {
+    if (threads == 1 || samples >= 4 * int64_t(threads)) {
         const int64_t each = ceil_div(samples, threads);
         cut.part = ceil_div(each, ceil_div(each, late_.first < 0 ? chunk_ : late_.chunk));
         cut.early = ceil_div(cut.part, ceil_div(cut.part, chunk_));
@@ -137,6 +203,7 @@ Program::Cut Program::cut(int64_t samples, int threads) const {
 }
 
 int64_t Program::memory(int64_t samples, int threads) const {
+    require(check_run(samples, threads));
     if (samples == 0) return 0;
     const Cut cut = this->cut(samples, threads);
     return cut.bytes * (cut.part < samples ? threads : 1);
@@ -165,11 +232,13 @@ std::unique_ptr<Program::Memory> Program::take_memory(size_t bytes) const {
 std::string Program::run(int64_t samples, const std::vector<External>& inputs, const std::vector<External>& outputs,
                          int threads, std::vector<double>* seconds) const {
     if (seconds != nullptr) seconds->assign(steps_.size(), 0);
-    if (samples == 0) return {};
+    std::string error = check_run(samples, threads);
+    if (!error.empty() || samples == 0) return error;
+    error = check_tensors(samples, inputs, outputs);
+    if (!error.empty()) return error;
     const Cut cut = this->cut(samples, threads);
     const int64_t parts = ceil_div(samples, cut.part);
     std::unique_ptr<Memory> own = take_memory(size_t(this->memory(samples, threads)));
-    std::string error;
     if (parts == 1) {
         error = run_part({static_cast<char*>(own->data), 0, samples, &inputs, &outputs, threads}, cut, seconds);
     } else {
@@ -236,6 +305,8 @@ std::string Program::run_step(const Step& step, const Part& part) const {
             const auto moves = dtype_ == DType::float64 ? (loads ? move<double, true> : move<double, false>)
                                                         : (loads ? move<float, true> : move<float, false>);
             const int64_t* expert = part.index(step.prologue.expert);
+            const std::string error = check_rows(step.prologue, expert, part.count);
+            if (!error.empty()) return error;
             moves(outside, part.begin, part.count, step.place, data, step.prologue, expert, part.threads);
             return {};
         }
@@ -264,6 +335,7 @@ std::string Program::run_conv(const Conv& conv, const Part& part) const {
                         {part.index(c.in_expert), c.in_count, c.in_starts.empty() ? nullptr : c.in_starts.data()}};
     Plan plan;
     std::string error = make_plan(s, slices, plan);
+    if (error.empty()) error = check_rows(c.prologue, part.index(c.prologue.expert), part.count);
     if (!error.empty()) return error;
     auto data = [&](const Place& place) {
         return static_cast<char*>(part.at(place.offset)) + place.channel * size_of(dtype_);
@@ -309,6 +381,10 @@ std::string Program::run_layer(const ProgramLayer& layer, const Part& part) cons
     job.prologue = {p.scale, p.shift, part.index(p.expert), p.channels, p.relu};
     job.index = part.index(layer.index);
     job.threads = part.threads;
+    std::string error = check_rows(p, job.prologue.expert, part.count);
+    if (error.empty() && job.op == LayerOp::gather)
+        error = check_experts({job.index, job.src.channels, nullptr}, part.count, "gather");
+    if (!error.empty()) return error;
     if (kernels().layer(dtype_, job) == Result::not_a_number) return "scores: a router gave NaN";
     return {};
 }

@@ -32,8 +32,11 @@ struct ProgramPrologue {
     const void* scale = nullptr;
     const void* shift = nullptr;
     int64_t expert = kNowhere;
-    int64_t channels = 0;
+    int64_t channels = 0;  // of a row
+    int64_t rows = 0;
     bool relu = false;
+
+    bool none() const { return scale == nullptr && shift == nullptr && !relu; }
 };
 
 struct ProgramConv {
@@ -73,6 +76,8 @@ struct External {
     int64_t strides[4];
 };
 
+// Steps are looked at as they are recorded: std::invalid_argument where one would read or write outside its memory. What
+// pointers to constants point to is the caller's word.
 class Program {
   public:
     // `chunk`: samples that go through the network together at most, where there are many.
@@ -87,12 +92,13 @@ class Program {
     void conv(ProgramConv conv);
     void layer(ProgramLayer layer);
 
-    // Returns an empty string, or what was wrong: an index out of range, or a NaN score. `seconds`, if not null, gets the
-    // time of each step, summed over the parts of the batch.
+    // Returns an empty string, or what was wrong: a number of samples, threads or tensors, an index out of range, or a
+    // NaN score. `seconds`, if not null, gets the time of each step, summed over the parts of the batch.
     std::string run(int64_t samples, const std::vector<External>& inputs, const std::vector<External>& outputs,
                     int threads, std::vector<double>* seconds = nullptr) const;
 
-    // Bytes that a run for so many samples takes, and that are kept for the next.
+    // Bytes that a run for so many samples takes, and that are kept for the next. Throws std::invalid_argument where run
+    // would refuse them.
     int64_t memory(int64_t samples, int threads) const;
 
   private:
@@ -117,6 +123,10 @@ class Program {
 
     struct Cut;
 
+    int64_t room() const;
+    std::string check_run(int64_t samples, int threads) const;
+    std::string check_tensors(int64_t samples, const std::vector<External>& inputs,
+                              const std::vector<External>& outputs) const;
     Cut cut(int64_t samples, int threads) const;
     std::string run_part(const Part& part, const Cut& cut, std::vector<double>* seconds) const;
     std::string run_steps(const Part& part, size_t begin, size_t end, std::vector<double>* seconds) const;

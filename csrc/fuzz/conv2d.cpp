@@ -1,94 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "fuzz/conv2d.h"
-
-#include <sys/mman.h>
-#include <unistd.h>
+#include "cpu/conv2d.h"
 
 #include <cmath>
-#include <new>
-#include <random>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "cpu/conv2d.h"
+#include "fuzz/cases.h"
+#include "fuzz/fuzz.h"
 
 namespace moe::fuzz {
 
 namespace {
 
 using namespace moe::cpu;
-
-thread_local std::mt19937_64* source;  // where it points: a module's own thread-local memory is scarce
-
-int64_t between(int64_t low, int64_t high) { return low + int64_t((*source)() % uint64_t(high - low + 1)); }
-bool one_in(int64_t n) { return between(1, n) == 1; }
-double number() { return double(between(-64, 64)) / 64; }  // exact in every element type
-
-int64_t size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
-
-uint16_t to_bits(DType dtype, double value) {  // of multiples of 1 / 64 up to 1 in magnitude
-    const uint16_t sign = value < 0 ? 0x8000 : 0;
-    value = std::fabs(value);
-    if (value == 0) return sign;
-    int exponent;
-    const double fraction = std::frexp(value, &exponent) * 2 - 1;  // value = (1 + fraction) * 2^(exponent - 1)
-    if (dtype == DType::float16) return uint16_t(sign | (exponent + 14) << 10 | int(fraction * 1024));
-    return uint16_t(sign | (exponent + 126) << 7 | int(fraction * 128));
-}
-
-double from_bits(DType dtype, uint16_t bits) {
-    const double sign = bits & 0x8000 ? -1 : 1;
-    const bool half = dtype == DType::float16;
-    const int mantissa = half ? 10 : 7, bias = half ? 15 : 127;
-    const int exponent = (bits & 0x7fff) >> mantissa;
-    const double fraction = double(bits & ((1 << mantissa) - 1)) / (1 << mantissa);
-    if (exponent == (half ? 31 : 255)) return fraction != 0 ? NAN : sign * INFINITY;
-    return sign * (exponent == 0 ? std::ldexp(fraction, 1 - bias) : std::ldexp(1 + fraction, exponent - bias));
-}
-
-// Elements in pages of their own, between two that nothing may touch: up to the last byte, or from the first on. What is
-// to be written begins as NaN.
-class Buffer {
-  public:
-    Buffer(DType dtype, int64_t count, bool filled) : dtype_(dtype) {
-        const size_t page = size_t(sysconf(_SC_PAGESIZE)), bytes = size_t(count * size_of(dtype));
-        size_ = (bytes + page - 1) / page * page + 2 * page;
-        pages_ = static_cast<char*>(mmap(nullptr, size_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-        if (pages_ == MAP_FAILED ||
-            (size_ > 2 * page && mprotect(pages_ + page, size_ - 2 * page, PROT_READ | PROT_WRITE)))
-            throw std::bad_alloc();
-        data_ = one_in(4) ? pages_ + page : pages_ + size_ - page - bytes;
-        for (int64_t i = 0; i < count; ++i) set(i, filled ? number() : NAN);
-    }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    ~Buffer() { munmap(pages_, size_); }
-
-    void* data() { return data_; }
-    double get(int64_t i) {
-        if (dtype_ == DType::float64) return static_cast<double*>(data())[i];
-        if (dtype_ == DType::float32) return double(static_cast<float*>(data())[i]);
-        return from_bits(dtype_, static_cast<uint16_t*>(data())[i]);
-    }
-
-  private:
-    void set(int64_t i, double value) {
-        if (dtype_ == DType::float64)
-            static_cast<double*>(data())[i] = value;
-        else if (dtype_ == DType::float32)
-            static_cast<float*>(data())[i] = float(value);
-        else
-            static_cast<uint16_t*>(data())[i] = value == value ? to_bits(dtype_, value) : uint16_t(0x7fff);
-    }
-
-    DType dtype_;
-    size_t size_;
-    char *pages_, *data_;
-};
-
-DType accumulator(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
 
 int64_t numel(const Call& call) {
     const WeightLayout& w = call.weight;
@@ -110,24 +36,6 @@ struct Case {
         return starts.empty() ? side.expert[v] * width : starts[size_t(side.expert[v])];
     }
 };
-
-// One side's slices: whole, a partition, or windows anywhere.
-void make_side(Side& side, std::vector<int64_t>& expert, std::vector<int64_t>& starts, int64_t& total, int64_t width,
-               int64_t samples, bool whole) {
-    total = width;
-    if (whole) return;
-    side.count = between(1, 5);
-    if (one_in(2)) {
-        total = width + between(0, 2 * width);
-        for (int64_t i = 0; i < side.count; ++i) starts.push_back(between(0, total - width));
-        side.starts = starts.data();
-    } else {
-        total = width * side.count;
-    }
-    for (int64_t v = 0; v < samples; ++v) expert.push_back(between(0, side.count - 1));
-    expert.push_back(0);  // so that there is an address without samples too
-    side.expert = expert.data();
-}
 
 int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t pad, int64_t dil) {
     const int64_t room = size + 2 * pad - dil * (kernel - 1) - 1;
@@ -215,22 +123,14 @@ void make(Case& c) {
     throw std::runtime_error(what + ":" + sizes);
 }
 
-void require_close(const Case& c, const char* what, double got, double expected, double magnitude, int roundings) {
-    const double eps[] = {1.2e-7, 2.3e-16, 7.9e-3, 9.8e-4};
-    const double accumulated = c.call.dtype == DType::float64 ? 2.3e-16 : 1.2e-7;
-    const double bound = (64 * accumulated + roundings * eps[int(c.call.dtype)]) * magnitude + 1e-7 * roundings;
-    if (!(std::fabs(got - expected) <= bound))
-        fail(c, std::string(what) + " " + std::to_string(got) + ", expected " + std::to_string(expected));
+void require_close(const Case& c, const char* what, double got, const Sum& expected, int roundings) {
+    if (!close(c.call.dtype, got, expected, roundings))
+        fail(c, std::string(what) + " " + std::to_string(got) + ", expected " + std::to_string(expected.value));
 }
 
 void require_none(const Case& c, const std::string& error) {
     if (!error.empty()) fail(c, error);
 }
-
-struct Sum {
-    double value = 0, magnitude = 1e-6;
-    void add(double product) { value += product, magnitude += std::fabs(product); }
-};
 
 // Calls f(r, s) for each tap at which output (p, q) reads pixel (h, w).
 template <class F>
@@ -303,7 +203,7 @@ void run(Case& c) {
         if (epilogue.gate != nullptr) sum.value *= gate.get(v);
         if (epilogue.residual != nullptr) sum.add(residual.get(y_at(v, p, q, o)));
         if (epilogue.relu && sum.value < 0) sum.value = 0;
-        require_close(c, "output", y.get(y_at(v, p, q, o)), sum.value, sum.magnitude, 2);
+        require_close(c, "output", y.get(y_at(v, p, q, o)), sum, 2);
     }
     for (int sample = 0; sample < 12 && s.V > 0; ++sample) {
         const int64_t v = between(0, s.V - 1), i = between(0, s.C - 1), h = between(0, s.H - 1), w = between(0, s.W - 1);
@@ -317,7 +217,7 @@ void run(Case& c) {
                 sum.add(grad.get(y_at(v, p, q, o)) * weight.get(w_at(v, o, i % cg, r, t)));
         });
         const double got = grad_input.get(((v * s.H + h) * s.W + w) * s.C + i);
-        require_close(c, "input gradient", got, sum.value, sum.magnitude, 1);
+        require_close(c, "input gradient", got, sum, 1);
     }
     for (int sample = 0; sample < 6; ++sample) {
         const int64_t o = between(0, c.call.weight.total_out - 1), i = between(0, c.call.weight.total_in - 1);
@@ -335,7 +235,7 @@ void run(Case& c) {
             }
         }
         const int64_t at = o * written[0] + i * written[1] + r * written[2] + t * written[3];
-        require_close(c, "weight gradient", grad_weight.get(at), sum.value, sum.magnitude, 1);
+        require_close(c, "weight gradient", grad_weight.get(at), sum, 1);
     }
 }
 
@@ -402,21 +302,14 @@ void run_wrong(Case& c) {
 
 std::string conv2d(uint64_t seed, int64_t first, int64_t cases) {
     int64_t wrong = 0, winograd = 0;
-    for (int64_t i = first; i < first + cases; ++i) {
-        std::mt19937_64 generator(seed * 1000003 + uint64_t(i));
-        source = &generator;
+    for_cases(seed, first, cases, [&] {
         Case c;
         make(c);
         winograd += algorithm(Direction::forward, c.call) == Algorithm::winograd;
         const bool spoiled = one_in(5);
         wrong += spoiled;
-        try {
-            spoiled ? run_wrong(c) : run(c);
-        } catch (const std::runtime_error& error) {
-            throw std::runtime_error("seed " + std::to_string(seed) + ", case " + std::to_string(i) + ": " +
-                                     error.what());
-        }
-    }
+        spoiled ? run_wrong(c) : run(c);
+    });
     return std::to_string(cases) + " cases, " + std::to_string(wrong) + " with a wrong argument, " +
            std::to_string(winograd) + " by Winograd's algorithm";
 }

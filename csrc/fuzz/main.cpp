@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The native code without Python, for sanitizers (make sanitize): random convolutions, and one program that several
-// threads run at once.
+// The native code without Python, for sanitizers (make sanitize): random calls of each entry point, and one program that
+// several threads run at once.
 //
 //   fuzz SEED CASES [THREADS]
 #include <cstdio>
@@ -13,7 +13,7 @@
 
 #include "cpu/conv2d.h"
 #include "cpu/program.h"
-#include "fuzz/conv2d.h"
+#include "fuzz/fuzz.h"
 
 namespace {
 
@@ -100,7 +100,10 @@ int main(int argc, char** argv) {
         threads.emplace_back([&, i] {
             try {
                 const int64_t each = (cases + count - 1) / count;
-                said[size_t(i)] = moe::fuzz::conv2d(seed, i * each, each);
+                std::string& mine = said[size_t(i)];
+                mine = "conv2d: " + moe::fuzz::conv2d(seed, i * each, each);
+                mine += "; features: " + moe::fuzz::features(seed, i * each, each);
+                mine += "; program: " + moe::fuzz::program(seed, i * each, each);
                 run_shared(program, each + 1, i);
             } catch (const std::exception& error) {
                 failed[size_t(i)] = error.what();

@@ -296,10 +296,11 @@ class Recording:
         written = writes.buffer if isinstance(writes, Value) else writes
         self.steps.append(Step(name, self.node, tuple(buffers), written, record, weights))
 
-    def prologue(self, value: Value) -> Callable[[], tuple[int, int, int, int, bool]]:
+    def prologue(self, value: Value) -> Callable[[], tuple[int, int, int, int, int, bool]]:
         p = value.prologue
         scale, shift = self.pointer(p.scale), self.pointer(p.shift)
-        return lambda: (scale, shift, offset_of(p.expert), value.channels, p.relu)
+        rows = max(0 if t is None else t.numel() // value.channels for t in (p.scale, p.shift))
+        return lambda: (scale, shift, offset_of(p.expert), value.channels, rows, p.relu)
 
     def layer(
         self,

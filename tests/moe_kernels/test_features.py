@@ -32,6 +32,11 @@ def _near(actual: Tensor, expected: Tensor, dtype: torch.dtype, scale: float = 1
     torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
+def test_means_of_no_pixels_are_nan() -> None:
+    means = relu_with_means(_images((2, 3, 0, 4)))[1]
+    assert means.isnan().all()  # as those of torch.mean
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_relu_with_means(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -341,7 +346,7 @@ def test_an_index_out_of_range_is_refused() -> None:
     backend = backends.choose(torch.device("cpu"))
     for bad in (2, -1):
         side = Side(torch.tensor([0, bad]), 2, (), 3, 6)
-        with pytest.raises(ValueError, match=rf"expert: index {bad} of sample 1 is outside 0 \.\. 1"):
+        with pytest.raises(ValueError, match=rf"routing: expert index {bad} of sample 1 is outside 0 \.\. 1"):
             backend.moments(_images((2, 3, 4, 4)), side, None)
     nothing = (0, 0, (1,)), [0] * 13
     with pytest.raises(ValueError, match="starts: expected 0, got 1"):
