@@ -105,7 +105,7 @@ def _by_kernels(layer: nn.Module, x: Tensor, routing: Routing | None) -> bool:
 def _update(layer: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: Tensor) -> None:
     """As torch's."""
     assert layer.running_mean is not None and layer.running_var is not None and layer.num_batches_tracked is not None
-    layer.num_batches_tracked += 1
+    layer.num_batches_tracked.add_(1)
     step = 1.0 / float(layer.num_batches_tracked) if layer.momentum is None else layer.momentum
     unbiased = var * (count / (count - 1))
     for running, value in ((layer.running_mean, mean), (layer.running_var, unbiased)):

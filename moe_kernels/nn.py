@@ -588,7 +588,7 @@ class RoutedBatchNorm2d(nn.Module):
         """Moves the running statistics of those channels that had values: mean, biased variance, number, ``[total]``."""
         assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
         seen = count > 0
-        self.num_batches_tracked += seen
+        self.num_batches_tracked.add_(seen)  # assigned to a module, torch 2.11 cannot compile it
         if self.momentum is None:
             step = 1.0 / self.num_batches_tracked.clamp_min(1).to(mean.dtype)
         else:

@@ -270,7 +270,7 @@ def test_a_run_s_program_and_package_load_without_advmoe(tmp_path: Path) -> None
     *logits, refusal = answers["package"]
     for each, mine in zip(logits, expected[:3], strict=True):
         close(each, mine)
-    assert "unmatched stride" in refusal
+    assert refusal.startswith("RuntimeError")  # torch 2.11 writes "unmatched stride" to stderr only
     without = in_a_process(tmp_path, ["program", "package"], images, imports="")
     assert "error when deserializing" in without["program"][0]
     assert "Could not find schema for moe_kernels::conv2d" in without["package"][0]

@@ -117,6 +117,10 @@ def test_compiled_training_is_the_same(name: str, tmp_path: Path, monkeypatch: p
         runs = []
         for wanted in (False, True):
             optim = dataclasses.replace(config.optim, compile=wanted)
+            if wanted and name == "advmoe" and torch.__version__ < "2.13":  # it would train the routers alone
+                with pytest.raises(ValueError, match=r"compile: expected torch 2\.13"):
+                    train(dataclasses.replace(config, optim=optim), tmp_path / "refused", quiet=True)
+                return
             run = train(dataclasses.replace(config, optim=optim), tmp_path / str(wanted), quiet=True)
             runs.append(run.metrics()[0])
     torch._dynamo.reset()
