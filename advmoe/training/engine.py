@@ -95,6 +95,11 @@ class Trainer:
         if config.optim.compile:
             _compile(self.model)
         self.method: Method = build_method(self.model, config.method, config.optim, attack, config.routing, world)
+        if config.optim.compile and self.method.trains_in_turn and torch.__version__ < "2.13":
+            raise ValueError(
+                f"compile: expected torch 2.13 or later for {config.method.name}, which trains its parameters in turn, got "
+                f"{torch.__version__}, whose compiled models keep the gradients that they were first asked for"
+            )
         self.method.set_rates = self._set_rates
         self.watch = RouterWatch(self.model, world)
         names = ("upper",) if self.method.batches_per_step == 1 else ("lower", "upper")

@@ -29,6 +29,8 @@ class AdvMoE(Method):
     ``router_every=T`` (the lower level in every T-th step only).
     """
 
+    trains_in_turn = True
+
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         if not router_parameters(model):
             raise ValueError(

@@ -84,6 +84,7 @@ class Method(ABC):
     """
 
     batches_per_step = 1
+    trains_in_turn = False  # some of the parameters that are trained have no gradient in some of the forwards
     # of StepResult.correct: sa on clean images, ra on attacked ones where the loss sees no other
     accuracy = "sa"
     updates = 1  # of each optimiser in a step, one behind the other
@@ -320,16 +321,7 @@ class Method(ABC):
 
 @contextmanager
 def only(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Gradients for these parameters alone.
-
-    Raises:
-        ValueError: if the model is compiled by a torch that would go on with the gradients of before.
-    """
-    if model._compiled_call_impl is not None and torch.__version__ < "2.13":
-        raise ValueError(
-            f"compile: expected torch 2.13 or later for a method that trains its parameters in turn, got "
-            f"{torch.__version__}, whose compiled models keep the gradients that they were first asked for"
-        )
+    """Gradients for these parameters alone."""
     chosen = {id(p) for p in parameters}
     others = [p for p in model.parameters() if id(p) not in chosen and p.requires_grad]
     try:
