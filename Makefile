@@ -86,10 +86,12 @@ sanitize-gpu: install
 	done
 
 # The native code with AddressSanitizer and UndefinedBehaviorSanitizer: random calls for each instruction set that there is,
-# and the tests of the kernels, whose module lies in a folder of its own. libstdc++ is loaded first for its exceptions.
+# and those tests that are about what the kernels compute (not Triton, torch.compile and mistakes planted in the simulator),
+# with a module in a folder of its own. libstdc++ is loaded first for its exceptions.
 SANITIZED := build/sanitize
 FUZZ_CASES ?= 2000
-SANITIZE_TESTS ?= tests/moe_kernels
+SANITIZE_TESTS ?= $(addprefix tests/moe_kernels/test_,$(addsuffix .py,features winograd fuse batch_norm slices narrow \
+    determinism packed_cache pooled_routing regressions errors nn routed_conv2d cuda_sim simulator))
 PRELOAD = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
 sanitize: install
 	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from moe_kernels.backends import choose
@@ -28,6 +28,7 @@ from ..evaluation.measure import Evaluation, evaluate
 from ..files import WriteError
 from ..models import router_parameters, upcycle
 from ..models.base import PLACED, ROUTED, WHOLE
+from ..modes import undisturbed
 from ..routers import FixedRouter, NonFiniteRouterError, RouterOptions, routers_of
 from ..sparse import masked_convolutions
 from ..stored import load_optimizer, load_weights
@@ -92,13 +93,16 @@ class Trainer:
             if source is not None:
                 _load_weights(self.model.get_submodule(moe), source, config.model, f"{moe}_run")
         world.prepare(self.model)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):  # random routers draw
+            shape = 1, len(data.mean), data.image_size, data.image_size
+            _require_size(self.model, torch.zeros(shape, device=self.device))
         if config.optim.compile:
             _compile(self.model)
         self.method: Method = build_method(self.model, config.method, config.optim, attack, config.routing, world)
         if config.optim.compile and self.method.trains_in_turn and torch.__version__ < "2.13":
             raise ValueError(
-                f"compile: expected torch 2.13 or later for {config.method.name}, which trains its parameters in turn, got "
-                f"{torch.__version__}, whose compiled models keep the gradients that they were first asked for"
+                f"compile: expected torch 2.13 or later for {config.method.name}, which trains its parameters in turn, "
+                f"got {torch.__version__}, whose compiled models keep the gradients that they were first asked for"
             )
         self.method.set_rates = self._set_rates
         self.watch = RouterWatch(self.model, world)
@@ -423,6 +427,12 @@ class Trainer:
                 )
         except NON_FINITE as error:
             raise self._named(error, "validation", ". A lower --lr usually helps") from error
+
+
+def _require_size(model: nn.Module, image: Tensor) -> None:
+    """Images of this size reach the model's end: what a router or a pool cannot take is found before the first batch."""
+    with torch.no_grad(), undisturbed(model):
+        model(image)
 
 
 def _compile(model: nn.Module) -> None:

@@ -684,3 +684,14 @@ def test_freed_memory_is_kept_unless_the_environment_says_how() -> None:
         assert said == kept
         faults.append(int(count))
     assert faults[0] < 0.7 * faults[1]
+
+
+def test_images_too_small_for_a_router_are_found_before_the_first_batch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--kind", "block_moe", "--moe-at", "layer3.1", "--gate", "conv-gap"]
+    assert train(tmp_path / "run", *options) == 2
+    assert (
+        capsys.readouterr().err == "advmoe: router: conv-gap has no padding and takes features from 3x3 on, got (2, 2)\n"
+    )
+    assert not (tmp_path / "run").exists()
