@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from .config import ModelConfig, read_room
 from .deployment import export_program, package_program, write_onnx
+from .files import write_whole
 from .registry import unknown_name
 from .sparse import compact, masked_convolutions, update_alive
 from .stored import load_weights, require_version
@@ -66,19 +67,15 @@ def export(source: str | Path, path: str | Path, checkpoint: str = "best", forma
     elif format == "aotinductor":
         package_program(program, path)
     else:
-        temporary = path.with_name(f"{path.stem}.tmp.pt2")
-        torch.export.save(program, temporary)
-        temporary.replace(path)
+        write_whole(path, lambda file: torch.export.save(program, file))
     return model
 
 
 def _write_tensors(model: nn.Module, masks: dict[str, Any], config: ModelConfig, path: Path) -> None:
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in {**model.state_dict(), **masks}.items()}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(
-        tensors, temporary, metadata={"format": f"advmoe-{FORMAT}", "model": json.dumps(dataclasses.asdict(config))}
-    )
-    temporary.replace(path)
+    metadata = {"format": f"advmoe-{FORMAT}", "model": json.dumps(dataclasses.asdict(config))}
+    content = save(tensors, metadata=metadata)
+    write_whole(path, lambda file: file.write(content))
 
 
 def load_exported(path: str | Path) -> tuple[nn.Module, ModelConfig]:

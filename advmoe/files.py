@@ -20,6 +20,7 @@ _ADVICE = {
     errno.EACCES: "make the folder writable",
     errno.EPERM: "make the folder writable",
 }
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
 # what folders of some network file systems answer to fsync
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 
@@ -42,6 +43,11 @@ class WriteError(OSError):
         )
 
 
+def open_own(name: str, flags: int) -> int:
+    """For ``open``'s ``opener``: a file of that folder, not one elsewhere that a link there names."""
+    return os.open(name, flags | NO_LINK, 0o666)
+
+
 def write_whole(path: Path, write: Callable[[Any], None], suffix: str = ".tmp") -> None:
     """Lets ``write`` fill a file, whole or not at all: under a temporary name, which becomes ``path`` once the content is
     on the disk, and is gone if something fails. Then the folder is synchronised too, or its new name might be lost.
@@ -54,7 +60,8 @@ def write_whole(path: Path, write: Callable[[Any], None], suffix: str = ".tmp") 
     """
     temporary = path.with_name(path.name + suffix)
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # what a killed process left, or somebody planted
+        with open(temporary, "xb", opener=open_own) as file:
             noting = _Noting(file)
             try:
                 write(noting)
@@ -89,7 +96,7 @@ def add_line(path: Path, line: str) -> None:
     """
     new = not path.exists()
     try:
-        with path.open("ab", buffering=0) as file:
+        with open(path, "ab", buffering=0, opener=open_own) as file:
             end = file.seek(0, os.SEEK_END)
             try:
                 rest = f"{line}\n".encode()

@@ -25,11 +25,15 @@ def read_stored(path: Path) -> Any:
     """
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load takes older forms too, which nothing here has written
-            packed = [each.filename for each in archive.infolist() if each.compress_type != zipfile.ZIP_STORED]
+            entries = archive.infolist()
+            packed = any(each.compress_type != zipfile.ZIP_STORED for each in entries)
+            larger = sum(each.file_size for each in entries) > path.stat().st_size
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         raise ValueError(f"it is cut short, or no file of torch.save ({error})") from error
     if packed:  # a small file could hold any amount of zeros
         raise ValueError("its records are compressed, which torch.save never does")
+    if larger:  # several names of one record
+        raise ValueError("its records are more than the file holds")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises nearly anything
@@ -70,6 +74,8 @@ def load_weights(model: nn.Module, state: Any) -> None:
             raise ValueError(f"{what} {names[0][:200]}{more}")
     for name, value in own.items():
         _require_like(name, state[name], value)
+        if name.endswith("running_var") and bool((state[name] < 0).any()):
+            raise ValueError(f"{name}: a variance below 0")
     model.load_state_dict(state)
 
 
@@ -98,6 +104,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Any) -> None:
         for name, value in values.items():
             if value is not None or name != "momentum_buffer":
                 _require_like(f"optimizers: {name} of parameter {number}", value, own_values[name])
+                if name in ("step", "exp_avg_sq") and bool((value < 0).any()):
+                    raise ValueError(f"optimizers: {name} of parameter {number}: below 0")
     # rates and the like are the settings', not the file's
     optimizer.load_state_dict({"state": state["state"], "param_groups": own["param_groups"]})
 

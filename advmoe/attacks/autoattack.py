@@ -20,12 +20,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..files import write_whole
 from ..modes import undisturbed
 from ..registry import unknown_name
 from ..stored import read_stored
 from ..world import ALONE, World
 from .balls import Ball, require_batch
 from .pgd import NonFiniteGradientError
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["ATTACKS", "VERSIONS", "AutoAttack", "AutoAttackResult"]
 
@@ -315,9 +318,8 @@ def _own(state: Path | None, world: World) -> Path | None:
 
 def _save(path: Path, key: list[str], done: tuple[int, int], fell_to: Tensor, found: Tensor) -> None:
     fallen = fell_to >= 0
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save({"key": key, "done": done, "fell_to": fell_to.cpu(), "found": found[fallen].cpu()}, temporary)
-    temporary.replace(path)
+    state = {"key": key, "done": done, "fell_to": fell_to.cpu(), "found": found[fallen].cpu()}
+    write_whole(path, lambda file: torch.save(state, file))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -326,7 +328,9 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}; remove it to attack anew") from error
     names = ("key", "done", "fell_to", "found")
-    if not isinstance(saved, dict) or any(name not in saved for name in names):
+    key = saved.get("key") if isinstance(saved, dict) else None
+    named = isinstance(key, list) and len(key) == 2 and all(type(each) is str for each in key)
+    if not named or any(name not in saved for name in names):
         raise ValueError(f"{path} cannot be read: it is no state of AutoAttack; remove it to attack anew")
     return {name: saved[name] for name in names}
 
@@ -340,9 +344,11 @@ def _resume(path: Path, key: list[str], fell_to: Tensor, found: Tensor) -> tuple
     fits = isinstance(fallen, Tensor) and fallen.dtype == fell_to.dtype and fallen.shape == fell_to.shape
     wanted = (int((fallen >= 0).sum()), *found.shape[1:]) if fits else None
     fits = fits and isinstance(images, Tensor) and tuple(images.shape) == wanted and images.dtype == found.dtype
-    place = isinstance(done, (list, tuple)) and len(done) == 2 and all(type(each) is int for each in done)
+    place = isinstance(done, (list, tuple)) and len(done) == 2 and all(type(each) is int and each >= 0 for each in done)
     if not fits or not place:
         raise ValueError(f"{path} cannot be read: it does not fit its own images; remove it to attack anew")
     fell_to.copy_(fallen)
     found[fell_to >= 0] = images.to(found.device)
+    # whose file it is it cannot say: images that stood are taken from it as they are
+    logger.info("AutoAttack goes on from %s, at attack %d, batch %d", path, done[0] + 1, done[1] + 1)
     return done[0], done[1]

@@ -34,6 +34,7 @@ from ..files import write_text
 from ..models.base import PLACED, ROUTED, WHOLE
 from ..recipes import Catalog
 from ..recipes.sweep import differences, plain
+from ..registry import shown
 from ..tables import percent
 from ..training import Run, RunError
 from ..training.engine import device_of
@@ -119,7 +120,7 @@ def write_report(
         raise ValueError(f"out: expected a file in a folder that is there, got {out}")
     several = len(subjects) > 1
     catalog = Catalog()
-    views = [_run_view(s, catalog, checkpoint) for s in subjects]
+    views = [_view(s, catalog, checkpoint) for s in subjects]
     where = None if data_dir is None else str(data_dir)
     with tempfile.TemporaryDirectory() as folder:
         analyzed = analyze(
@@ -175,9 +176,11 @@ def _subject(folder: Path, label: str, checkpoint: str) -> _Subject:
     record = None
     if path.is_file():
         try:
-            record = json.loads(path.read_text())
-        except ValueError as error:
+            record = json.loads(path.read_text(errors="replace"))
+        except (ValueError, RecursionError) as error:
             raise RunError(f"{path} cannot be read: {error}; evaluate the run anew") from error
+        if not isinstance(record, dict):
+            raise RunError(f"{path}: expected an evaluation, got {shown(record)}; evaluate the run anew")
         lacking = [key for key in ("images", "sa", "attacks") if key not in record]
         if lacking:
             raise RunError(f"{path}: expected an evaluation, got one without {', '.join(lacking)}; evaluate the run anew")
@@ -248,7 +251,7 @@ def _radius(epsilon: float | None) -> str:
 def _trained(subject: _Subject) -> str:
     epochs = f"{len(subject.metrics)} of {subject.config.epochs} epochs"
     log = subject.run.folder / "log.txt"
-    lines = log.read_text().splitlines() if log.is_file() else []
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     stamps = [match[1] for line in lines if (match := _STAMP.match(line))]
     minutes = sum(line.get("seconds", 0.0) for line in subject.metrics) / 60
     when = f", {stamps[0]} to {stamps[-1]} by its log" if stamps else ""
@@ -256,6 +259,14 @@ def _trained(subject: _Subject) -> str:
 
 
 # --- its figures --------------------------------------------------------------------------------------------------------
+
+
+def _view(subject: _Subject, catalog: Catalog, checkpoint: str) -> dict[str, Any]:
+    try:
+        return _run_view(subject, catalog, checkpoint)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # JSON of other kinds
+        files = f"{subject.record_path} or {subject.run.metrics_path}"
+        raise RunError(f"{files} is not what a run writes ({type(error).__name__}: {error})") from error
 
 
 def _run_view(subject: _Subject, catalog: Catalog, checkpoint: str) -> dict[str, Any]:

@@ -475,9 +475,9 @@ def device_of(name: str) -> torch.device:
     try:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(auto if name == "auto" else name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises the latter
-        reason = str(error).splitlines()[0]
+        torch.zeros(1, device=device).item()  # meta has no numbers
+    except Exception as error:  # what a device that is not there raises is each backend's own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"device: expected auto or a device that torch can use here, got {name!r} ({reason})") from error
     return device
 
@@ -635,17 +635,24 @@ def _continue(run: Run, quiet: bool, data_dir: str | None, world: World) -> None
     # a checkpoint holds the weights; those that the run began with may be gone by now
     trainer = Trainer(without_sources(config) if begun else config, run, data, quiet, world)
     if begun:
-        state = load_checkpoint(run.checkpoint())
-        try:
-            trainer.load_state_dict(state)
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise RunError(f"{run.checkpoint()} does not fit {run.config_path}: {error}") from error
+        restore(trainer, load_checkpoint(run.checkpoint()), run.checkpoint())
     if world.first:
         run.cut_metrics(trainer.epoch)
         if trainer.epoch >= config.epochs:
             logger.info("%s has all of its %d epochs: nothing is trained", run.folder, config.epochs)
     with _logged(run, world):
         trainer.fit()
+
+
+def restore(trainer: Trainer, state: dict[str, Any], source: Path) -> None:
+    """
+    Raises:
+        RunError: if the state, of the file ``source``, is not one of this trainer's settings.
+    """
+    try:
+        trainer.load_state_dict(state)
+    except (KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise RunError(f"{source} does not fit {trainer.run.config_path}: {error}") from error
 
 
 def without_sources(config: RunConfig) -> RunConfig:

@@ -11,6 +11,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..files import NO_LINK
+
 try:
     import fcntl
 except ImportError:  # not a POSIX system
@@ -59,7 +61,8 @@ def locked(path: Path) -> Iterator[None]:
 
 def _acquired(path: Path) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        # a link in someone else's folder could name any file
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o644)
         try:
             try:
                 _lock(descriptor)
@@ -73,7 +76,7 @@ def _acquired(path: Path) -> int:
                 )  # fmt: skip
                 return descriptor
             with contextlib.suppress(FileNotFoundError):
-                now = path.stat()
+                now = path.lstat()
                 mine = os.fstat(descriptor)
                 if (now.st_dev, now.st_ino) == (mine.st_dev, mine.st_ino):
                     return descriptor

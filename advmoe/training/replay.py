@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ from typing import Any
 import torch
 
 from ..config import RunConfig, read_room
-from .engine import Trainer, load_data, without_sources
+from ..registry import shown
+from .engine import Trainer, load_data, restore, without_sources
 from .faults import Attempt, attempt
-from .runs import Run, RunError, load_checkpoint, require_own_code
+from .runs import Run, RunError, load_checkpoint, require_kinds, require_own_code
 
 __all__ = ["Replay", "replay"]
 
@@ -44,22 +47,47 @@ def replay(folder: str | Path, data_dir: str | None = None) -> Replay:
     if not run.fault_path.is_file():
         raise RunError(f"{run.fault_path}: there is no such file: the run kept no step that had failed")
     fault = load_checkpoint(run.fault_path)
-    try:
-        config = read_room(RunConfig, fault["config"], f"{run.fault_path}: config")
-        state, threads = fault["state"], fault["threads"]
-    except KeyError as error:
-        raise RunError(f"{run.fault_path} has no {error}") from error
+    for name, (what, fits) in _KEPT.items():
+        if name not in fault or not fits(fault[name]):
+            raise RunError(f"{run.fault_path}: {name}: expected {what}, got {shown(fault.get(name))}")
+    config = read_room(RunConfig, fault["config"], f"{run.fault_path}: config")
+    state, threads = fault["state"], fault["threads"]
+    require_kinds(state, run.fault_path)
     if data_dir is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, folder=data_dir))
     require_own_code(without_sources(config), run.fault_path)
     torch.set_num_threads(threads)
     trainer = Trainer(without_sources(config), run, load_data(config), quiet=True)
     try:
+        restore(trainer, copy.deepcopy(state), run.fault_path)
         now = attempt(trainer, state)
     finally:
         for batches in trainer.batches:
             batches.close()
     return Replay(fault, now, list(_differences(fault, now, trainer.device.type)))
+
+
+def _text(value: Any) -> bool:
+    """A line or more that a terminal may be shown."""
+    return isinstance(value, str) and all(c.isprintable() or c == "\n" for c in value)
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.int64 and value.dim() == 1
+
+
+_KEPT: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "config": ("a mapping", lambda v: isinstance(v, dict)),
+    "state": ("a checkpoint", lambda v: isinstance(v, dict) and "epoch" in v and "step" in v),
+    "threads": ("a number from 1 to 1024", lambda v: type(v) is int and 1 <= v <= 1024),
+    "processes": ("a number", lambda v: type(v) is int),
+    "message": ("text", _text),
+    "error": ("text", _text),
+    "where": ("text or none", lambda v: v is None or _text(v)),
+    "device": ("text", _text),
+    "torch": ("text", _text),
+    "indices": ("lists of numbers", lambda v: isinstance(v, list) and all(map(_numbers, v))),
+}
 
 
 def _differences(fault: dict[str, Any], now: Attempt, device: str) -> list[str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import json
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..config import ModelConfig, RunConfig
-from ..files import WriteError, add_line, write_text, write_whole
+from ..files import WriteError, add_line, open_own, write_text, write_whole
 from ..models import MODEL_OPTIONS, create_model
 from ..registry import imported, shown
 from ..stored import load_weights, read_stored, require_version
@@ -144,7 +144,7 @@ class Run:
     def cut_metrics(self, epochs: int) -> None:
         """Keeps the first epochs' lines: what a checkpoint knows of."""
         # as text: a line behind the checkpoint may be torn, if the machine went down while it was written
-        lines = self.metrics_path.read_text().splitlines()[:epochs] if self.metrics_path.exists() else []
+        lines = self.metrics_path.read_text(errors="replace").splitlines()[:epochs] if self.metrics_path.exists() else []
         write_text(self.metrics_path, "".join(line + "\n" for line in lines))
 
     @contextlib.contextmanager
@@ -173,6 +173,9 @@ class _LogFile(logging.FileHandler):
     """Says once where it cannot be written, and lets the run go on."""
 
     _failed = False
+
+    def _open(self) -> io.TextIOWrapper:
+        return open(self.baseFilename, "a", encoding="utf-8", opener=open_own)
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
@@ -255,14 +258,22 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         require_version(state["format"], FORMAT, str(path))
     except ValueError as error:
         raise RunError(str(error)) from error
-    for name, (what, fits) in _KINDS.items():
-        if name in state and not fits(state[name]):
-            raise RunError(f"{path}: {name}: expected {what}, got {shown(state[name])}")
+    require_kinds(state, path)
     return state
 
 
+def require_kinds(state: Mapping[str, Any], path: Path) -> None:
+    """
+    Raises:
+        RunError: if something in a checkpoint's state is of another kind than a run writes.
+    """
+    for name, (what, fits) in _KINDS.items():
+        if name in state and not fits(state[name]):
+            raise RunError(f"{path}: {name}: expected {what}, got {shown(state[name])}")
+
+
 def _finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and -(2.0**63) < value < 2.0**63  # NaN compares false
 
 
 def _count(value: Any) -> bool:
@@ -276,12 +287,15 @@ def _generator(value: Any) -> bool:
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "model": ("a mapping of weights", lambda v: isinstance(v, Mapping)),
     "optimizers": ("a mapping", lambda v: isinstance(v, dict)),
-    "batches": ("a list", lambda v: isinstance(v, list)),
+    "batches": ("a list of mappings", lambda v: isinstance(v, list) and all(isinstance(x, dict) for x in v)),
     "torch_rng": ("a generator's state", _generator),
     "device_rng": ("a generator's state or none", lambda v: v is None or _generator(v)),
     "epoch": ("a whole number of at least 0", _count),
     "step": ("a whole number of at least 0", _count),
-    "sums": ("a mapping of numbers", lambda v: isinstance(v, dict) and all(type(x) in (int, float) for x in v.values())),
+    "sums": (
+        "finite numbers by name",
+        lambda v: isinstance(v, dict) and all(type(k) is str and _finite(x) for k, x in v.items()),
+    ),
     "seconds": ("a finite number", _finite),
     "best": ("a finite number", _finite),
     "method": ("a mapping", lambda v: isinstance(v, dict)),

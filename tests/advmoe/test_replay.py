@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from small_runs import ATTACK, SMALL, assert_same_run, batch, model, same, small_architecture, snapshot, tiny
 from torch import Tensor, nn
 
+from advmoe import files
 from advmoe.cli import main
 from advmoe.config import MethodConfig, ModelConfig, OptimConfig, RoutingConfig, RunConfig
 from advmoe.training import NonFiniteLossError, Run, RunError, build_method, engine, faults, resume, train
@@ -289,7 +291,21 @@ def test_what_is_not_there_or_not_the_same_is_said(
     done = replay(run.folder)
     assert len(done.differences) == 3 and "the images of these numbers are others" in done.differences[1]
     run.save_fault({k: v for k, v in fault.items() if k != "state"})
-    with pytest.raises(RunError, match=r"fault\.pt has no 'state'"):
+    with pytest.raises(RunError, match=r"fault\.pt: state: expected a checkpoint, got None"):
+        replay(run.folder)
+    for name, value in (
+        ("threads", 0), ("threads", "x"), ("threads", 10**6), ("message", "\x1b[2J"), ("where", 3), ("indices", ["a"]),
+        ("processes", None), ("config", []), ("error", 3),
+    ):  # fmt: skip
+        run.save_fault({**fault, name: value})
+        with pytest.raises(RunError, match=rf"fault\.pt: {name}: expected "):
+            replay(run.folder)
+    for name, value in (("epoch", "x"), ("torch_rng", "x"), ("batches", [3]), ("sums", {3: 1.0})):
+        run.save_fault({**fault, "state": {**fault["state"], name: value}})
+        with pytest.raises(RunError, match=rf"fault\.pt: {name}: expected "):
+            replay(run.folder)
+    run.save_fault({**fault, "state": {k: v for k, v in fault["state"].items() if k != "seconds"}})
+    with pytest.raises(RunError, match=r"fault\.pt does not fit"):
         replay(run.folder)
 
 
@@ -299,8 +315,12 @@ def test_a_full_disk_does_not_hide_the_fault(tmp_path: Path, monkeypatch: pytest
     folder.mkdir()
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")
-    (folder / "fault.pt.0.tmp").symlink_to("/dev/full")
-    monkeypatch.setattr(Run, "locked", lambda self, new: engine.nullcontext())  # which would remove it
+    opened = files.open_own
+    monkeypatch.setattr(
+        files,
+        "open_own",
+        lambda name, flags: os.open("/dev/full", os.O_WRONLY) if "fault" in str(name) else opened(name, flags),
+    )
     with pytest.raises(
         NonFiniteLossError, match=r"loss is nan; .* layer1\.0\.conv1, .*The step is not kept: .*fault\.pt cannot"
     ):

@@ -26,11 +26,12 @@ import torch
 from file_operations import at_operation
 from small_runs import SMALL, assert_same_run, interrupt_at, small_architecture, tiny
 
+from advmoe import files
 from advmoe.cli import main
 from advmoe.config import ModelConfig
 from advmoe.data import loader
 from advmoe.files import WriteError, add_line, write_text
-from advmoe.training import AT, Interrupted, Run, RunError, engine, locks, resume, train
+from advmoe.training import AT, Interrupted, Run, RunError, engine, locks, resume, runs, train
 from advmoe.training.methods import Batch, StepResult
 from advmoe.training.runs import load_checkpoint
 
@@ -201,24 +202,30 @@ def test_a_disk_that_is_full_at_each_operation(tmp_path: Path, unbroken: Run) ->
     assert len(said) > 25 and None not in said
 
 
-def test_a_real_full_device(tmp_path: Path) -> None:
-    """What torch.save makes of an error of its file says nothing of a disk."""
+@pytest.fixture
+def full_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run opens in its folder to write is a device that is full."""
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full")
+    for module in (files, runs):
+        monkeypatch.setattr(module, "open_own", lambda name, flags: os.open("/dev/full", os.O_WRONLY))
+
+
+def test_a_real_full_device(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """What torch.save makes of an error of its file says nothing of a disk."""
     run = Run(tmp_path)
     run.save({"value": 1})
+    request.getfixturevalue("full_device")
     for write, name in (
         (lambda: run.save({"value": torch.zeros(100000)}), "last.pt"),
         (lambda: write_text(tmp_path / "a", "b"), "a"),
     ):
-        (tmp_path / f"{name}.tmp").symlink_to("/dev/full")
         with pytest.raises(
             WriteError, match=f"{name} cannot be written: No space left on device; make room on that disk"
         ):
             write()
     assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
     assert torch.load(tmp_path / "last.pt", weights_only=True)["value"] == 1
-    (tmp_path / "lines").symlink_to("/dev/full")
     with pytest.raises(WriteError, match="lines cannot be written: No space"):
         add_line(tmp_path / "lines", "{}")
 
@@ -235,7 +242,7 @@ def test_what_ends_a_write_is_not_hidden_by_torch(tmp_path: Path, monkeypatch: p
                 raise KeyboardInterrupt
             return super().write(data) or 0
 
-    monkeypatch.setattr(Path, "open", lambda self, mode: Interrupted(self, mode))
+    monkeypatch.setattr(files, "open", lambda path, mode, opener: Interrupted(path, mode), raising=False)
     with pytest.raises(KeyboardInterrupt):
         Run(tmp_path).save({"value": torch.zeros(10)})
     assert not list(tmp_path.iterdir())
@@ -251,10 +258,8 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_text() == "first\nthird\n"
 
 
+@pytest.mark.usefixtures("full_device")
 def test_a_log_that_cannot_be_written_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("there is no /dev/full")
-    (tmp_path / "log.txt").symlink_to("/dev/full")
     logger = logging.Logger("alone")
     with Run(tmp_path).log(logger):
         logger.error("one")

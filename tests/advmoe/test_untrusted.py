@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import dataclasses
 import importlib
 import io
@@ -127,7 +128,7 @@ def test_nothing_in_the_sources_runs_what_a_file_says() -> None:
     assert len(files) > 120
     found = {str(path.relative_to(ROOT)): dangers(path.read_text()) for path in files}
     assert not {name: calls for name, calls in found.items() if calls}
-    loads = [path.name for path in files if "torch.load(" in path.read_text() and path.parts[-2] == "advmoe"]
+    loads = [path.name for path in files if "torch.load(" in path.read_text() and ROOT / "advmoe" in path.parents]
     assert loads == ["stored.py"]  # all checkpoints go through one door
 
 
@@ -239,12 +240,54 @@ def test_a_checkpoint_that_would_grow_when_read_is_refused(run: Run, capsys: pyt
     _packed(run.checkpoint("zeros"), run.checkpoint("best"))
     assert run.checkpoint("best").stat().st_size < 1 << 17
     assert "its records are compressed" in refused(capsys, "evaluate", run.folder, *EVALUATE)
+    many = run.checkpoint("many")  # two hundred names of one record
+    with zipfile.ZipFile(many, "w") as archive:
+        archive.writestr("zeros", bytes(1 << 16))
+        info = archive.infolist()[0]
+        for number in range(200):
+            other = copy.copy(info)
+            other.filename = f"zeros{number}"
+            archive.filelist.append(other)
+    assert "its records are more than the file holds" in refused(capsys, "evaluate", many, *EVALUATE)
     short = run.checkpoint("short")  # a tensor of more numbers than its record has
     with zipfile.ZipFile(run.checkpoint("last")) as old, zipfile.ZipFile(short, "w") as new:
         for member in old.infolist():
             data = old.read(member)
             new.writestr(member.filename, data[:8] if member.filename.endswith("/data/0") else data)
     assert "cannot be read as a checkpoint" in refused(capsys, "evaluate", short, *EVALUATE)
+
+
+@pytest.mark.parametrize("name", ["lock", "log.txt", "metrics.jsonl", "last.pt.tmp", "evaluation.json.tmp"])
+def test_a_link_in_a_run_s_folder_does_not_lead_out_of_it(run: Run, name: str, tmp_path: Path) -> None:
+    """Of someone else's run, resumed: nothing is written to what a link there names."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious\n")
+    (run.folder / name).unlink(missing_ok=True)
+    (run.folder / name).symlink_to(victim)
+    cli.main(["train", "--resume", str(run.folder)])
+    cli.main(["evaluate", str(run.folder), *map(str, EVALUATE)])
+    assert victim.read_text() == "precious\n"
+
+
+RECORD = {"images": 8, "sa": 0.5, "attacks": {}}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        "3", "null", "[]", "[" * 100_000, '{"images": 8}',
+        *(
+            json.dumps({**RECORD, **change})
+            for change in (
+                {"attacks": []}, {"attacks": {"a": {}}}, {"attacks": {"a": 3}}, {"sa": "x"}, {"sa_interval": [1]},
+                {"gflops": 0, "router_gflops": 1}, {"gflops": "x"}, {"latency": [{}]}, {"latency": 3},
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_a_hostile_record_is_refused_by_the_report(run: Run, record: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (run.folder / "evaluation.json").write_text(record)
+    assert "evaluation.json" in refused(capsys, "report", run.folder)
 
 
 def test_a_newer_version_is_named(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,6 +338,7 @@ MODEL = [
     (_weights(lambda w: w.to_sparse()), "conv1.weight: expected layout torch.strided"),
     (_weights(lambda w: w.to("meta")), "conv1.weight: has no values"),
     (_weights(lambda w: w.tolist()), "conv1.weight: expected a tensor, got list"),
+    (_put("model", "bn1.running_var", torch.full((8,), -1.0)), "bn1.running_var: a variance below 0"),
     (_weights(lambda w: w * float("nan")), "conv1.weight: 216 of its 216 values are not finite"),
     (_weights(lambda w: w.clone().index_fill_(0, torch.tensor(0), float("inf"))), "conv1.weight: 27 of its 216"),
 ]
@@ -316,7 +360,12 @@ PLACE = [
     (_put("epoch", -1), "epoch: expected a whole number of at least 0, got -1"),
     (_put("epoch", "1"), "epoch: expected a whole number"),
     (_put("step", 4), "step: expected at most the 3 of an epoch, got 4"),
-    (_put("sums", {"loss": "x"}), "sums: expected a mapping of numbers"),
+    (_put("sums", {"loss": "x"}), "sums: expected finite numbers by name"),
+    (_put("sums", {"loss": float("nan")}), "sums: expected finite numbers by name"),
+    (_put("sums", {"loss": 10**400}), "sums: expected finite numbers by name"),
+    (_put("sums", {3: 1.0}), "sums: expected finite numbers by name"),
+    (_put("seconds", 10**400), "seconds: expected a finite number"),
+    (_put("batches", [3]), "batches: expected a list of mappings"),
     (_put("seconds", float("nan")), "seconds: expected a finite number, got nan"),
     (_put("best", None), "best: expected a finite number"),
     (_put("method", 3), "method: expected a mapping, got 3"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -566,6 +567,7 @@ def test_a_batch_norm_without_channels_raises() -> None:
         RoutedBatchNorm2d(0, 4)
 
 
+@pytest.mark.skipif("ASAN_OPTIONS" in os.environ, reason="AddressSanitizer ends a process that is out of memory")
 def test_memory_that_cannot_be_had_is_a_memory_error() -> None:
     """There is room for the output, for the packed weights of all experts there is none; afterwards all is well."""
     code = """
