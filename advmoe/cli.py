@@ -91,7 +91,7 @@ def _run(options: argparse.Namespace) -> int:
             print(f"interrupted; go on with: {resume_command(error.args[0])}", file=sys.stderr)
         return RESUMABLE
     except KeyboardInterrupt:
-        again = "; the same command goes on with AutoAttack where it was" if options.run is _evaluate else ""
+        again = "; the same command goes on with AutoAttack, if that had begun" if options.run is _evaluate else ""
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"interrupted{again}", file=sys.stderr)
         return INTERRUPTED

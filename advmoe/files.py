@@ -26,7 +26,8 @@ _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 
 
 class WriteError(OSError):
-    """A file could not be written; the message names it and what to do. What was there under its name is as it was.
+    """A file could not be written; the message names it and what to do. What was there under its name is as it was; where
+    only the folder could not be synchronised, the new file is there and may be lost in a power cut.
 
     Args:
         then: what else to do, once it can be written.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..config import RunConfig
+from ..registry import shown
 from ..training import Run, RunError, load_checkpoint, resume, train
 from ..training.evaluation import evaluate_run, write_record
 from .catalog import Catalog, Plan
@@ -101,9 +102,11 @@ class Sweep:
         if not path.is_file():
             return None
         try:
-            record = json.loads(path.read_text())
-        except ValueError as error:
+            record = json.loads(path.read_text(errors="replace"))
+        except (ValueError, RecursionError) as error:
             raise RunError(f"{path} cannot be read: {error}; remove it to evaluate anew") from error
+        if not isinstance(record, dict):
+            raise RunError(f"{path}: expected an evaluation, got {shown(record)}; remove it to evaluate anew")
         if "recipe" not in record:  # made by `advmoe evaluate`, as its user liked
             return None
         wanted = self._wanted(plan, seed)
@@ -229,4 +232,4 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _complete(run: Run, config: RunConfig) -> bool:
-    return run.checkpoint().exists() and load_checkpoint(run.checkpoint())["epoch"] >= config.epochs
+    return run.checkpoint().exists() and load_checkpoint(run.checkpoint()).get("epoch", -1) >= config.epochs

@@ -208,7 +208,8 @@ class Trainer:
             error.then = f"{again}; {self._checkpointed()}"
             raise
         except RuntimeError as error:
-            if self.world.size > 1 and not isinstance(error, (*NON_FINITE, StepError)) and lost(error):
+            ours = isinstance(error, (*NON_FINITE, StepError))
+            if self.world.size > 1 and not ours and (isinstance(error, ProcessLost) or lost(error)):
                 first = str(error).strip().splitlines()[0]
                 raise ProcessLost(
                     f"another of the {self.world.size} processes has ended ({first}); {self._checkpointed()}; go on "

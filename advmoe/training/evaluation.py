@@ -202,7 +202,7 @@ def evaluate_run(
         checks: images on which the figure is looked at with suspicion (:func:`advmoe.evaluation.scrutinize`), by the PGD
             on the prediction of most steps, or PGD-50 if there is none of ten or more; 0: not at all.
         latency: batch sizes to time a forward with.
-        state: a folder for the file that AutoAttack leaves while it is at work, and goes on from; a run's own by default.
+        state: a folder, of what has no run folder, for the file that AutoAttack leaves at work and goes on from.
         world: processes that share the work (:func:`advmoe.evaluation.evaluate`); the first alone times forwards.
 
     Raises:
@@ -225,7 +225,7 @@ def evaluate_run(
         raise ValueError("epsilon: expected one with attacks in L2; the run's and the data's are of L-infinity")
     torch.manual_seed(seed)
     result = evaluate(
-        model, test, chosen, batch_size, seed=seed, progress=progress, limits=shorter, state=state or opened.folder,
+        model, test, chosen, batch_size, seed=seed, progress=progress, limits=shorter, state=opened.folder or state,
         world=world,
     )  # fmt: skip
     scrutiny = None
