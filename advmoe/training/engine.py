@@ -431,8 +431,10 @@ class Trainer:
 
 
 def _require_size(model: nn.Module, image: Tensor) -> None:
-    """Images of this size reach the model's end: what a router or a pool cannot take is found before the first batch."""
-    with torch.no_grad(), undisturbed(model):
+    """Images of this size reach the model's end: what a router or a pool cannot take is found before the first batch.
+
+    Scores that are no numbers are the first step's to report, which knows the batch and keeps it."""
+    with torch.no_grad(), undisturbed(model), suppress(NonFiniteRouterError):
         model(image)
 
 
