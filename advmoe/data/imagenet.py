@@ -7,6 +7,7 @@ import hashlib
 import logging
 import math
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,10 @@ def _remembered(root: Path, *splits: FileSplit) -> list[Tensor]:
         except Exception as error:  # a damaged archive raises nearly anything
             logger.warning("%s cannot be read (%s) and is made anew", cache, error)
     images = [decoded(split).permute(0, 3, 1, 2).contiguous() for split in splits]
+    for left in root.glob(f"{CACHE}.*.tmp"):  # by a process that was killed: to write one takes minutes at most
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
     temporary = cache.with_name(f"{cache.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

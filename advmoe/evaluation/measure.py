@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from moe_kernels import Routing
 
 from ..attacks import PGD, Attack, AutoAttack, NonFiniteGradientError
 from ..data import Split, batches_in_order, stream_generator
+from ..files import WriteError
+from ..locks import locked
 from ..models import record_routing
 from ..modes import undisturbed
 from ..world import ALONE, World
@@ -122,18 +125,38 @@ def evaluate(
             attacks' names.
         workers: processes that decode images ahead; the split's own choice by default.
         limits: for some attacks fewer images than ``limit``, at least 1.
-        state: a folder for what AutoAttack goes on from if it is interrupted; none by default.
+        state: a folder for what AutoAttack goes on from if it is interrupted; none by default. One evaluation at a time.
         world: processes that share the work, each with the whole model and all images. What is attacked together in one
             process is in several too, from the same random starts: the outcome is the same, in all of them, but of a
             model that draws something.
 
     Raises:
-        ValueError: if there are no images, ``limit`` or ``batch_size`` is below 1, or the model has no score for a
-            class that an image is of.
+        ValueError: if there are no images, ``limit`` or ``batch_size`` is below 1, the model has no score for a
+            class that an image is of, or another evaluation with AutoAttack has the folder ``state``.
         NonFiniteGradientError: if scores or an attack's gradient are NaN or infinite.
         ProcessLost: if another process has ended.
+        WriteError: if AutoAttack's file cannot be written.
     """
-    return measure(model, split, attacks, batch_size, limit, seed, progress, workers, limits, state, world).evaluation
+    own = isinstance(attacks, Mapping) and any(isinstance(attack, AutoAttack) for attack in attacks.values())
+    with _alone_in(state if own and world.first else None):
+        return measure(model, split, attacks, batch_size, limit, seed, progress, workers, limits, state, world).evaluation
+
+
+@contextmanager
+def _alone_in(folder: Path | None) -> Iterator[None]:
+    """From the first image on: that another one writes AutoAttack's files is not to be found behind hours of attacks."""
+    with ExitStack() as stack:
+        if folder is not None:
+            path = folder / "autoattack.lock"
+            try:
+                stack.enter_context(locked(path))
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"{folder}: {error.strerror} evaluates with AutoAttack there; wait for its end"
+                ) from error
+            except OSError as error:
+                raise WriteError(path, error) from error
+        yield
 
 
 def measure(

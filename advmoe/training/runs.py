@@ -19,10 +19,10 @@ from torch import nn
 
 from ..config import ModelConfig, RunConfig
 from ..files import WriteError, add_line, open_own, write_text, write_whole
+from ..locks import locked
 from ..models import MODEL_OPTIONS, create_model
 from ..registry import imported, shown
 from ..stored import load_weights, read_stored, require_version
-from .locks import locked
 
 __all__ = ["Run", "RunError", "build_model", "load_checkpoint", "load_model"]
 

@@ -18,15 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import parallel_steps
+import pytest
 import torch
-from small_runs import SMALL, small_architecture
+from small_runs import SMALL, interrupt_at, small_architecture, tiny
 from torch import nn
 
 from advmoe.attacks import AutoAttack, from_name
 from advmoe.cli import main
+from advmoe.config import ModelConfig
 from advmoe.data import TensorSplit, stream_generator
 from advmoe.evaluation import measure
 from advmoe.models import create_model
+from advmoe.training import Interrupted, Run, resume, train
+from advmoe.training.methods.advmoe import AdvMoE
 from advmoe.training.parallel import joined
 from advmoe.world import ALONE, ProcessLost, World
 
@@ -160,6 +164,26 @@ def broken(out: Path, size: int, rank: int, breaks: bool) -> None:
             os._exit(4)
 
 
+TERMINATED = 4  # the step in which SIGTERM arrives; an epoch has three
+
+
+def trained(out: Path, size: int, rank: int, name: str) -> None:
+    """A run that nothing disturbs, one whose last process gets SIGTERM, or that one resumed."""
+    with small_architecture(), joined("cpu") as world, pytest.MonkeyPatch.context() as patch:
+        if name == "resumed":
+            resume(out / "terminated", quiet=True, world=world)
+            return
+        if name == "terminated" and rank == size - 1:
+            interrupt_at(TERMINATED, AdvMoE, patch, signal.SIGTERM)
+        try:
+            train(tiny(model=ModelConfig(SMALL, width=4)), out / name, quiet=True, world=world)
+        except Interrupted:
+            if rank == 0:  # which writes the checkpoint; the other does not wait for it
+                state = torch.load(Run(out / name).checkpoint(), weights_only=True)
+                torch.save((state["epoch"], state["step"]), out / "interrupted.pt")
+            os._exit(3)
+
+
 IN_CI = {3: ["advmoe"], 4: ["at per_expert balanced"]}  # cases, by the number of processes
 CI_STEPS = 2
 JOBS: dict[str, Callable[[Path, int, int], None]] = {
@@ -170,7 +194,12 @@ JOBS: dict[str, Callable[[Path, int, int], None]] = {
     "command": command,
     "broken": lambda out, size, rank: broken(out, size, rank, breaks=True),
     "resumed": lambda out, size, rank: broken(out, size, rank, breaks=False),
+    "unbroken_run": lambda out, size, rank: trained(out, size, rank, "unbroken"),
+    "terminated_run": lambda out, size, rank: trained(out, size, rank, "terminated"),
+    "resumed_run": lambda out, size, rank: trained(out, size, rank, "resumed"),
 }
+# exit codes where they are not 0
+CODES = {"broken:2": [4, 9], "terminated_run:2": [3, 3]}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from small_runs import SMALL, small_architecture, tiny
 
 from advmoe.attacks import AutoAttack
 from advmoe.cli import main
+from advmoe.locks import locked
 from advmoe.training import train
 
 
@@ -86,6 +88,15 @@ def test_autoattack_by_the_command_goes_on_where_it_was(
     assert record["attacks"]["square"]["images"] == 20 and record["attacks"]["pgd1"]["images"] == 24
     assert list(record["attacks"]["square"]["stages"]) == ["square"]
     assert record["attacks"]["square"]["flip_rate"] is None and record["attacks"]["square"]["zero_gradient"] is None
+
+
+def test_a_second_evaluation_with_autoattack_is_refused_meanwhile(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ["evaluate", str(run), "--limit", "4", "--checks", "0", "--checkpoint", "last"]
+    with locked(run / "autoattack.lock"):
+        assert command(*wanted, "--attack", "square") == 2
+        assert f"process {os.getpid()} on" in (said := capsys.readouterr().err) and "evaluates with AutoAttack" in said
+        assert command(*wanted, "--attack", "pgd1") == 0  # which writes none of its files
+    assert not (run / "autoattack.lock").exists()
 
 
 def test_analyze_and_report(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,6 +89,15 @@ def test_images_are_decoded_once(tiny: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert not list(root.glob("*.tmp"))
 
 
+def test_what_a_killed_process_left_of_a_cache_is_removed(tiny: Path) -> None:
+    old, young = (tiny / "tiny-imagenet-200" / f"{CACHE}.{pid}.tmp" for pid in (1, 2))
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    load("tiny_imagenet", tiny)
+    assert not old.exists() and young.exists()  # which another process may be writing
+
+
 def test_a_cache_that_cannot_be_written_is_done_without(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")

@@ -30,8 +30,8 @@ from advmoe.world import ALONE, World
 HERE = Path(__file__).parent
 
 
-def launched(out: Path, *jobs: str) -> dict[str, list[int]]:
-    """The processes' exit codes, by job."""
+def launched(out: Path, *jobs: str) -> None:
+    """Processes do these jobs and end with the codes that are expected."""
     folder = os.pathsep.join([str(HERE), str(HERE.parents[1])])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": folder}
     command = [sys.executable, str(HERE / "several.py"), str(out), *jobs]
@@ -41,14 +41,15 @@ def launched(out: Path, *jobs: str) -> dict[str, list[int]]:
     codes = {job: [int(code) for code in rest] for job, *rest in lines}
     assert list(codes) == list(jobs)
     for job, each in codes.items():
-        assert job.startswith("broken") or not any(each), (job, each, done.stderr)
-    return codes
+        assert each == several.CODES.get(job, [0] * len(each)), (job, done.stderr)
 
 
 @pytest.fixture(scope="module")
-def there(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[int]]]:
+def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("several")
-    return out, launched(out, "steps:3", "steps:4", "evaluate:3", "command:2", "broken:2", "resumed:2")
+    evaluations = ("evaluate:3", "command:2", "broken:2", "resumed:2")
+    launched(out, "steps:3", "steps:4", *evaluations, "unbroken_run:2", "terminated_run:2", "resumed_run:2")
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +77,8 @@ def assert_steps_are_those_of_one(out: Path, size: int, steps: int, name: str) -
 
 
 @pytest.mark.parametrize(("size", "name"), [(size, name) for size, names in several.IN_CI.items() for name in names])
-def test_more_processes_are_one_with_the_joined_batch(there: Any, size: int, name: str) -> None:
-    assert_steps_are_those_of_one(there[0], size, several.CI_STEPS, name)
+def test_more_processes_are_one_with_the_joined_batch(there: Path, size: int, name: str) -> None:
+    assert_steps_are_those_of_one(there, size, several.CI_STEPS, name)
 
 
 @pytest.mark.nightly
@@ -110,9 +111,9 @@ def assert_evaluation_is_that_of_one(out: Path, size: int, alone: dict[str, Any]
         assert all(torch.equal(found["robust"][name], flags) for name, flags in alone["robust"].items())
 
 
-def test_evaluation_by_three_processes_is_that_of_one(there: Any, alone: Any) -> None:
+def test_evaluation_by_three_processes_is_that_of_one(there: Path, alone: Any) -> None:
     """Clean images, FGSM, PGD from random starts, an attack on routers and AutoAttack: each count, image by image."""
-    assert_evaluation_is_that_of_one(there[0], 3, alone[0])
+    assert_evaluation_is_that_of_one(there, 3, alone[0])
 
 
 @pytest.mark.nightly
@@ -123,27 +124,31 @@ def test_autoattacks_targeted_parts_by_several_processes_are_those_of_one(tmp_pa
 
 
 def test_the_command_by_two_processes_prints_and_writes_once(
-    there: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(HERE)
     assert main([*several.COMMAND, "--out", str(tmp_path / "one.json")]) == 0
-    one, two = (json.loads(path.read_text()) for path in (tmp_path / "one.json", there[0] / "record-2.json"))
+    one, two = (json.loads(path.read_text()) for path in (tmp_path / "one.json", there / "record-2.json"))
     assert len(one.pop("latency")) == len(two.pop("latency")) == 2
     assert one == two and one["checks"] and one["curve"]["images"] == 12
-    assert (there[0] / "printed-2-0.txt").read_text().count("written to") == 1
-    assert (there[0] / "printed-2-1.txt").read_text() == ""
+    assert (there / "printed-2-0.txt").read_text().count("written to") == 1
+    assert (there / "printed-2-1.txt").read_text() == ""
 
 
-def test_autoattack_by_two_processes_goes_on_where_they_were(there: Any, alone: Any) -> None:
+def test_autoattack_by_two_processes_goes_on_where_they_were(there: Path, alone: Any) -> None:
     """The last of the two ends in its third batch: no batch that was done is attacked again, and the outcome is one's."""
-    out, codes = there
-    assert codes["broken:2"] == [4, 9]
     for rank in range(2):
-        assert torch.load(out / f"resumed-{rank}.pt")["evaluation"] == alone[0]["evaluation"]
-    first, second = ((out / f"attacked-{rank}.txt").read_text().split() for rank in range(2))
+        assert torch.load(there / f"resumed-{rank}.pt")["evaluation"] == alone[0]["evaluation"]
+    first, second = ((there / f"attacked-{rank}.txt").read_text().split() for rank in range(2))
     assert second.count("True") == 2 and first.count("True") >= 2
     assert len(first) + len(second) == len(alone[1])
-    assert not list(out.glob("*.state*"))
+    assert not list(there.glob("*.state*"))
+
+
+def test_sigterm_of_one_process_saves_and_ends_all(there: Path) -> None:
+    """Behind the step that it arrived in; resumed, the run ends with the unbroken one's bits."""
+    assert torch.load(there / "interrupted.pt") == (1, several.TERMINATED - 3)
+    assert_same_run(Run(there / "terminated"), Run(there / "unbroken"))
 
 
 @pytest.fixture

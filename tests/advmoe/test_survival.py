@@ -26,12 +26,12 @@ import torch
 from file_operations import at_operation
 from small_runs import SMALL, assert_same_run, interrupt_at, small_architecture, tiny
 
-from advmoe import files
+from advmoe import files, locks
 from advmoe.cli import main
 from advmoe.config import ModelConfig
 from advmoe.data import loader
 from advmoe.files import WriteError, add_line, write_text
-from advmoe.training import AT, Interrupted, Run, RunError, engine, locks, resume, runs, train
+from advmoe.training import AT, Interrupted, Run, RunError, engine, resume, runs, train
 from advmoe.training.methods import Batch, StepResult
 from advmoe.training.runs import load_checkpoint
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process at a time trains in a run folder: a lock that the operating system lets go of with the process."""
+"""One process at a time in a run folder: a lock that the operating system lets go of with the process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..files import NO_LINK
+from .files import NO_LINK
 
 try:
     import fcntl
@@ -71,7 +71,7 @@ def _acquired(path: Path) -> int:
                     who = os.pread(descriptor, 300, 0).decode(errors="replace") or "another process"
                     raise BlockingIOError(errno.EWOULDBLOCK, who, str(path)) from error
                 logger.warning(
-                    "%s: this file system gives no locks (%s): see to it yourself that no other process trains there",
+                    "%s: this file system gives no locks (%s): see to it yourself that no other process works there",
                     path.parent, error.strerror,
                 )  # fmt: skip
                 return descriptor
