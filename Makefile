@@ -38,9 +38,9 @@ nightly: install
 	MOE_KERNELS_HYPOTHESIS=nightly $(BIN)/python -m pytest -m "nightly or not nightly"
 
 # The tests with the oldest and the newest versions that are supported, for each Python that is here, in environments of
-# their own. torch 2.11 may come with its CUDA libraries, gigabytes of them.
+# their own. torch may come with its CUDA libraries, gigabytes of them, and then with a Triton of its own choice.
 MATRIX_PYTHONS ?= python3.11 python3.12
-MATRIX_ENDS ?= "torch==2.11.0 triton==3.6.0 numpy==1.26.4" "torch==2.13.0 triton==3.9.0 numpy>=2"
+MATRIX_ENDS ?= "torch==2.11.0 triton==3.6.0 numpy==1.26.4" "torch==2.13.0 triton<=3.9.0 numpy>=2"
 MATRIX_TESTS ?= tests/moe_kernels tests/advmoe
 test-matrix:
 	@number=0; for python in $(MATRIX_PYTHONS); do \
@@ -49,6 +49,7 @@ test-matrix:
 	        number=$$((number + 1)); venv=build/matrix/$$number; echo "== $$python, $$end"; \
 	        $$python -m venv --clear $$venv && $$venv/bin/pip install --quiet $$end && \
 	        $$venv/bin/pip install --quiet $$end --editable '.[dev]' && \
+	        $$venv/bin/pip list | grep -iwE 'torch|triton|numpy' && \
 	        $$venv/bin/python -m pytest -m "not nightly" $(MATRIX_TESTS) || exit 1; \
 	    done; \
 	done; [ $$number -gt 0 ]
