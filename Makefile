@@ -8,6 +8,10 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(CXX_SOURCES)
 # What the module is built with (setup.py): tests and demo need no CUDA, and the tests need the simulator.
 export MOE_KERNELS_CUDA ?= 0
 export MOE_KERNELS_SIMULATOR ?= 1
+# Tests run in so many processes, those of a file in one. Idle threads of one must not keep the others' from the cores.
+TEST_WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
+TESTS := -n $(TEST_WORKERS) --dist loadfile
+test nightly test-matrix: export OMP_WAIT_POLICY ?= passive
 CHOICE := $(MOE_KERNELS_CUDA) $(MOE_KERNELS_CUDA_ARCHS) $(MOE_KERNELS_SIMULATOR)
 
 .PHONY: demo test test-matrix lint nightly aot cuda bench gpu sanitize sanitize-threads sanitize-gpu table gate examples install clean FORCE
@@ -31,11 +35,11 @@ demo: install
 	$(BIN)/advmoe demo
 
 test: install
-	$(BIN)/python -m pytest -m "not nightly"
+	$(BIN)/python -m pytest $(TESTS) -m "not nightly"
 
 # More examples for each property too.
 nightly: install
-	MOE_KERNELS_HYPOTHESIS=nightly $(BIN)/python -m pytest -m "nightly or not nightly"
+	MOE_KERNELS_HYPOTHESIS=nightly $(BIN)/python -m pytest $(TESTS) -m "nightly or not nightly"
 
 # The tests with the oldest and the newest versions that are supported, for each Python that is here, in environments of
 # their own. torch may come with its CUDA libraries, gigabytes of them, and then with a Triton of its own choice.
@@ -50,7 +54,7 @@ test-matrix:
 	        $$python -m venv --clear $$venv && $$venv/bin/pip install --quiet $$end && \
 	        $$venv/bin/pip install --quiet $$end --editable '.[dev]' && \
 	        $$venv/bin/pip list | grep -iwE 'torch|triton|numpy' && \
-	        $$venv/bin/python -m pytest -m "not nightly" $(MATRIX_TESTS) || exit 1; \
+	        $$venv/bin/python -m pytest $(TESTS) -m "not nightly" $(MATRIX_TESTS) || exit 1; \
 	    done; \
 	done; [ $$number -gt 0 ]
 
