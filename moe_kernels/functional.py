@@ -212,14 +212,15 @@ def apply_geometry(
         else:
             epilogue = Epilogue(bias, gate)
             y = ops.call(ops.conv2d_fused, input, weight, out_expert, in_expert, geometry, *epilogue, packed[0], plan)
-    elif gate is not None and (input.requires_grad or not gate.requires_grad):
-        unit = routing.unit_gate
-        y = ops.call(ops.conv2d_gated, input, weight, out_expert, in_expert, geometry, bias, gate, unit, *packed, plan)
     else:
         # without a gradient of the input, that of the gate costs less from the output
-        y = ops.call(ops.conv2d, input, weight, out_expert, in_expert, geometry, *packed, plan)
-        y = ops.add_bias(y, bias, out_expert, geometry)
-        if gate is not None:
+        inside = gate if input.requires_grad or (gate is not None and not gate.requires_grad) else None
+        if bias is None and inside is None:
+            y = ops.call(ops.conv2d, input, weight, out_expert, in_expert, geometry, *packed, plan)
+        else:
+            around = (bias, inside, inside is not None and routing.unit_gate)
+            y = ops.call(ops.conv2d_gated, input, weight, out_expert, in_expert, geometry, *around, *packed, plan)
+        if gate is not None and inside is None:
             y = apply_gate(y, gate, routing.unit_gate)
     return sum_choices(y, routing.top_k)
 

@@ -8,8 +8,9 @@ derivative of each is made of the other two, so that any order of derivative nee
     D with cotangent v: d(dy) = F(v, w),  dw = G(dy, v)
     G with cotangent u: d(dy) = F(x, u),  dx = D(dy, u)
 
-``conv2d_gated`` is ``gate * (F + bias)``; its backward takes the input's and the gate's gradient from one pass,
-``conv2d_grad_gated``: by linearity ``<F(x[v], w), dy[v]> = <D(dy[v], w), x[v]>``, so that no output is kept for it.
+``conv2d_gated`` is ``gate * (F + bias)``, either of them or both, rounded once; its backward takes the input's and the
+gate's gradient from one pass, ``conv2d_grad_gated``: by linearity ``<F(x[v], w), dy[v]> = <D(dy[v], w), x[v]>``, so that
+no output is kept for it.
 
 ``conv2d_fused`` is F with the epilogue bias, gate, scale and shift, residual, ReLU in one pass, for calls that need no
 gradient; where one does, its autograd form is composed of the same pieces.
@@ -42,7 +43,6 @@ from .routing import sample_dot
 from .rows import gather_rows, keep_starts, scatter_rows, sum_choices
 
 __all__ = [
-    "add_bias",
     "call",
     "conv2d",
     "conv2d_fused",
@@ -75,7 +75,7 @@ _lib.define(
     "bool channels_last=False, Tensor? plan=None) -> Tensor"
 )
 _lib.define(
-    f"conv2d_gated(Tensor input, Tensor weight, {_EXPERTS}, {_GEOMETRY}, Tensor? bias, Tensor gate, bool unit, "
+    f"conv2d_gated(Tensor input, Tensor weight, {_EXPERTS}, {_GEOMETRY}, Tensor? bias, Tensor? gate, bool unit, "
     f"{_MADE}) -> Tensor"
 )
 _lib.define(
@@ -142,7 +142,7 @@ def _conv2d_fused(input: Tensor, weight: Tensor, out: _Choice, inner: _Choice, g
 def _conv2d_gated(input: Tensor, weight: Tensor, out: _Choice, inner: _Choice, g: Conv2dGeometry, *rest: Any) -> Tensor:
     bias, gate, unit, *made = rest
     backend = backends.choose(input.device)
-    epilogue = NO_EPILOGUE if unit and bias is None else Epilogue(bias, None if unit else gate)
+    epilogue = NO_EPILOGUE if bias is None and (unit or gate is None) else Epilogue(bias, None if unit else gate)
     return backend.forward(input, weight, Experts(out, inner, _nth(made, 2)), g, epilogue, _nth(made, 0))
 
 
@@ -172,9 +172,9 @@ def _grad_gated_by_parts(
     return sum_choices(_times(dx, gate, unit), k), dots
 
 
-def _times(x: Tensor, gate: Tensor, unit: bool) -> Tensor:
+def _times(x: Tensor, gate: Tensor | None, unit: bool) -> Tensor:
     """``x [V, ...]`` times ``gate [V]``: where its value is 1, only for the sake of a derivative."""
-    if unit and not (torch.is_grad_enabled() and gate.requires_grad):
+    if gate is None or (unit and not (torch.is_grad_enabled() and gate.requires_grad)):
         return x
     return x * gate.to(x.dtype)[:, None, None, None]
 
@@ -217,7 +217,8 @@ def _check(op: Any, *args: Any) -> None:
         if op is conv2d_gated:
             bias, gate = rest[_G : _G + 2]
             more |= {"bias": bias, "gate": gate}
-            checks.gate(gate, shape[0])
+            if gate is not None:
+                checks.gate(gate, shape[0])
             checks.epilogue(first, Epilogue(bias), g.out_width, shapes[1][0], 1, shape)
     checks.alike(**dict(zip(_OPERANDS[op], (first, second), strict=True)), **more)
 
@@ -381,8 +382,8 @@ def call(op: Any, first: Tensor, second: Tensor, out: _Choice, inner: _Choice, g
     return _RUN[op](first, second, out, inner, g, *rest)
 
 
-def _extra_gradient(bias: Tensor | None, gate: Tensor) -> bool:
-    return gate.requires_grad or (bias is not None and bias.requires_grad)
+def _extra_gradient(bias: Tensor | None, gate: Tensor | None) -> bool:
+    return any(t is not None and t.requires_grad for t in (bias, gate))
 
 
 # Their last argument computes them: a backend where nothing watches, _in_function elsewhere.
@@ -436,7 +437,8 @@ class _GatedConv2d(_Function):
                 rows = gather_rows(_wide(bias), out, g.num_out, g.out_starts, g.out_width)
                 dgate = dgate + (sums * rows).sum(1).to(dgate.dtype)
             if ctx.needs_input_grad[5]:
-                sums = sums * gate.to(sums.dtype)[:, None]
+                if gate is not None:
+                    sums = sums * gate.to(sums.dtype)[:, None]
                 total = bias.shape[0]
                 dbias = scatter_rows(sums, out, g.num_out, g.out_starts, g.out_width, total).to(bias.dtype)
         return dx, dw, None, None, None, dbias, dgate, *[None] * 5
@@ -526,10 +528,10 @@ def _fused_differentiable(
     _refuse_tangents(tensors)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
         return _below_autograd(conv2d_fused, input, weight, out, inner, g, *rest)
-    y = conv2d(input, weight, out, inner, *g, packed, None, plan)
-    y = add_bias(y, bias, out, g)
-    if gate is not None:
-        y = y * gate.to(y.dtype)[:, None, None, None]
+    if bias is None and gate is None:
+        y = conv2d(input, weight, out, inner, *g, packed, None, plan)
+    else:
+        y = conv2d_gated(input, weight, out, inner, *g, bias, gate, False, packed, None, plan)
     return epilogue(y, out, g, scale, shift, residual, relu)
 
 
@@ -565,16 +567,6 @@ def epilogue(
     if residual is not None:
         y = y + residual
     return y.relu() if relu else y
-
-
-def add_bias(y: Tensor, bias: Tensor | None, out_expert: Tensor | None, g: Conv2dGeometry) -> Tensor:
-    """``y [V, K, P, Q]`` plus each sample's slice of ``bias [R_out]``, in y's dtype."""
-    if bias is None:
-        return y
-    rows = gather_rows(_wide(bias), out_expert, g.num_out, g.out_starts, g.out_width)
-    # one dimension after the other, and so the sums of its derivative: a sum down to one number would be split among
-    # threads
-    return y + rows.to(y.dtype)[:, :, None, None].expand(-1, -1, y.shape[2], 1).expand(-1, -1, -1, y.shape[3])
 
 
 def _affine_rows(value: Tensor, out_expert: Tensor | None, g: Conv2dGeometry) -> Tensor:

@@ -376,8 +376,11 @@ def test_expand_and_combine_equal_the_routing_itself(case: Case, backend: str) -
             combined = routing.combine(inner)
             if case.dtype in (torch.float32, torch.float64):
                 assert torch.equal(combined, y)
-            else:  # the layer rounds once, after its gate
-                torch.testing.assert_close(combined, y, rtol=4 * torch.finfo(case.dtype).eps, atol=0.1)
+            else:  # the layer rounds once, after its gate; here each output is rounded before it, however they cancel
+                gate = None if routing.gate is None else routing.gate.detach().abs()
+                size = Routing(routing.expert, gate, num_experts=routing.num_experts).combine(inner.detach().abs())
+                limit = 4 * torch.finfo(case.dtype).eps * size.double() + torch.finfo(case.dtype).tiny
+                assert ((combined - y).double().abs() <= limit).all()
             again = torch.autograd.grad(combined, leaves, values.grad)
             # the layer's gate is applied inside its backward, the combined one before it
             limit = 1e-9 if case.dtype == torch.float64 else 100 * torch.finfo(case.dtype).eps
@@ -482,6 +485,23 @@ def test_wide_windows_are_the_dense_convolution(backend: str, k: int) -> None:
     values = numbers(case)
     plain = torch.nn.functional.conv2d(values.x, values.weight, values.bias, padding=1)
     torch.testing.assert_close(run(case, values), k * plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("wanted", ["nothing", "input", "weight", "bias", "gate"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("dtype", "many"), [(torch.bfloat16, 300), (torch.float16, 2052)], ids=str)
+def test_a_bias_is_added_before_rounding(backend: str, dtype: torch.dtype, many: int, gated: bool, wanted: str) -> None:
+    """As by nn.Conv2d. The sum, many + 1, is no number of the dtype; with the bias 1 is left."""
+    gate = torch.ones(1, dtype=dtype) if gated else None
+    x, w = torch.ones(1, many + 1, 1, 1, dtype=dtype), torch.ones(2, many + 1, 1, 1, dtype=dtype)
+    bias = torch.full((2,), -many, dtype=dtype)
+    assert bias[0].item() == -many
+    assert w[0, 0].new_tensor(many + 1).item() != many + 1
+    leaf = {"input": x, "weight": w, "bias": bias, "gate": gate, "nothing": None}[wanted]
+    if leaf is not None:
+        leaf.requires_grad_()
+    routing = Routing(torch.zeros(1, dtype=torch.int64), gate, num_experts=2)
+    assert functional.routed_conv2d(x, w, routing, bias, out_slices=partition(1, 2)).item() == 1
 
 
 @pytest.mark.parametrize(("dtype", "many"), [(torch.bfloat16, 300), (torch.float16, 2052)], ids=str)
