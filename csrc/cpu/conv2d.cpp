@@ -193,10 +193,16 @@ std::string run(Direction direction, const Call& call, const void* src, const vo
     const Conv2dShape& s = call.shape;
     const bool forward = direction == Direction::forward;
     const int64_t images = s.V / (forward ? s.k : 1) * s.H * s.W * s.C, features = s.V * s.P * s.Q * s.K;
-    const int64_t size = size_of(call.dtype);
+    const int64_t size = size_of(call.dtype), wide = acc_size(call.dtype);
+    const int64_t rows = epilogue.affine_per_slice ? call.weight.total_out : s.K;
     error = check_apart({dst, (forward ? features : images) * size},
                         {{src, (forward ? images : features) * size},
                          {given.data == nullptr ? weight : nullptr, weight_numel(call) * size},
+                         {given.data, given.numel * wide},
+                         {epilogue.bias, call.weight.total_out * wide},
+                         {epilogue.gate, s.V * wide},
+                         {epilogue.scale, rows * wide},
+                         {epilogue.shift, rows * wide},
                          {epilogue.residual, features * size}});
     if (!error.empty()) return error;
     Plan plan;

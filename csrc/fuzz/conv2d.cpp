@@ -188,6 +188,13 @@ void run(Case& c) {
             conv2d_grad_input(c.call, grad.data(), weight.data(), none, weight.data()).empty() ||
             conv2d_grad_weight(gradient, grad.data(), x.data(), grad.data()).empty())
             fail(c, "an output over an input was taken");
+        Epilogue onto;
+        const void** const values[] = {&onto.bias, &onto.gate, &onto.scale, &onto.shift, &onto.residual};
+        *values[between(0, 4)] = y.data();
+        const Packed over{y.data(), pack_numel(Direction::forward, c.call)};
+        if (conv2d_forward(c.call, x.data(), weight.data(), none, y.data(), onto).empty() ||
+            conv2d_forward(c.call, x.data(), weight.data(), over, y.data(), {}).empty())
+            fail(c, "an output over what is read with it was taken");
     }
 
     for (int sample = 0; sample < 12 && s.V * s.P * s.Q > 0; ++sample) {
