@@ -20,7 +20,7 @@ from typing import Any
 import parallel_steps
 import pytest
 import torch
-from small_runs import SMALL, interrupt_at, small_architecture, tiny
+from small_runs import SMALL, after, interrupt_at, small_architecture, spoil, tiny
 from torch import nn
 
 from advmoe.attacks import AutoAttack, from_name
@@ -30,6 +30,7 @@ from advmoe.data import TensorSplit, stream_generator
 from advmoe.evaluation import measure
 from advmoe.models import create_model
 from advmoe.training import Interrupted, Run, resume, train
+from advmoe.training.faults import NON_FINITE
 from advmoe.training.methods.advmoe import AdvMoE
 from advmoe.training.parallel import joined
 from advmoe.world import ALONE, ProcessLost, World
@@ -184,6 +185,21 @@ def trained(out: Path, size: int, rank: int, name: str) -> None:
             os._exit(3)
 
 
+RUINED = "layer2.0.conv2"
+
+
+def ruined(out: Path, size: int, rank: int) -> None:
+    """A run in whose third step a number of the last process's part is not finite, and so a BatchNorm of all of them."""
+    with small_architecture(), joined("cpu") as world, pytest.MonkeyPatch.context() as patch:
+        if rank == size - 1:
+            spoil(RUINED, False, patch, after(2))
+        try:
+            train(tiny("standard", model=ModelConfig(SMALL, width=4)), out / "ruined", quiet=True, world=world)
+        except NON_FINITE as error:
+            (out / f"said-{rank}.txt").write_text(str(error))
+            os._exit(5)
+
+
 IN_CI = {3: ["advmoe"], 4: ["at per_expert balanced"]}  # cases, by the number of processes
 CI_STEPS = 2
 JOBS: dict[str, Callable[[Path, int, int], None]] = {
@@ -196,10 +212,11 @@ JOBS: dict[str, Callable[[Path, int, int], None]] = {
     "resumed": lambda out, size, rank: broken(out, size, rank, breaks=False),
     "unbroken_run": lambda out, size, rank: trained(out, size, rank, "unbroken"),
     "terminated_run": lambda out, size, rank: trained(out, size, rank, "terminated"),
+    "ruined_run": ruined,
     "resumed_run": lambda out, size, rank: trained(out, size, rank, "resumed"),
 }
 # exit codes where they are not 0
-CODES = {"broken:2": [4, 9], "terminated_run:2": [3, 3]}
+CODES = {"broken:2": [4, 9], "terminated_run:2": [3, 3], "ruined_run:2": [5, 5]}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

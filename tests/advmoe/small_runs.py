@@ -9,7 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from advmoe.attacks import PGD
 from advmoe.config import DataConfig, MethodConfig, ModelConfig, OptimConfig, RoutingConfig, RunConfig
@@ -24,8 +25,9 @@ from advmoe.data import stream_generator
 from advmoe.models import create_model
 from advmoe.models.base import _MODELS, register_model
 from advmoe.models.resnet import BasicBlock, ResNet
-from advmoe.training import Run
+from advmoe.training import Run, engine
 from advmoe.training.methods import Batch, Method, StepResult
+from advmoe.training.runs import build_model
 
 ATTACK = PGD(0.15, 0.1, 2, loss="kl")
 SMALL = "test_small"
@@ -87,6 +89,48 @@ def interrupt_at(step: int, method: type[Method], monkeypatch: pytest.MonkeyPatc
         return original(self, batches)
 
     monkeypatch.setattr(method, "step", interrupted)
+
+
+class _Spoil(torch.autograd.Function):
+    """Passes values on, and makes one NaN: of the values or of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, backward: bool) -> Tensor:
+        ctx.backward = backward
+        y = x.clone()
+        if not backward:
+            y[(0,) * y.dim()] = torch.nan
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone()
+        if ctx.backward:
+            grad[(0,) * grad.dim()] = torch.nan
+        return grad, None
+
+
+def spoil(layer: str, backward: bool, monkeypatch: pytest.MonkeyPatch, when: Callable[[nn.Module], bool]) -> None:
+    """Runs have this fault in that layer's output, where ``when`` is so of the model."""
+
+    def build(config: ModelConfig) -> nn.Module:
+        built = build_model(config)
+        place = built.get_submodule(layer)
+        forward = place.forward
+
+        def spoiled(*args: Any, **kwargs: Any) -> Any:
+            out = forward(*args, **kwargs)
+            return _Spoil.apply(out, backward) if when(built) else out
+
+        place.forward = spoiled  # type: ignore[method-assign]
+        return built
+
+    monkeypatch.setattr(engine, "build_model", build)
+
+
+def after(forwards: int) -> Callable[[nn.Module], bool]:
+    """In the training forwards behind the first so many; a function of the model, whose BatchNorm counts them."""
+    return lambda net: net.training and int(net.get_buffer("bn1.num_batches_tracked")) > forwards
 
 
 def assert_same_run(first: Run, second: Run) -> None:

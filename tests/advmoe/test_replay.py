@@ -6,14 +6,26 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small_runs import ATTACK, SMALL, assert_same_run, batch, model, same, small_architecture, snapshot, tiny
-from torch import Tensor, nn
+from small_runs import (
+    ATTACK,
+    SMALL,
+    after,
+    assert_same_run,
+    batch,
+    model,
+    same,
+    small_architecture,
+    snapshot,
+    spoil,
+    tiny,
+)  # fmt: skip
+from torch import nn
 
 from advmoe import files
 from advmoe.cli import main
@@ -32,48 +44,6 @@ def small() -> Iterator[None]:
 
 def config(name: str = "advmoe", /, **changes: Any) -> RunConfig:
     return tiny(name, **{"model": ModelConfig(SMALL, width=4), "validation_attack": "pgd1", **changes})
-
-
-class _Spoil(torch.autograd.Function):
-    """Passes values on, and makes one NaN: of the values or of the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, backward: bool) -> Tensor:
-        ctx.backward = backward
-        y = x.clone()
-        if not backward:
-            y[(0,) * y.dim()] = torch.nan
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone()
-        if ctx.backward:
-            grad[(0,) * grad.dim()] = torch.nan
-        return grad, None
-
-
-def spoil(layer: str, backward: bool, monkeypatch: pytest.MonkeyPatch, when: Callable[[nn.Module], bool]) -> None:
-    """Runs have this fault in that layer's output, where ``when`` is so of the model."""
-
-    def build(config: ModelConfig) -> nn.Module:
-        built = build_model(config)
-        place = built.get_submodule(layer)
-        forward = place.forward
-
-        def spoiled(*args: Any, **kwargs: Any) -> Any:
-            out = forward(*args, **kwargs)
-            return _Spoil.apply(out, backward) if when(built) else out
-
-        place.forward = spoiled  # type: ignore[method-assign]
-        return built
-
-    monkeypatch.setattr(engine, "build_model", build)
-
-
-def after(forwards: int) -> Callable[[nn.Module], bool]:
-    """In the training forwards behind the first so many; a function of the model, whose BatchNorm counts them."""
-    return lambda net: net.training and int(net.get_buffer("bn1.num_batches_tracked")) > forwards
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])

@@ -18,13 +18,14 @@ import parallel_steps
 import pytest
 import several
 import torch
-from small_runs import SMALL, assert_same_run, interrupt_at, small_architecture, tiny
+from small_runs import SMALL, after, assert_same_run, interrupt_at, small_architecture, spoil, tiny
 from test_parallel import COMMON, children
 
 from advmoe.cli import main
 from advmoe.config import ModelConfig
 from advmoe.training import Interrupted, Run, RunError, train
 from advmoe.training.methods.advmoe import AdvMoE
+from advmoe.training.replay import replay
 from advmoe.world import ALONE, World
 
 HERE = Path(__file__).parent
@@ -48,7 +49,8 @@ def launched(out: Path, *jobs: str) -> None:
 def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("several")
     evaluations = ("evaluate:3", "command:2", "broken:2", "resumed:2")
-    launched(out, "steps:3", "steps:4", *evaluations, "unbroken_run:2", "terminated_run:2", "resumed_run:2")
+    runs = ("unbroken_run:2", "terminated_run:2", "resumed_run:2", "ruined_run:2")
+    launched(out, "steps:3", "steps:4", *evaluations, *runs)
     return out
 
 
@@ -155,6 +157,23 @@ def test_sigterm_of_one_process_saves_and_ends_all(there: Path) -> None:
 def small() -> Iterator[None]:
     with small_architecture():
         yield
+
+
+@pytest.mark.usefixtures("small")
+def test_a_number_that_is_not_finite_in_one_process_stops_all_and_is_named_by_replay(
+    there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(there / "ruined")
+    for rank in range(2):
+        said = (there / f"said-{rank}.txt").read_text()
+        assert said.startswith("epoch 1, step 3: loss is nan") and said.endswith(f"advmoe replay {run.folder}")
+    spoil(several.RUINED, False, monkeypatch, after(2))
+    found = replay(run.folder)
+    assert found.reproduced
+    assert [len(each) for each in found.now.indices] == [32]
+    assert found.now.where is not None and found.now.where.startswith(f"the output of {several.RUINED}, forward 1 ")
+    monkeypatch.undo()
+    assert replay(run.folder).differences[-1] == "it was made by 2 processes"
 
 
 @pytest.mark.usefixtures("small")
