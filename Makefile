@@ -9,7 +9,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(CXX_SOURCES)
 export MOE_KERNELS_CUDA ?= 0
 export MOE_KERNELS_SIMULATOR ?= 1
 # Tests run in so many processes, those of a file in one. Idle threads of one must not keep the others' from the cores.
-TEST_WORKERS ?= $(shell cores=$$(nproc); echo $$((cores < 4 ? cores : 4)))
+TEST_WORKERS ?= $(shell cores=$$(env -u OMP_NUM_THREADS nproc); echo $$((cores < 4 ? cores : 4)))
 TESTS := -n $(TEST_WORKERS) --dist loadfile
 test nightly test-matrix: export OMP_WAIT_POLICY ?= passive
 CHOICE := $(MOE_KERNELS_CUDA) $(MOE_KERNELS_CUDA_ARCHS) $(MOE_KERNELS_SIMULATOR)
