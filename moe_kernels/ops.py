@@ -432,7 +432,7 @@ class _GatedConv2d(_Function):
             layout = is_channels_last(weight)
             dw = call(conv2d_grad_weight, gated, input, out, inner, g, weight.shape, layout, made[2])
         if bias is not None and (dgate is not None or ctx.needs_input_grad[5]):
-            sums = grad.to(_wide(grad).dtype).sum(3).sum(2)  # [V, K]
+            sums = grad.sum(3, dtype=torch.promote_types(grad.dtype, torch.float32)).sum(2)  # [V, K]
             if dgate is not None:
                 rows = gather_rows(_wide(bias), out, g.num_out, g.out_starts, g.out_width)
                 dgate = dgate + (sums * rows).sum(1).to(dgate.dtype)
