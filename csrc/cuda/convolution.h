@@ -502,7 +502,10 @@ ConvolutionParams<T> convolution_params(const gpu::ConvolutionCall& call, const 
     p.target = device::global<T>(call.target, backward ? large : small, backward ? "grad_input" : "output");
     p.residual = device::global<T>(call.residual, small, "residual");
     p.image = device::global<T>(call.image, inputs * s.C * s.H * s.W, "input");
-    p.weight = device::global<T>(call.weight, call.total_out * call.total_in * s.R * s.S, "weight");
+    const int64_t *strides = call.weight_strides, sizes[] = {call.total_out, call.total_in, s.R, s.S};
+    int64_t reach = 1;  // from the first number to the last: a part of a larger tensor is read in place
+    for (int i = 0; i < 4; ++i) reach = reach > 0 && sizes[i] > 0 ? reach + (sizes[i] - 1) * strides[i] : 0;
+    p.weight = device::global<T>(call.weight, reach, "weight");
     const int64_t channels = backward ? s.C : s.K, affine = call.affine_per_slice ? call.total_out : channels;
     p.bias = view(call.bias, call.total_out, "bias", status);
     p.gate = view(call.gate, s.V, "gate", status);
@@ -540,7 +543,6 @@ ConvolutionParams<T> convolution_params(const gpu::ConvolutionCall& call, const 
     p.affine_per_slice = call.affine_per_slice != 0;
     p.relu = call.relu != 0;
     p.store_pairs = p.width % 2 == 0 && reinterpret_cast<uintptr_t>(call.target) % (2 * sizeof(T)) == 0;
-    const int64_t* strides = call.weight_strides;
     p.weight_row = strides[0], p.weight_column = strides[1], p.weight_r = strides[2], p.weight_s = strides[3];
     p.weight_n = backward ? strides[1] : strides[0];
     p.weight_k = backward ? strides[0] : strides[1];

@@ -443,6 +443,7 @@ NAMED: dict[str, Case] = {
     "top 2": Case(partition(2, 3), whole(2), top_k=2, padding=(1, 1)),
     "top 2 without gates": Case(windows(4, 0.5, 3), whole(2), top_k=2, gate=False, kernel=(1, 1)),
     "channels_last": Case(partition(3, 2), whole(2), layout="channels_last", padding=(1, 1)),
+    "part of a larger weight": Case(partition(3, 2), whole(2), kernel=(1, 1), weight_layout="sliced"),
 }
 
 
