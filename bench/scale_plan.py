@@ -37,12 +37,11 @@ SHARE = 64  # images of each GPU in a step: a batch of 512 on eight, the recipe'
 IMAGES = 1_281_167
 JPEG = 147_897_477_120 / IMAGES  # bytes: of ILSVRC2012_img_train.tar
 DECODED_A_SECOND = 400  # by a core: docs/training.md
-LINKS = {  # bytes/s that a GPU sends, as the makers state them
-    "NVLink 4, 450 GB/s": 450e9,
-    "InfiniBand 400 Gb/s for each GPU": 50e9,
-    "PCIe 4 x16, 32 GB/s": 32e9,
-    "Ethernet 100 Gb/s for eight": 100e9 / 8 / 8,
-}
+GPUS = 8  # of a machine
+WITHIN = {"NVLink 4, 450 GB/s": 450e9, "PCIe 4 x16, 32 GB/s": 32e9}  # bytes/s that a GPU sends, as the makers state them
+# Bytes/s that a machine sends. A ring through the GPUs of one after the other enters and leaves it once, so that all its
+# cards together serve its rings.
+ACROSS = {"eight cards of 400 Gb/s": 8 * 400e9 / 8, "one card of 100 Gb/s": 100e9 / 8}
 NORM_COLLECTIVES = 5  # a BatchNorm's in training: count, sums and squares forward, two backward
 
 
@@ -130,7 +129,8 @@ def _saved(model: nn.Module, x: Tensor) -> tuple[int, int]:
 
 
 def ring_seconds(size: float, processes: int, rate: float) -> float:
-    """A ring's all-reduce: each process sends ``2 (K - 1) / K`` times the bytes; latencies are left out."""
+    """A ring's all-reduce: over each of its links go ``2 (K - 1) / K`` times the bytes, at the rate of the slowest;
+    latencies are left out. Several rings share bytes and links."""
     return 2 * (processes - 1) / processes * size / rate
 
 
@@ -186,9 +186,11 @@ def _all_reduce() -> str:
     for arch in ARCHS:
         for net in _networks(arch):
             size = 4 * net.params
-            times = [f"{1e3 * ring_seconds(size, 8, rate):.1f}" for rate in LINKS.values()]
+            links = [(rate, GPUS) for rate in WITHIN.values()] + [(rate, 2 * GPUS) for rate in ACROSS.values()]
+            times = [f"{1e3 * ring_seconds(size, processes, rate):.1f}" for rate, processes in links]
             rows.append([net.name, f"{size / 1e6:.0f}", f"{size / 2e6:.0f}", *times])
-    return table(["network", "float32, MB", "bfloat16, MB", *(f"{name}: ms" for name in LINKS)], rows)
+    head = [f"eight, {name}: ms" for name in WITHIN] + [f"two machines, {name} each: ms" for name in ACROSS]
+    return table(["network", "float32, MB", "bfloat16, MB", *head], rows)
 
 
 def _rates() -> str:
@@ -199,11 +201,11 @@ def _rates() -> str:
             *((network(arch, "moe", 2), m, k) for m, k in METHODS),
         ]:
             p, rate = passes(method, steps), images_a_second(net, method, steps)
-            read = 8 * rate * p.images
+            read = GPUS * rate * p.images
             norms = net.norms * NORM_COLLECTIVES * p.in_training_mode
             rows.append([
                 f"{net.name}, {method}, {steps} steps", f"{2 * net.macs * p.total / 1e9:.0f}", f"{rate:.0f}",
-                f"{8 * rate:.0f}", f"{1e3 * SHARE / rate:.0f}", f"{IMAGES / (8 * rate) / 60:.1f}",
+                f"{GPUS * rate:.0f}", f"{1e3 * SHARE / rate:.0f}", f"{IMAGES / (GPUS * rate) / 60:.1f}",
                 f"{read * JPEG / 1e6:.0f}", f"{read / DECODED_A_SECOND:.0f}",
                 str(norms), f"{1e3 * norms * LATENCY:.0f}",
             ])  # fmt: skip
@@ -218,13 +220,13 @@ def _beyond() -> str:
         for experts in (2, 16):
             net = network(arch, "moe", experts)
             step = SHARE / images_a_second(net, "AdvMoE", 2)
-            for name in ("InfiniBand 400 Gb/s for each GPU", "Ethernet 100 Gb/s for eight"):
+            for name, rate in ACROSS.items():
                 shares = []
-                for processes in (8, 16, 64, 256):
-                    sent = ring_seconds(4 * net.params, processes, LINKS[name])
+                for processes in (2 * GPUS, 64, 256):
+                    sent = ring_seconds(4 * net.params, processes, rate)
                     shares.append(percent(step / (step + sent)))
                 rows.append([f"{net.name}, {name}", *shares])
-    return table(["network and link", "8 GPUs", "16", "64", "256"], rows)
+    return table(["network and a machine's links", "16 GPUs", "64", "256"], rows)
 
 
 def _unused() -> str:

@@ -44,12 +44,19 @@ def calls(callers: int, openmp: int, each: int) -> Callable[[], None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7, help="timings of each, in turn (7)")
-    parser.add_argument("--calls", type=int, default=16, help="calls of the layer in each timing, of all callers (16)")
+    parser.add_argument(
+        "--calls",
+        type=int,
+        default=16,
+        help="calls in each timing, of all callers together, rounded up (16)",
+    )
     o = parser.parse_args()
     settings = [(callers, openmp) for callers in CALLERS for openmp in OPENMP]
-    seconds = medians([calls(c, t, o.calls // c) for c, t in settings], o.repeats)
+    each = [-(-o.calls // callers) for callers, _ in settings]
+    taken = medians([calls(*setting, n) for setting, n in zip(settings, each, strict=True)], o.repeats)
+    seconds = [s / (callers * n) for (callers, _), n, s in zip(settings, each, taken, strict=True)]
     rows = [
-        [str(callers), str(openmp), f"{1e3 * s / o.calls:.2f}", f"{s / seconds[0]:.2f}"]
+        [str(callers), str(openmp), f"{1e3 * s:.2f}", f"{s / seconds[0]:.2f}"]
         for (callers, openmp), s in zip(settings, seconds, strict=True)
     ]
     print(table(["Python threads", "OpenMP threads each", "ms a call", "of one and one"], rows))

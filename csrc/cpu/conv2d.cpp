@@ -67,6 +67,8 @@ std::string check_with_weight(const Call& call) {
     const WeightLayout& w = call.weight;
     if (error.empty()) error = check_side(call.slices.out, s.K, w.total_out, "out_slices");
     if (error.empty()) error = check_side(call.slices.in, s.C / s.groups, w.total_in, "in_slices");
+    if (error.empty() && (!addressable({w.total_out}) || !addressable({w.total_in})))
+        error = "weight: channels of more than 2^60 bytes";
     if (!error.empty()) return error;
     int64_t furthest = 0, way;
     const int64_t sizes[] = {w.total_out, w.total_in, s.R, s.S};
@@ -183,6 +185,23 @@ void require(Result result) {
     if (result == Result::out_of_memory) throw std::bad_alloc();
 }
 
+struct Operand {
+    const char* name;
+    const void* data;
+    int64_t numel;
+};
+
+// What is read and written is there, and so are the samples' experts, which weights are packed without.
+std::string check_present(const Call& call, std::initializer_list<Operand> operands) {
+    for (const Side& side : {call.slices.out, call.slices.in}) {
+        if (side.count > 0 && side.expert == nullptr && call.shape.V > 0) return "slices: without samples' experts";
+    }
+    for (const Operand& operand : operands) {
+        if (operand.data == nullptr && operand.numel > 0) return std::string(operand.name) + ": missing";
+    }
+    return {};
+}
+
 std::string run(Direction direction, const Call& call, const void* src, const void* weight, Packed given, void* dst,
                 const Epilogue& epilogue) {
     std::string error = check_with_weight(call);
@@ -193,6 +212,10 @@ std::string run(Direction direction, const Call& call, const void* src, const vo
     const Conv2dShape& s = call.shape;
     const bool forward = direction == Direction::forward;
     const int64_t images = s.V / (forward ? s.k : 1) * s.H * s.W * s.C, features = s.V * s.P * s.Q * s.K;
+    error = check_present(call, {{forward ? "input" : "grad", src, forward ? images : features},
+                                 {"weight", given.data == nullptr ? weight : given.data, s.V},
+                                 {forward ? "output" : "grad_input", dst, forward ? features : images}});
+    if (!error.empty()) return error;
     const int64_t size = size_of(call.dtype), wide = acc_size(call.dtype);
     const int64_t rows = epilogue.affine_per_slice ? call.weight.total_out : s.K;
     error = check_apart({dst, (forward ? features : images) * size},
@@ -291,7 +314,10 @@ int64_t pack_numel(Direction direction, const Call& call) {
 }
 
 std::string pack(Direction direction, const Call& call, const void* weight, void* packed) {
-    const std::string error = check_with_weight(call);
+    std::string error = check_with_weight(call);
+    if (error.empty())
+        error = check_apart({packed, pack_numel(direction, call) * acc_size(call.dtype)},
+                            {{weight, weight_numel(call) * size_of(call.dtype)}});
     if (!error.empty()) return error;
     const Passes passes = passes_of(direction, call.shape);
     const std::vector<Group> pairs = all_pairs(call.shape, call.slices);
@@ -317,9 +343,10 @@ std::string conv2d_grad_weight(const Call& call, const void* grad, const void* x
     const bool by_channel = strides[1] == taps && strides[2] == s.S && strides[3] == 1;
     const bool by_tap = strides[1] == 1 && strides[2] == s.S * w.total_in && strides[3] == w.total_in;
     if (strides[0] != w.total_in * taps || !(by_channel || by_tap)) return "grad_weight: must be dense, or channels_last";
-    const int64_t size = size_of(call.dtype);
-    error = check_apart({grad_weight, weight_numel(call) * size},
-                        {{grad, s.V * s.P * s.Q * s.K * size}, {x, s.V / s.k * s.H * s.W * s.C * size}});
+    const int64_t size = size_of(call.dtype), images = s.V / s.k * s.H * s.W * s.C, features = s.V * s.P * s.Q * s.K;
+    error = check_present(call, {{"grad", grad, features}, {"input", x, images}, {"grad_weight", grad_weight, 1}});
+    if (!error.empty()) return error;
+    error = check_apart({grad_weight, weight_numel(call) * size}, {{grad, features * size}, {x, images * size}});
     if (!error.empty()) return error;
     Plan plan;
     error = make_plan(s, call.slices, plan);

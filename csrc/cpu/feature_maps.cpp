@@ -66,14 +66,16 @@ std::string check_results(DType dtype, FeatureKernel kernel, const FeatureJob& j
     const Span x{job.x, bytes}, grad{job.grad, bytes}, residual{job.residual, bytes}, y{job.y, bytes};
     const Span scale{job.scale, side}, mean{job.mean, side}, shift{job.shift, side}, grad_scale{job.grad_scale, side},
         kept_shift{job.kept_shift, side}, pooled_grad{job.pooled_grad, job.samples * job.channels * number};
+    const Span expert{job.side.expert, job.samples * int64_t(sizeof(int64_t))},
+        starts{job.side.starts, job.side.count * int64_t(sizeof(int64_t))};
     const int64_t reduced = kernel == FeatureKernel::dot   ? job.samples * number
                             : kernel == FeatureKernel::map ? job.samples * job.channels * number
                                                            : side;
     const Span results[] = {y, {job.first, reduced}, {job.second, reduced}, {job.third, reduced}};
     for (int i = 0; i < 4; ++i) {
         if (results[i].data == nullptr) continue;
-        std::string error =
-            check_apart(results[i], {x, grad, residual, scale, mean, shift, grad_scale, kept_shift, pooled_grad});
+        std::string error = check_apart(
+            results[i], {x, grad, residual, scale, mean, shift, grad_scale, kept_shift, pooled_grad, expert, starts});
         for (int j = 0; j < i && error.empty(); ++j) error = check_apart(results[i], {results[j]});
         if (!error.empty()) return error;
     }

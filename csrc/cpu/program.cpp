@@ -39,6 +39,11 @@ void require(const std::string& error) {
     if (!error.empty()) throw std::invalid_argument(error);
 }
 
+// Without numbers there are no rows, and nobody looks at which a sample asks for.
+void forget_rows(ProgramPrologue& p) {
+    if (p.scale == nullptr && p.shift == nullptr) p.expert = kNowhere;
+}
+
 // Rows of a prologue that samples ask for.
 std::string check_rows(const ProgramPrologue& p, const int64_t* expert, int64_t samples) {
     if (p.scale == nullptr && p.shift == nullptr) return {};
@@ -87,8 +92,8 @@ Program::Memory::~Memory() { std::free(data); }
 Program::Program(DType dtype, int64_t sample_bytes, int64_t chunk, Late late)
     : dtype_(dtype), sample_bytes_(sample_bytes), chunk_(chunk), late_(std::move(late)) {
     if (dtype != DType::float32 && dtype != DType::float64) require("dtype: expected float32 or float64");
-    if (sample_bytes < 0 || sample_bytes > kMaxBytes || chunk < 1)
-        require("memory: expected bytes, and samples of a chunk");
+    if (!is_memory(sample_bytes) || chunk < 1 || chunk > kMaxSize)
+        require("memory: expected a multiple of 8 bytes, and 1 .. 2^31 samples of a chunk");
     require(check(late_, {dtype_, sample_bytes_}));
 }
 
@@ -108,6 +113,7 @@ void Program::load(int64_t input, Place dst) {
 
 void Program::store(int64_t output, Place src, ProgramPrologue prologue) {
     const Room room{dtype_, this->room()};
+    forget_rows(prologue);
     require(check(src, room, "src"));
     require(check(prologue, src, room));
     if (output < 0) require("output: expected a number from 0 on");
@@ -133,6 +139,7 @@ void Program::store_index(int64_t output, int64_t src) {
 }
 
 void Program::conv(ProgramConv conv) {
+    forget_rows(conv.prologue);
     require(check(conv, {dtype_, room()}));
     Step step{Step::Kind::conv};
     step.which = convs_.size();
@@ -144,6 +151,7 @@ void Program::conv(ProgramConv conv) {
 }
 
 void Program::layer(ProgramLayer layer) {
+    forget_rows(layer.prologue);
     require(check(layer, {dtype_, room()}));
     Step step{Step::Kind::layer};
     step.which = layers_.size();
@@ -153,6 +161,7 @@ void Program::layer(ProgramLayer layer) {
 
 std::string Program::check_run(int64_t samples, int threads) const {
     if (samples < 0) return "samples: expected a number from 0 on, got " + std::to_string(samples);
+    if (late_.first > int64_t(steps_.size())) return "late: begins behind the last step";
     const std::string error = check_threads(threads);
     if (error.empty() &&
         (!addressable({samples, threads, sample_bytes_}) || !addressable({samples, threads, late_.sample_bytes})))
@@ -242,6 +251,7 @@ std::string Program::run(int64_t samples, const std::vector<External>& inputs, c
     if (parts == 1) {
         error = run_part({static_cast<char*>(own->data), 0, samples, &inputs, &outputs, threads}, cut, seconds);
     } else {
+        kernels();  // what a wrong choice of them throws must not leave a thread
         bool no_memory = false;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (threads > 1)
         for (int64_t i = 0; i < parts; ++i) {

@@ -21,6 +21,16 @@ bool meet(const Place& a, const Place& b, Room room) {
     return !same || (a.channel < b.channel + b.channels && b.channel < a.channel + a.channels);
 }
 
+Place place_of_index(int64_t offset, Room room) {
+    const int64_t numbers = int64_t(sizeof(int64_t)) / size_of(room.dtype);
+    return {offset, 0, 1, 1, numbers, numbers};
+}
+
+// Of what every step may read besides.
+bool meets_index(const Place& dst, int64_t offset, Room room) {
+    return offset != kNowhere && meet(dst, place_of_index(offset, room), room);
+}
+
 std::string check_size(const Place& place, int64_t channels, int64_t height, int64_t width, const char* name) {
     if (place.channels == channels && place.height == height && place.width == width) return {};
     return std::string(name) + ": expected " + text(channels) + " x " + text(height) + " x " + text(width) + ", got " +
@@ -96,10 +106,12 @@ std::string check_shapes(const ProgramLayer& l) {
 
 }  // namespace
 
+bool is_memory(int64_t bytes) { return bytes >= 0 && bytes <= kMaxBytes && bytes % int64_t(sizeof(int64_t)) == 0; }
+
 std::string check(const Late& late, Room room) {
     if (late.first < 0) return {};
-    if (late.first == 0 || late.chunk < 1 || late.sample_bytes < 0 || late.sample_bytes > kMaxBytes)
-        return "late: expected steps before it, samples, and memory";
+    if (late.first == 0 || late.chunk < 1 || late.chunk > kMaxSize || !is_memory(late.sample_bytes))
+        return "late: expected steps before it, 1 .. 2^31 samples, and a multiple of 8 bytes";
     for (const Late::Live& live : late.live) {
         for (const int64_t bytes : {room.bytes, late.sample_bytes}) {
             if (live.offset < 0 || live.bytes < 0 || live.offset > bytes || live.bytes > bytes - live.offset)
@@ -159,7 +171,9 @@ std::string check(const ProgramConv& c, Room room) {
     }
     if (error.empty() && c.gate != kNowhere) error = check({c.gate, 0, 1, 1, 1, 1}, room, "gate");
     if (error.empty()) error = check(c.prologue, c.src, room);
-    if (error.empty() && (meet(c.dst, c.src, room) || meet(c.dst, c.residual, room)))
+    const Place gate = c.gate == kNowhere ? Place{} : Place{c.gate, 0, 1, 1, 1, 1};
+    if (error.empty() && (meet(c.dst, c.src, room) || meet(c.dst, c.residual, room) || meet(c.dst, gate, room) ||
+                          meets_index(c.dst, c.prologue.expert, room)))
         error = "dst: overlaps what it is computed from";
     return error;
 }
@@ -176,9 +190,10 @@ std::string check(const ProgramLayer& l, Room room) {
         op == LayerOp::group_norm || op == LayerOp::linear || chooses || op == LayerOp::softmax || op == LayerOp::gather;
     if (error.empty() && reads_plain && !l.prologue.none()) error = "prologue: of a layer that has none";
     if (error.empty()) error = check(l.prologue, l.src, room);
-    const int64_t numbers = sizeof(int64_t) / size_of(room.dtype);
-    const Place written = chooses ? Place{l.index, 0, 1, 1, numbers, numbers} : l.dst;
-    if (error.empty() && (meet(written, l.src, room) || meet(written, l.other, room)))
+    const Place written = chooses ? place_of_index(l.index, room) : l.dst;
+    if (error.empty() &&
+        (meet(written, l.src, room) || meet(written, l.other, room) ||
+         (op == LayerOp::gather && meets_index(written, l.index, room)) || meets_index(written, l.prologue.expert, room)))
         error = "dst: overlaps what it is computed from";
     return error;
 }

@@ -15,6 +15,9 @@ struct Room {
     int64_t bytes;
 };
 
+// Bytes of a sample: those of several lie one behind the other, and indices in them.
+bool is_memory(int64_t bytes);
+
 std::string check(const Late& late, Room room);
 std::string check(const Place& place, Room room, const char* name);
 std::string check_index(int64_t offset, Room room, const char* name);

@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <exception>
 #include <new>
 #include <random>
 #include <stdexcept>
@@ -129,7 +130,7 @@ void for_cases(uint64_t seed, int64_t first, int64_t cases, const F& f) {
         source = &generator;
         try {
             f();
-        } catch (const std::runtime_error& error) {
+        } catch (const std::exception& error) {
             throw std::runtime_error("seed " + std::to_string(seed) + ", case " + std::to_string(i) + ": " +
                                      error.what());
         }

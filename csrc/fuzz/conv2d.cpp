@@ -132,7 +132,7 @@ void require_none(const Case& c, const std::string& error) {
     if (!error.empty()) fail(c, error);
 }
 
-// Calls f(r, s) for each tap at which output (p, q) reads pixel (h, w).
+// Calls f(r, s) for each tap of the kernel.
 template <class F>
 void taps(const Conv2dShape& s, const F& f) {
     for (int64_t r = 0; r < s.R; ++r) {
@@ -151,6 +151,9 @@ void run(Case& c) {
         grad_weight(dtype, c.call.weight.total_out * c.call.weight.total_in * s.R * s.S, false);
     Buffer bias(accumulator(dtype), c.call.weight.total_out, true), gate(accumulator(dtype), s.V, true);
     Buffer residual(dtype, s.V * s.P * s.Q * s.K, true);
+    const bool per_slice = one_in(2);
+    Buffer scale(accumulator(dtype), per_slice ? layout.total_out : s.K, true);
+    Buffer shift(accumulator(dtype), per_slice ? layout.total_out : s.K, true);
     auto w_at = [&](int64_t v, int64_t o, int64_t i, int64_t r, int64_t t) {
         return (c.out_start(v) + o) * layout.strides[0] + (c.in_start(v) + i) * layout.strides[1] +
                r * layout.strides[2] + t * layout.strides[3];
@@ -161,6 +164,9 @@ void run(Case& c) {
     Epilogue epilogue;
     if (one_in(2)) epilogue.bias = bias.data();
     if (one_in(2)) epilogue.gate = gate.data();
+    if (one_in(3)) epilogue.scale = scale.data();
+    if (one_in(3)) epilogue.shift = shift.data();
+    epilogue.affine_per_slice = per_slice;
     if (one_in(3)) epilogue.residual = residual.data();
     epilogue.relu = one_in(3);
     for (const Direction direction : {Direction::forward, Direction::grad_input}) {
@@ -174,8 +180,10 @@ void run(Case& c) {
                                 : conv2d_grad_input(c.call, grad.data(), weight.data(), given, grad_input.data()));
         if (packs) {
             const Packed wrong{packed.data(), numel + 1};
-            if (conv2d_forward(c.call, x.data(), weight.data(), wrong, y.data(), epilogue).empty() && forward)
-                fail(c, "packed weights of another size were taken");
+            const std::string said =
+                forward ? conv2d_forward(c.call, x.data(), weight.data(), wrong, y.data(), epilogue)
+                        : conv2d_grad_input(c.call, grad.data(), weight.data(), wrong, grad_input.data());
+            if (said.empty()) fail(c, "packed weights of another size were taken");
         }
     }
     Call gradient = c.call;
@@ -184,6 +192,13 @@ void run(Case& c) {
     require_none(c, conv2d_grad_weight(gradient, grad.data(), x.data(), grad_weight.data()));
     if (s.V * s.H * s.W > 0 && s.P * s.Q > 0) {
         const Packed none{nullptr, 0};
+        const int missing = int(between(0, 2));
+        void *a = x.data(), *b = weight.data(), *to = y.data(), *gradients = grad.data(), *dw = grad_weight.data();
+        (missing == 0 ? a : missing == 1 ? b : to) = nullptr;
+        (missing == 0 ? gradients : dw) = nullptr;
+        if (conv2d_forward(c.call, a, b, none, to, {}).empty() ||
+            conv2d_grad_weight(gradient, gradients, x.data(), dw).empty())
+            fail(c, "a missing tensor was taken");
         if (conv2d_forward(c.call, x.data(), weight.data(), none, x.data(), {}).empty() ||
             conv2d_grad_input(c.call, grad.data(), weight.data(), none, weight.data()).empty() ||
             conv2d_grad_weight(gradient, grad.data(), x.data(), grad.data()).empty())
@@ -193,7 +208,8 @@ void run(Case& c) {
         *values[between(0, 4)] = y.data();
         const Packed over{y.data(), pack_numel(Direction::forward, c.call)};
         if (conv2d_forward(c.call, x.data(), weight.data(), none, y.data(), onto).empty() ||
-            conv2d_forward(c.call, x.data(), weight.data(), over, y.data(), {}).empty())
+            conv2d_forward(c.call, x.data(), weight.data(), over, y.data(), {}).empty() ||
+            pack(Direction::forward, c.call, weight.data(), weight.data()).empty())
             fail(c, "an output over what is read with it was taken");
     }
 
@@ -208,6 +224,9 @@ void run(Case& c) {
         });
         if (epilogue.bias != nullptr) sum.add(bias.get(c.out_start(v) + o));
         if (epilogue.gate != nullptr) sum.value *= gate.get(v);
+        const int64_t row = per_slice ? c.out_start(v) + o : o;
+        if (epilogue.scale != nullptr) sum.value *= scale.get(row);
+        if (epilogue.shift != nullptr) sum.add(shift.get(row));
         if (epilogue.residual != nullptr) sum.add(residual.get(y_at(v, p, q, o)));
         if (epilogue.relu && sum.value < 0) sum.value = 0;
         require_close(c, "output", y.get(y_at(v, p, q, o)), sum, 2);
@@ -249,8 +268,12 @@ void run(Case& c) {
 // One argument wrong: an answer that says so, before any memory is touched. False where it happens to be right.
 bool spoil(Case& c) {
     Conv2dShape& s = c.call.shape;
-    Side& out = c.call.slices.out;
     WeightLayout& w = c.call.weight;
+    const bool of_output = one_in(2);
+    Side& side = of_output ? c.call.slices.out : c.call.slices.in;
+    std::vector<int64_t>& starts = of_output ? c.out_starts : c.in_starts;
+    std::vector<int64_t>& expert = of_output ? c.out_expert : c.in_expert;
+    const int64_t total = of_output ? w.total_out : w.total_in, width = of_output ? s.K : s.C;
     int64_t* const sizes[] = {&s.C,     &s.K,     &s.R,      &s.S, &s.stride_h,  &s.stride_w,
                               &s.dil_h, &s.dil_w, &s.groups, &s.k, &w.total_out, &w.total_in};
     int64_t* const counts[] = {&s.V, &s.H, &s.W, &s.P, &s.Q, &s.pad_h, &s.pad_w};
@@ -280,28 +303,34 @@ bool spoil(Case& c) {
             return w.strides[i] < 0 || (i == 0 ? w.total_out : i == 1 ? w.total_in : i == 2 ? s.R : s.S) > 1;
         }
         case 7:
-            if (out.starts != nullptr) {
-                c.out_starts[size_t(between(0, out.count - 1))] = one_in(2) ? -1 : w.total_out - s.K + between(1, 2);
+            if (side.starts != nullptr) {
+                starts[size_t(between(0, side.count - 1))] = one_in(2) ? -1 : total - width + between(1, 2);
             } else {
-                out.count = out.count > 0 ? out.count + between(1, 2) : -1;
+                side.count = side.count > 0 ? side.count + between(1, 2) : -1;
             }
             return true;
         case 8:
             w.total_out = s.K - 1;
             return true;
         default:
-            if (c.out_expert.empty() || s.V == 0) return false;
-            c.out_expert[size_t(between(0, s.V - 1))] = one_in(2) ? -1 : out.count + between(0, 2);
+            if (expert.empty() || s.V == 0) return false;
+            if (one_in(4))
+                side.expert = nullptr;
+            else
+                expert[size_t(between(0, s.V - 1))] = one_in(2) ? -1 : side.count + between(0, 2);
             return true;
     }
 }
 
 void run_wrong(Case& c) {
+    if (one_in(2)) c.call.weight = dense(c, one_in(2));  // as gradients are written
     if (!spoil(c)) return;
+    const DType dtype = c.call.dtype;
+    Buffer from(dtype, 1, true), weight(dtype, 1, true), to(dtype, 1, false);  // of what is looked at too late
     const Packed none{nullptr, 0};
-    if (conv2d_forward(c.call, nullptr, nullptr, none, nullptr, {}).empty() ||
-        conv2d_grad_input(c.call, nullptr, nullptr, none, nullptr).empty() ||
-        conv2d_grad_weight(c.call, nullptr, nullptr, nullptr).empty())
+    if (conv2d_forward(c.call, from.data(), weight.data(), none, to.data(), {}).empty() ||
+        conv2d_grad_input(c.call, from.data(), weight.data(), none, to.data()).empty() ||
+        conv2d_grad_weight(c.call, from.data(), weight.data(), to.data()).empty())
         fail(c, "wrong arguments were taken");
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -209,7 +210,7 @@ bool spoil(Case& c) {
     FeatureJob& j = c.job;
     int64_t* const sizes[] = {&j.samples, &j.pixels, &j.channels, &j.total};
     const bool some = j.samples * j.pixels * j.channels > 0;
-    switch (between(0, 7)) {
+    switch (between(0, 8)) {
         case 0:
             *sizes[between(0, 3)] = -between(1, 3);
             return true;
@@ -236,6 +237,13 @@ bool spoil(Case& c) {
         case 6:
             if (!some) return false;
             (c.kernel == FeatureKernel::map ? j.y : j.first) = nullptr;
+            return true;
+        case 7:  // a result over the samples' experts
+            if (c.kernel != FeatureKernel::map || !some || j.side.count == 0 ||
+                j.pixels * j.channels * size_of(c.dtype) < int64_t(sizeof(int64_t)))
+                return false;
+            std::memset(j.y, 0, size_t(j.samples) * sizeof(int64_t));  // experts that there are
+            j.side.expert = static_cast<const int64_t*>(j.y);
             return true;
         default:  // a result over what it is computed from
             if (!some || size_of(c.dtype) < 4) return false;

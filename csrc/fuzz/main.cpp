@@ -84,9 +84,7 @@ void run_shared(const SharedProgram& program, int64_t rounds, int64_t shift) {
     }
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int run(int argc, char** argv) {
     if (argc < 3 || argc > 4) {
         std::fprintf(stderr, "usage: fuzz SEED CASES [THREADS]\n");
         return 2;
@@ -117,4 +115,15 @@ int main(int argc, char** argv) {
         all = all && failed[i].empty();
     }
     return all && count > 0 ? 0 : 1;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    try {
+        return run(argc, argv);
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "%s\n", error.what());
+        return 1;
+    }
 }

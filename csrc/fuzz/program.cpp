@@ -314,7 +314,7 @@ void make(Case& c) {
     if (one_in(2) && c.steps.size() > 1) {
         c.late.first = between(1, int64_t(c.steps.size()) - 1);
         c.late.chunk = between(1, 12);
-        c.late.sample_bytes = c.bytes;
+        c.late.sample_bytes = c.bytes + 64 * between(0, 2);
     }
     for (Value& value : c.values) {
         if (value.index) {
@@ -589,13 +589,22 @@ void spoil_place(const Case& c, Place& p) {
     }
 }
 
+// The result where the samples' rows of its prologue are read.
+bool write_over_index(Place& dst, const ProgramPrologue& p) {
+    if (p.expert == kNowhere || (p.scale == nullptr && p.shift == nullptr)) return false;
+    dst.offset = p.expert;
+    return true;
+}
+
 bool spoil_conv(const Case& c, ProgramConv& conv) {
     Conv2dShape& s = conv.shape;
     int64_t* const sizes[] = {&s.V, &s.C, &s.K, &s.P, &s.Q, &s.H, &s.W};
-    switch (between(0, 6)) {
+    switch (between(0, 7)) {
         case 0:
             spoil_place(c, one_in(2) ? conv.src : conv.dst);
             return true;
+        case 6:
+            return write_over_index(conv.dst, conv.prologue);
         case 1:
             *sizes[between(0, 6)] += one_in(2) ? 1 : int64_t(1) << between(20, 61);
             return true;
@@ -609,7 +618,7 @@ bool spoil_conv(const Case& c, ProgramConv& conv) {
             conv.out_count = conv.out_count == 0 ? 1 : -1;
             return true;
         case 5:
-            conv.gate = one_in(2) ? c.bytes : -8;
+            conv.gate = one_in(3) ? c.bytes : one_in(2) ? -8 : conv.dst.offset;
             return true;
         default:
             if (conv.out_starts.empty()) return false;
@@ -632,8 +641,13 @@ bool spoil_layer(const Case& c, ProgramLayer& l) {
                 l.dst = l.src;
             return true;
         case 2:
-            if (j.op != LayerOp::argmax && j.op != LayerOp::gather) return false;
-            l.index = one_in(2) ? c.bytes : 4;
+            if (j.op != LayerOp::argmax && j.op != LayerOp::gather) {
+                return write_over_index(l.dst, l.prologue);
+            }
+            if (j.op == LayerOp::gather && one_in(2))
+                l.dst.offset = l.index;
+            else
+                l.index = one_in(2) ? c.bytes : 4;
             return true;
         case 3:
             if (!pool && j.op != LayerOp::copy) return false;
@@ -674,7 +688,7 @@ bool spoil_index(Case& c) {
 // One argument wrong. False where it happens to be right.
 bool spoil(Case& c) {
     Step& step = *std::next(c.steps.begin(), between(0, int64_t(c.steps.size()) - 1));
-    switch (between(0, 5)) {
+    switch (between(0, 9)) {
         case 0:
             c.threads = one_in(2) ? int(-between(0, 2)) : kMaxThreads + int(between(1, 1 << 20));
             return true;
@@ -687,17 +701,34 @@ bool spoil(Case& c) {
                 (one_in(2) ? c.inputs : c.outputs).pop_back();
             else
                 c.inputs[0].strides[0] = one_in(2) ? -1 : int64_t(1) << between(60, 62);
-            return c.samples > 1 || c.inputs.empty() || c.inputs[0].strides[0] < 0 || c.inputs.size() < 1;
+            return c.samples > 1 || c.inputs.empty() || c.inputs[0].strides[0] < 0;
         case 3:
             return spoil_index(c);
         case 4:
+        case 5:
             if (one_in(3)) {
-                c.chunk = -between(0, 2);
+                c.chunk = one_in(2) ? -between(0, 2) : int64_t(1) << between(32, 62);
+                return true;
+            }
+            if (one_in(3)) {
+                c.bytes += between(1, 7);
                 return true;
             }
             if (c.late.first < 0) return false;
-            (one_in(2) ? c.late.chunk : c.late.sample_bytes) = -between(1, 2);
-            return true;
+            switch (between(0, 3)) {
+                case 0:
+                    c.late.chunk = one_in(2) ? -between(0, 2) : int64_t(1) << between(32, 62);
+                    return true;
+                case 1:
+                    c.late.sample_bytes = one_in(2) ? -8 : c.late.sample_bytes + between(1, 7);
+                    return true;
+                case 2:  // too few for the last step, which is a late one
+                    c.late.sample_bytes = c.steps.back().dst->place.offset;
+                    return true;
+                default:
+                    c.late.first = 3 * int64_t(c.steps.size() + c.values.size());
+                    return true;
+            }
         default:
             if (auto* conv = std::get_if<ProgramConv>(&step.what)) return spoil_conv(c, *conv);
             if (auto* layer = std::get_if<ProgramLayer>(&step.what)) return spoil_layer(c, *layer);

@@ -299,7 +299,7 @@ class Recording:
     def prologue(self, value: Value) -> Callable[[], tuple[int, int, int, int, int, bool]]:
         p = value.prologue
         scale, shift = self.pointer(p.scale), self.pointer(p.shift)
-        rows = max(0 if t is None else t.numel() // value.channels for t in (p.scale, p.shift))
+        rows = min((t.numel() // value.channels for t in (p.scale, p.shift) if t is not None), default=0)
         return lambda: (scale, shift, offset_of(p.expert), value.channels, rows, p.relu)
 
     def layer(
