@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import json
 import logging
 import os
@@ -102,6 +103,9 @@ def _run(options: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAULT
     except (*_FAULTS, OSError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # whoever gave it can mend it
+            print(f"advmoe: {shown(str(error.filename))}: {error.strerror}", file=sys.stderr)
+            return USAGE
         print(f"advmoe: {error}", file=sys.stderr)
         return FAULT
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from .registry import shown
+
 __all__ = ["WriteError", "add_line", "write_text", "write_whole"]
 
 _ADVICE = {
@@ -39,9 +41,8 @@ class WriteError(OSError):
 
     def __str__(self) -> str:
         advice = _ADVICE.get(self.errno or 0, "")
-        return "; ".join(
-            each for each in (f"{self.filename} cannot be written: {self.strerror}", advice, self.then) if each
-        )
+        name = shown(self.filename) if self.errno == errno.ENAMETOOLONG else self.filename
+        return "; ".join(each for each in (f"{name} cannot be written: {self.strerror}", advice, self.then) if each)
 
 
 def open_own(name: str, flags: int) -> int:

@@ -734,6 +734,7 @@ def _commands() -> dict[str, argparse.ArgumentParser]:
     return next(dict(a.choices) for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
 
 
+LONG = "9" * 5000
 OPTIONS = sorted(
     {option for parser in _commands().values() for option in parser._option_string_actions} - {"-h", "--help"}
 )
@@ -742,9 +743,7 @@ words = st.lists(
         st.sampled_from(OPTIONS),
         st.sampled_from(OPTIONS).map(lambda option: option[:-1] + "x"),
         st.tuples(st.sampled_from(OPTIONS), st.text(max_size=6)).map("=".join),
-        st.sampled_from(
-            ["0", "-1", "1", "nan", "inf", "1e400", "x", "", "--", "-", "dense", "moe", "at", "9" * 5000, "\0"]
-        ),
+        st.sampled_from(["0", "-1", "1", "nan", "inf", "1e400", "x", "", "--", "-", "dense", "moe", "at", LONG, "\0"]),
         st.text(max_size=6),
     ),
     max_size=8,
@@ -810,6 +809,31 @@ def test_a_near_name_is_named(given: list[str], message: str, capsys: pytest.Cap
         cli.main(given)
     err = capsys.readouterr().err
     assert done.value.code == 2 and message in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["replay", LONG],
+        ["evaluate", LONG],
+        ["evaluate", "run", "--out", LONG],
+        ["train", "--resume", LONG],
+        ["train", "--out", LONG],
+        ["train", "--out", "run", "--data", "cifar10", "--data-dir", LONG],
+        ["train", "--out", "run", "--init", LONG],
+        ["dual", LONG, LONG, "--out", "dual"],
+        ["export", LONG, "--out", "model"],
+        ["report", LONG, "--out", "report"],
+        ["demo", "--out", LONG],
+    ],
+    ids=lambda given: " ".join(word[:9] for word in given),
+)
+def test_a_name_that_no_file_can_have_is_the_callers(
+    given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = refused(capsys, *given)
+    assert message.startswith("advmoe: '9999") and "File name too long" in message and len(message) < 250
 
 
 def test_the_exit_codes_are_the_documented_ones() -> None:
