@@ -61,7 +61,7 @@ inline std::string check_apart(Span output, std::initializer_list<Span> inputs) 
     for (const Span& input : inputs) {
         if (input.data != nullptr && input.bytes > 0 && output.bytes > 0 && begin(input) < end(output) &&
             begin(output) < end(input))
-            return "output: overlaps what it is computed from";
+            return "output: overlaps what it is computed from, or another output";
     }
     return {};
 }

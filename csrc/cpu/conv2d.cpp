@@ -191,15 +191,30 @@ struct Operand {
     int64_t numel;
 };
 
+std::string check_operands(std::initializer_list<Operand> operands) {
+    for (const Operand& operand : operands) {
+        if (operand.data == nullptr && operand.numel > 0) return std::string(operand.name) + ": missing";
+    }
+    return {};
+}
+
 // What is read and written is there, and so are the samples' experts, which weights are packed without.
 std::string check_present(const Call& call, std::initializer_list<Operand> operands) {
     for (const Side& side : {call.slices.out, call.slices.in}) {
         if (side.count > 0 && side.expert == nullptr && call.shape.V > 0) return "slices: without samples' experts";
     }
-    for (const Operand& operand : operands) {
-        if (operand.data == nullptr && operand.numel > 0) return std::string(operand.name) + ": missing";
+    return check_operands(operands);
+}
+
+// The result lies over nothing that it is computed from, the call's indices included.
+std::string check_result(const Call& call, Span result, std::initializer_list<Span> inputs) {
+    std::string error = check_apart(result, inputs);
+    for (const Side& side : {call.slices.out, call.slices.in}) {
+        if (error.empty())
+            error = check_apart(result, {{side.expert, call.shape.V * int64_t(sizeof(int64_t))},
+                                         {side.starts, side.count * int64_t(sizeof(int64_t))}});
     }
-    return {};
+    return error;
 }
 
 std::string run(Direction direction, const Call& call, const void* src, const void* weight, Packed given, void* dst,
@@ -218,15 +233,15 @@ std::string run(Direction direction, const Call& call, const void* src, const vo
     if (!error.empty()) return error;
     const int64_t size = size_of(call.dtype), wide = acc_size(call.dtype);
     const int64_t rows = epilogue.affine_per_slice ? call.weight.total_out : s.K;
-    error = check_apart({dst, (forward ? features : images) * size},
-                        {{src, (forward ? images : features) * size},
-                         {given.data == nullptr ? weight : nullptr, weight_numel(call) * size},
-                         {given.data, given.numel * wide},
-                         {epilogue.bias, call.weight.total_out * wide},
-                         {epilogue.gate, s.V * wide},
-                         {epilogue.scale, rows * wide},
-                         {epilogue.shift, rows * wide},
-                         {epilogue.residual, features * size}});
+    error = check_result(call, {dst, (forward ? features : images) * size},
+                         {{src, (forward ? images : features) * size},
+                          {given.data == nullptr ? weight : nullptr, weight_numel(call) * size},
+                          {given.data, given.numel * wide},
+                          {epilogue.bias, call.weight.total_out * wide},
+                          {epilogue.gate, s.V * wide},
+                          {epilogue.scale, rows * wide},
+                          {epilogue.shift, rows * wide},
+                          {epilogue.residual, features * size}});
     if (!error.empty()) return error;
     Plan plan;
     error = make_plan(call.shape, call.slices, plan);
@@ -315,9 +330,10 @@ int64_t pack_numel(Direction direction, const Call& call) {
 
 std::string pack(Direction direction, const Call& call, const void* weight, void* packed) {
     std::string error = check_with_weight(call);
+    if (error.empty()) error = check_operands({{"weight", weight, 1}, {"packed", packed, 1}});
     if (error.empty())
-        error = check_apart({packed, pack_numel(direction, call) * acc_size(call.dtype)},
-                            {{weight, weight_numel(call) * size_of(call.dtype)}});
+        error = check_result(call, {packed, pack_numel(direction, call) * acc_size(call.dtype)},
+                             {{weight, weight_numel(call) * size_of(call.dtype)}});
     if (!error.empty()) return error;
     const Passes passes = passes_of(direction, call.shape);
     const std::vector<Group> pairs = all_pairs(call.shape, call.slices);
@@ -346,7 +362,7 @@ std::string conv2d_grad_weight(const Call& call, const void* grad, const void* x
     const int64_t size = size_of(call.dtype), images = s.V / s.k * s.H * s.W * s.C, features = s.V * s.P * s.Q * s.K;
     error = check_present(call, {{"grad", grad, features}, {"input", x, images}, {"grad_weight", grad_weight, 1}});
     if (!error.empty()) return error;
-    error = check_apart({grad_weight, weight_numel(call) * size}, {{grad, features * size}, {x, images * size}});
+    error = check_result(call, {grad_weight, weight_numel(call) * size}, {{grad, features * size}, {x, images * size}});
     if (!error.empty()) return error;
     Plan plan;
     error = make_plan(s, call.slices, plan);

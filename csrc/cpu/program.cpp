@@ -169,9 +169,10 @@ std::string Program::check_run(int64_t samples, int threads) const {
     return error;
 }
 
-// What lies behind the pointers is the caller's word.
+// How much lies behind the pointers is the caller's word.
 std::string Program::check_tensors(int64_t samples, const std::vector<External>& inputs,
                                    const std::vector<External>& outputs) const {
+    std::vector<Span> read, written;
     for (const Step& step : steps_) {
         const bool loads = step.kind == Step::Kind::load || step.kind == Step::Kind::load_index;
         if (!loads && step.kind != Step::Kind::store && step.kind != Step::Kind::store_index) continue;
@@ -181,12 +182,24 @@ std::string Program::check_tensors(int64_t samples, const std::vector<External>&
         const External& tensor = given[size_t(step.external)];
         const Place& p = step.place;
         const bool index = step.kind == Step::Kind::load_index || step.kind == Step::Kind::store_index;
-        const int64_t sizes[] = {samples, index ? 1 : p.channels, p.height, p.width};
+        const int64_t sizes[] = {samples, index ? 1 : p.channels, index ? 1 : p.height, index ? 1 : p.width};
         if (tensor.data == nullptr) return name + ": missing";
+        int64_t reach = 1;
         for (int i = 0; i < 4; ++i) {
             if (tensor.strides[i] < 0 || !addressable({sizes[i], tensor.strides[i]}))
                 return name + ": strides of more than 2^60 bytes, or negative";
+            reach += (sizes[i] - 1) * tensor.strides[i];
         }
+        (loads ? read : written).push_back({tensor.data, reach * (index ? int64_t(sizeof(int64_t)) : size_of(dtype_))});
+    }
+    // One part of the batch is stored while another is still to be loaded.
+    for (size_t i = 0; i < written.size(); ++i) {
+        std::string error;
+        for (const Span& input : read) {
+            if (error.empty()) error = check_apart(written[i], {input});
+        }
+        for (size_t j = 0; j < i && error.empty(); ++j) error = check_apart(written[i], {written[j]});
+        if (!error.empty()) return error;
     }
     return {};
 }

@@ -47,18 +47,18 @@ inline double from_bits(DType dtype, uint16_t bits) {
     return sign * (exponent == 0 ? std::ldexp(fraction, 1 - bias) : std::ldexp(1 + fraction, exponent - bias));
 }
 
-// Elements in pages of their own, between two that nothing may touch: up to the last byte, or from the first on. What is
-// to be written begins as NaN.
+// Elements in pages of their own, between two that nothing may touch: up to the last byte, or from the first on, and
+// before the next buffer so many bytes more. What is to be written begins as NaN.
 class Buffer {
   public:
-    Buffer(DType dtype, int64_t count, bool filled) : dtype_(dtype) {
+    Buffer(DType dtype, int64_t count, bool filled, size_t more = 0) : dtype_(dtype) {
         const size_t page = size_t(sysconf(_SC_PAGESIZE)), bytes = size_t(count * size_of(dtype));
-        size_ = (bytes + page - 1) / page * page + 2 * page;
+        const size_t usable = (bytes + page - 1) / page * page;
+        size_ = usable + 2 * page + more;
         pages_ = static_cast<char*>(mmap(nullptr, size_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-        if (pages_ == MAP_FAILED ||
-            (size_ > 2 * page && mprotect(pages_ + page, size_ - 2 * page, PROT_READ | PROT_WRITE)))
+        if (pages_ == MAP_FAILED || (usable > 0 && mprotect(pages_ + page, usable, PROT_READ | PROT_WRITE)))
             throw std::bad_alloc();
-        data_ = one_in(4) ? pages_ + page : pages_ + size_ - page - bytes;
+        data_ = pages_ + page + (one_in(4) ? 0 : usable - bytes);
         for (int64_t i = 0; i < count; ++i) set(i, filled ? number() : NAN);
     }
     Buffer(const Buffer&) = delete;

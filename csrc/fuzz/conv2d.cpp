@@ -197,7 +197,9 @@ void run(Case& c) {
         (missing == 0 ? a : missing == 1 ? b : to) = nullptr;
         (missing == 0 ? gradients : dw) = nullptr;
         if (conv2d_forward(c.call, a, b, none, to, {}).empty() ||
-            conv2d_grad_weight(gradient, gradients, x.data(), dw).empty())
+            conv2d_grad_weight(gradient, gradients, x.data(), dw).empty() ||
+            pack(Direction::forward, c.call, missing == 1 ? nullptr : weight.data(), missing == 1 ? y.data() : nullptr)
+                .empty())
             fail(c, "a missing tensor was taken");
         if (conv2d_forward(c.call, x.data(), weight.data(), none, x.data(), {}).empty() ||
             conv2d_grad_input(c.call, grad.data(), weight.data(), none, weight.data()).empty() ||
@@ -211,6 +213,12 @@ void run(Case& c) {
             conv2d_forward(c.call, x.data(), weight.data(), over, y.data(), {}).empty() ||
             pack(Direction::forward, c.call, weight.data(), weight.data()).empty())
             fail(c, "an output over what is read with it was taken");
+        for (const Side& side : {c.call.slices.out, c.call.slices.in}) {
+            void* const index = const_cast<int64_t*>(one_in(2) ? side.expert : side.starts);
+            if (index != nullptr && (conv2d_forward(c.call, x.data(), weight.data(), none, index, {}).empty() ||
+                                     conv2d_grad_weight(gradient, grad.data(), x.data(), index).empty()))
+                fail(c, "an output over its call's indices was taken");
+        }
     }
 
     for (int sample = 0; sample < 12 && s.V * s.P * s.Q > 0; ++sample) {
@@ -310,7 +318,8 @@ bool spoil(Case& c) {
             }
             return true;
         case 8:
-            w.total_out = s.K - 1;
+            w.total_out = one_in(2) ? s.K - 1 : int64_t(1) << between(60, 62);
+            if (w.total_out > s.K) w.strides[0] = 0;  // far, and in no more memory
             return true;
         default:
             if (expert.empty() || s.V == 0) return false;
@@ -326,12 +335,16 @@ void run_wrong(Case& c) {
     if (one_in(2)) c.call.weight = dense(c, one_in(2));  // as gradients are written
     if (!spoil(c)) return;
     const DType dtype = c.call.dtype;
-    Buffer from(dtype, 1, true), weight(dtype, 1, true), to(dtype, 1, false);  // of what is looked at too late
+    // a number each, of what is looked at too late, and farther apart than any case's tensors reach
+    constexpr size_t apart = size_t(1) << 30;
+    Buffer from(dtype, 1, true, apart), weight(dtype, 1, true, apart), to(dtype, 1, false, apart);
     const Packed none{nullptr, 0};
-    if (conv2d_forward(c.call, from.data(), weight.data(), none, to.data(), {}).empty() ||
-        conv2d_grad_input(c.call, from.data(), weight.data(), none, to.data()).empty() ||
-        conv2d_grad_weight(c.call, from.data(), weight.data(), to.data()).empty())
-        fail(c, "wrong arguments were taken");
+    for (const std::string& said : {conv2d_forward(c.call, from.data(), weight.data(), none, to.data(), {}),
+                                    conv2d_grad_input(c.call, from.data(), weight.data(), none, to.data()),
+                                    conv2d_grad_weight(c.call, from.data(), weight.data(), to.data())}) {
+        if (said.empty()) fail(c, "wrong arguments were taken");
+        if (said.find("overlaps") != std::string::npos) fail(c, "refused for another reason, " + said);
+    }
 }
 
 }  // namespace

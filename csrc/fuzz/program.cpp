@@ -66,6 +66,7 @@ struct Case {
     std::list<Buffer> constants;
     std::list<std::vector<int64_t>> indices;
     std::vector<External> inputs, outputs;
+    bool stores = true;  // its values; a wrong step must be refused without
 
     // What the case says that it is, for messages.
     std::string text() const {
@@ -350,6 +351,7 @@ std::unique_ptr<Program> record(const Case& c) {
     }
     int64_t output = 0;
     for (const Value& value : c.values) {
+        if (!c.stores) break;
         if (value.index)
             program->store_index(output++, value.place.offset);
         else
@@ -697,6 +699,11 @@ bool spoil(Case& c) {
             return true;
         case 2:
             if (c.samples == 0) return false;
+            if (one_in(3)) {
+                const bool input = one_in(2);
+                c.outputs.back().data = input ? c.inputs[0].data : c.outputs[0].data;
+                return input || c.outputs.size() > 1;
+            }
             if (one_in(2))
                 (one_in(2) ? c.inputs : c.outputs).pop_back();
             else
@@ -724,12 +731,14 @@ bool spoil(Case& c) {
                     return true;
                 case 2:  // too few for the last step, which is a late one
                     c.late.sample_bytes = c.steps.back().dst->place.offset;
+                    c.stores = false;
                     return true;
                 default:
                     c.late.first = 3 * int64_t(c.steps.size() + c.values.size());
                     return true;
             }
         default:
+            c.stores = one_in(2);
             if (auto* conv = std::get_if<ProgramConv>(&step.what)) return spoil_conv(c, *conv);
             if (auto* layer = std::get_if<ProgramLayer>(&step.what)) return spoil_layer(c, *layer);
             if (step.dst->index) return false;
